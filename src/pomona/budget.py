@@ -1,0 +1,114 @@
+"""HOW MUCH stays, and WHERE: scores to boolean masks, True = kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SAMPLE_STRIDE = 101  # prime, so that a sample does not fall on one column of a power-of-two layer
+
+
+def num_kept(sparsity: float, total: int) -> int:
+    """``floor((1 - sparsity) total)``, GSM's Q; 0.9 of 1,000 keeps 100 although 1 - 0.9 < 0.1 in floating point."""
+    if not 0.0 <= sparsity < 1.0:  # also NaN
+        hint = f" (did you mean {sparsity / 100:g}?)" if 1.0 <= sparsity < 100.0 else ""
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}{hint}")
+    return math.floor(round((1.0 - sparsity) * total, 6))
+
+
+def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) -> list[Tensor]:
+    """Keep **exactly** the ``k`` largest scores of all tensors together.
+
+    Ties are broken by position: the earlier tensor, then the smaller flat index, stays. A score of zero is never
+    kept, so that fewer than ``k`` are kept where fewer are non-zero (the GSM authors' ``>= threshold`` keeps
+    everything then). The result depends on nothing but the scores.
+
+    Args:
+        scores: float32 tensors >= 0 of any shapes, on one device.
+        k: how many to keep in all, 0 <= k <= number of scores.
+        min_density: the largest ``ceil(min_density n)`` scores of every tensor of ``n`` are kept before the rest
+            of ``k`` is dealt out globally, in [0, 1]; any value above 0 keeps every layer alive.
+
+    Returns:
+        Boolean masks, one for each tensor of ``scores``, of its shape.
+
+    Raises:
+        ValueError: ``k`` out of range, a NaN among the scores, or floors that together exceed ``k``.
+    """
+    sizes = [score.numel() for score in scores]
+    if not 0 <= k <= sum(sizes):
+        raise ValueError(f"k must be in [0, {sum(sizes)}], the number of scores, got {k}")
+    if not 0.0 <= min_density <= 1.0:
+        raise ValueError(f"min_density must be in [0, 1], got {min_density}")
+    floors = [math.ceil(round(min_density * size, 6)) for size in sizes]
+    if sum(floors) > k:
+        raise ValueError(
+            f"min_density={min_density:g} alone keeps {sum(floors)} of {sum(sizes)} scores, more than the budget of "
+            f"{k}; lower min_density or the sparsity"
+        )
+    flat = [score.reshape(-1) for score in scores]
+    masks = _top_k(flat, k)
+    if min_density > 0.0:
+        masks = _raise_to_floors(flat, masks, floors, k)
+    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
+
+
+def _raise_to_floors(flat: list[Tensor], masks: list[Tensor], floors: list[int], k: int) -> list[Tensor]:
+    """Give layers below their floor their own top scores, and the others what is left, until none is below."""
+    counts = [int(mask.sum()) for mask in masks]
+    raised = {i for i, count in enumerate(counts) if count < floors[i]}
+    while raised:
+        free = [i for i in range(len(flat)) if i not in raised]
+        for i in raised:
+            masks[i] = _top_k([flat[i]], floors[i])[0]
+        budget = min(k - sum(int(masks[i].sum()) for i in raised), sum(flat[i].numel() for i in free))
+        for i, mask in zip(free, _top_k([flat[i] for i in free], budget), strict=True):
+            masks[i] = mask
+        below = {i for i in free if int(masks[i].sum()) < floors[i]}
+        if not below:
+            break
+        raised |= below
+    return masks
+
+
+def _top_k(flat: list[Tensor], k: int) -> list[Tensor]:
+    """Exactly the k largest of 1-d tensors, ties by position, never a zero."""
+    if not flat:
+        return []
+    joined = torch.cat(flat)
+    if joined.numel() and bool(joined.max().isnan()):
+        raise ValueError("a score is NaN; check the gradients before selecting")
+    threshold = _kth_largest(joined, k) if k else math.inf
+    kept = joined >= threshold if threshold > 0.0 else joined > 0.0
+    if k:
+        surplus = int(kept.sum()) - k
+        if surplus > 0:
+            ties = (joined == threshold).nonzero().view(-1)
+            kept[ties[-surplus:]] = False
+    else:
+        kept.zero_()
+    return list(kept.split([t.numel() for t in flat]))
+
+
+def _kth_largest(joined: Tensor, k: int) -> float:
+    """The k-th largest value, 1 <= k <= n, exactly.
+
+    On a CPU a sample first gives a bound that about 2k scores exceed; only those are then partitioned. When the
+    sample misleads, that is when fewer than k exceed the bound, everything is.
+    """
+    n = joined.numel()
+    if joined.device.type != "cpu":
+        return float(torch.kthvalue(joined, n - k + 1).values)
+    values = joined.numpy()
+    sample = values[::_SAMPLE_STRIDE]
+    rank = 2 * k // _SAMPLE_STRIDE + 16
+    if rank < sample.size // 2:
+        bound = np.partition(sample, sample.size - rank)[sample.size - rank]
+        above = values[values >= bound]
+        if above.size >= k:
+            values = above
+    return float(np.partition(values, values.size - k)[values.size - k])

@@ -1,0 +1,104 @@
+"""Exact zeros, and keeping them: through momentum, Adam, weight decay and copies of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pomona.method import Method, Weight
+from pomona.scope import Scope
+
+if TYPE_CHECKING:
+    from pomona.pruner import Pruner
+
+
+@torch.no_grad()
+def zero_(value: Tensor, pruned: Tensor) -> Tensor:
+    """Write exact +0.0 where ``pruned`` is True, in place, even over NaN."""
+    return value.masked_fill_(pruned, 0.0)
+
+
+@torch.no_grad()
+def zero_copy_(copy: nn.Module, pruned: Mapping[str, Tensor]) -> None:
+    """Write the zeros of a pruned model into a copy of it, such as an exponential moving average.
+
+    An average of zeros stays zero, so once is enough. Parameters are found by name, with or without the
+    ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front.
+    """
+    for name, parameter in _same_names(copy, pruned).items():
+        zero_(parameter, pruned[name].to(parameter.device))
+
+
+def _same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    parameters = dict(copy.named_parameters())
+    found = {}
+    for name, mask in pruned.items():
+        parameter = parameters.get(name, parameters.get(f"module.{name}"))
+        if parameter is None or parameter.shape != mask.shape:
+            have = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise ValueError(
+                f"{type(copy).__name__} is not a copy of the pruned model: {name} has shape {tuple(mask.shape)} "
+                f"there and {have} here"
+            )
+        found[name] = parameter
+    return found
+
+
+def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> number of weights that should be zero in ``copy`` and are not, where there are any."""
+    found = _same_names(copy, pruned)
+    counts = {name: int((p.detach()[pruned[name].to(p.device)] != 0).sum()) for name, p in found.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+@dataclass(frozen=True, slots=True)
+class _Zeros(Method):
+    """What is zero now stays zero."""
+
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        return [w.value != 0 for w in weights]
+
+    def why(self, total: int, kept: int) -> str:
+        return "what was not zero when hold() was called"
+
+
+def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) -> Pruner:
+    """Keep the zeros that ``model`` has now while ``optimizer`` trains the rest, whoever made them.
+
+    At each step the gradients of zero weights are dropped and, after the step, exact zeros are written again, so
+    that neither momentum nor Adam's moments nor weight decay can revive a weight. Works with every optimizer that
+    evaluates its gradients once a step. One byte per weight.
+
+    Args:
+        model: a sparse model.
+        optimizer: the one that trains it.
+        scope: where zeros count; default: every trainable weight of two or more dimensions.
+
+    Returns:
+        The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.
+
+    Raises:
+        ValueError: there is not one zero in scope.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> model.weight.data = torch.tensor([[0.5, 0.0, 2.0]])
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> pruner = hold(model, optimizer)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight[0, 1].item()
+        0.0
+    """
+    from pomona.pruner import Pruner
+
+    pruner = Pruner(model, optimizer, _Zeros(), scope=scope)
+    if pruner.harden().nonzero == sum(p.numel() for p in pruner.parameters().values()):
+        pruner.detach()
+        raise ValueError("hold() found no zero in the weights in scope; prune the model first, or widen the scope")
+    return pruner

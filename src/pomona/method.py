@@ -1,0 +1,95 @@
+"""HOW weights move: what a pruning method is, and what it sees of a weight.
+
+The life of a method, driven by the Pruner::
+
+    check(optimizer, groups)                      once, at construction: refuse what cannot work
+    init(weight)                                  once a weight: its state
+    loop:
+        before_step(weights, step)                gradients are final; step = 1, 2, ...
+        <optimizer.step() itself>
+        after_step(weights, step)                 weights have moved
+    support(weights, step)                        at harden(): what survives
+
+A method is a frozen dataclass of hyper-parameters and never holds state; what it must remember lives in
+``Weight.state``, which the Pruner saves and restores. A method does not import ``torch.distributed``,
+``torch.optim`` or hooks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pomona.diagnosis import Diagnosis
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a method sees of one pruned tensor.
+
+    Attributes:
+        name: full parameter name.
+        value: the weights, a plain tensor of any shape; edit in place.
+        grad: their gradient, same shape, unscaled; edit in place.
+        group: the optimizer's parameter group that holds it, as it is now; read only.
+        state: what ``init`` returned; edit in place; saved by the Pruner.
+    """
+
+    name: str
+    value: Tensor
+    grad: Tensor
+    group: Mapping[str, Any]
+    state: dict[str, Tensor]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the group now."""
+        return float(self.group["lr"])
+
+
+class Method(ABC):
+    """A way to prune. Subclasses are frozen dataclasses, one paper and one file each."""
+
+    __slots__ = ()
+
+    def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""
+
+    def init(self, w: Weight) -> dict[str, Tensor]:
+        """State of one weight. Tensors made by ``zeros_like(w.value)`` reshard by themselves."""
+        return {}
+
+    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+        """Gradients are final, weights have not moved."""
+
+    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+        """Weights have moved."""
+
+    @abstractmethod
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        """Boolean masks of what survives ``harden()``, True = kept. ``grad`` is empty here."""
+
+    def budget(self, total: int, step: int) -> int | None:
+        """How many of ``total`` weights may survive ``harden()`` at most; None if the method does not say."""
+        return None
+
+    def why(self, total: int, kept: int) -> str:
+        """How a layer of ``total`` weights came to keep ``kept``: one clause, for the report."""
+        return ""
+
+    def forecast(self, lrs: Sequence[float], group: Mapping[str, Any]) -> Diagnosis | None:
+        """Whether a run with these learning rates, one a step, can succeed; None if the method cannot tell."""
+        return None
+
+    def diagnose(self, weights: Sequence[Weight], step: int) -> Diagnosis | None:
+        """Whether the run up to here lets ``harden()`` cut without loss; None if the method cannot tell."""
+        return None
+
+    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+        """Numbers worth watching while training; ``grad`` is empty here; may synchronise with the device."""
+        return {}

@@ -1,0 +1,543 @@
+"""The Pruner: attaches a method to a model and its optimizer. It knows hooks, closures and AMP, and no mathematics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
+
+from pomona.diagnosis import Diagnosis, learning_rates
+from pomona.harden import count_revived, zero_, zero_copy_
+from pomona.method import Method, Weight
+from pomona.report import Report, report_layer
+from pomona.scope import Scope
+
+_FORMAT = 1  # of state_dict()
+
+
+class Pruner:
+    """Prunes ``model`` while ``optimizer`` trains it; the training loop stays as it is.
+
+    The method runs inside ``optimizer.step()``, through its hooks, and so works with schedulers, closures, gradient
+    accumulation and ``GradScaler`` (also with ``fused=True``). A step with a gradient that is not finite is skipped
+    as a whole, counted in ``num_skipped`` and warned of once; weights, momentum and step count stay as they were.
+    A step with all learning rates and all gradients zero is not a step (distributed checkpointing makes such ones).
+
+    Args:
+        model: parameters are neither renamed nor replaced; its ``state_dict()`` stays plain.
+        optimizer: any ``torch.optim`` optimizer that the method accepts and that evaluates its gradients once a
+            step (so not LBFGS); it must hold every weight in scope.
+        method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
+        scope: which weights; default: every trainable weight of two or more dimensions.
+
+    Attributes:
+        num_steps: optimizer steps counted so far.
+        num_skipped: steps skipped so far.
+        is_hardened: whether ``harden()`` has written the zeros, which are held from then on.
+
+    Raises:
+        ValueError: nothing is in scope, the optimizer lacks a weight in scope, or the method refuses the optimizer.
+
+    Example:
+        >>> model = nn.Linear(20, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.98, weight_decay=1e-3)
+        >>> pruner = Pruner(model, optimizer, pomona.GSM(sparsity=0.9))
+        >>> for _ in range(100):
+        ...     model(torch.randn(8, 20)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> pruner.harden().nonzero
+        20
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, *, scope: Scope | None = None) -> None:
+        optimizer = _unwrap(optimizer)
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be a pomona.Method such as GSM(sparsity=0.9), got {method!r}")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "LBFGS evaluates its closure several times a step, so there is no one gradient to prune by; use SGD "
+                "or another optimizer that evaluates it once"
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.method = method
+        self.scope = scope or Scope()
+        self.num_steps = 0
+        self.num_skipped = 0
+
+        selection = self.scope.select(model)
+        self._outside = selection.outside
+        self._places = {name: _owner(model, name) for name in selection.inside}
+        self._group_of = self._find_groups(selection.inside)
+        for name, parameter in selection.inside.items():
+            if hasattr(parameter, "to_local"):
+                raise ValueError(f"{name} is a DTensor; sharded weights cannot be pruned yet")
+        groups = [optimizer.param_groups[i] for i in sorted(set(self._group_of.values()))]
+        method.check(optimizer, groups)
+
+        self._pruned: dict[str, Tensor] = {}  # after harden(): True = held at zero
+        self._cuts: dict[str, float] = {}  # largest magnitude that harden() removed
+        self._hardened_at = 0  # step
+        self._accuracy: tuple[float | None, float | None] = (None, None)  # before and after harden()
+        self._state: dict[str, dict[str, Tensor]] = {}
+        self._state = {w.name: method.init(w) for w in self._weights(with_grad=False)}
+        self._in_step: list[Weight] | None = None
+        self._hidden_grads: list[tuple[Tensor, Tensor]] = []
+        self._versions = self._read_versions()
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    # What is pruned
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter in scope, looked up in the model now."""
+        return {name: getattr(module, leaf) for name, (module, leaf) in self._places.items()}
+
+    def _find_groups(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+        group_of = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        missing = [name for name, p in parameters.items() if id(p) not in group_of]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"the optimizer does not hold {', '.join(missing[:3])}{more}, which the scope wants pruned. Give "
+                f"these parameters to {type(self.optimizer).__name__}, or leave them out: "
+                f"Scope(exclude=[{missing[0]!r}]). (If the model was moved or wrapped after the optimizer was made, "
+                f"make the optimizer afterwards.)"
+            )
+        return {name: group_of[id(p)] for name, p in parameters.items()}
+
+    def _weights(self, *, with_grad: bool) -> list[Weight]:
+        groups = self.optimizer.param_groups
+        weights = []
+        for name, parameter in self.parameters().items():
+            value = parameter.detach()
+            weights.append(
+                Weight(
+                    name=name,
+                    value=value,
+                    grad=_gradient(name, parameter) if with_grad else value.new_empty(0),
+                    group=groups[self._group_of[name]],
+                    state=self._state.get(name, {}),
+                )
+            )
+        return weights
+
+    # Around optimizer.step()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are still on the optimizer; copies and pickles of an optimizer lose theirs."""
+        return bool(self._handles) and all(handle.id in _hooks(handle) for handle in self._handles)
+
+    def _attach(self) -> None:
+        pre = self.optimizer.register_step_pre_hook(self._on_step)
+        self._handles = [pre, self.optimizer.register_step_post_hook(self._on_stepped)]
+        for hook in _hooks(pre).values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Pruner) and other is not self:
+                shared = self._places.keys() & other._places.keys()
+                if shared and other.model is self.model:
+                    self.detach()
+                    raise ValueError(
+                        f"{sorted(shared)[0]} is already pruned by another Pruner on this optimizer; call its "
+                        f"detach() first, or give the two scopes that do not overlap"
+                    )
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer: nothing is pruned and no zero is held any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.compiler.disable
+    def _on_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._before_step()
+            return None
+        pruning = self._wrap(closure)
+        if len(args) > 1:
+            return (args[0], pruning, *args[2:]), kwargs
+        return args, {**kwargs, "closure": pruning}
+
+    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """With ``step(closure)`` the gradients do not exist before the closure has run."""
+        num_calls = 0
+
+        def pruning_closure() -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls > 1:
+                raise RuntimeError(
+                    f"{type(self.optimizer).__name__} called its closure twice in one step; Pomona prunes by the one "
+                    f"gradient of a step and cannot work with it"
+                )
+            loss = closure()
+            self._before_step()
+            return loss
+
+        return pruning_closure
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self._in_step = None
+        if self._is_phantom():
+            return
+        if not self._gradients_usable():
+            self._skip()
+            return
+        self.num_steps += 1
+        self._in_step = weights = self._weights(with_grad=True)
+        if not self.is_hardened:
+            self.method.before_step(weights, self.num_steps)
+            return
+        for w in weights:
+            zero_(w.grad, self._pruned[w.name])
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _on_stepped(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        weights, self._in_step = self._in_step, None
+        hidden, self._hidden_grads = self._hidden_grads, []
+        for parameter, grad in hidden:
+            parameter.grad = grad
+        if weights is not None and not self.is_hardened:
+            self.method.after_step(weights, self.num_steps)
+        if weights is not None and self.is_hardened:
+            for w in weights:
+                zero_(w.value, self._pruned[w.name])
+        self._versions = self._read_versions()
+
+    def _all_parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self._all_parameters() if p.grad is not None]
+
+    def _is_phantom(self) -> bool:
+        if any(group["lr"] != 0.0 for group in self.optimizer.param_groups):
+            return False
+        return not any(bool(g.any()) for g in self._grads())
+
+    def _gradients_usable(self) -> bool:
+        """Undo a loss scale that the optimizer itself would undo, and tell whether all gradients are finite."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return False
+        scale = getattr(self.optimizer, "grad_scale", None)
+        grads = self._grads()
+        if scale is not None:
+            for grad in grads:
+                grad.div_(scale.to(grad.device))
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
+        return _all_finite(grads)
+
+    def _skip(self) -> None:
+        if self.num_skipped == 0:
+            warnings.warn(
+                f"a gradient is not finite at step {self.num_steps + 1}; the step is skipped, as further ones will be "
+                f"without a word (Pruner.num_skipped counts them)",
+                stacklevel=2,
+            )
+        self.num_skipped += 1
+        # An optimizer passes over parameters without a gradient: no update, no decay, no momentum, no step count.
+        for parameter in self._all_parameters():
+            if parameter.grad is not None:
+                self._hidden_grads.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def _read_versions(self) -> list[int]:
+        return [p._version for p in self.parameters().values()]
+
+    def _check_attached(self) -> None:
+        """Say so when training goes on without us: hooks removed, or the steps made by a copy of the optimizer."""
+        if not self.is_attached:
+            raise RuntimeError(
+                "this Pruner is not attached to its optimizer any more (detach() was called, or the optimizer's hooks "
+                "were removed); make a new Pruner and load_state_dict() into it"
+            )
+        num_changes = max(now - then for now, then in zip(self._read_versions(), self._versions, strict=True))
+        if num_changes > 1:  # one change is a load_state_dict or an edit by hand
+            warnings.warn(
+                f"the weights were changed {num_changes} times since the last optimizer step that this Pruner saw "
+                f"(step {self.num_steps}). If the training loop uses a copy of the optimizer (deepcopy and pickle lose "
+                f"hooks), make the Pruner with that copy.",
+                stacklevel=3,
+            )
+
+    # Zeros
+
+    @property
+    def is_hardened(self) -> bool:
+        """Whether ``harden()`` has written the zeros."""
+        return bool(self._pruned)
+
+    @torch.no_grad()
+    def harden(self, *copies: nn.Module, evaluate: Callable[[], float] | None = None) -> Report:
+        """Write exact zeros outside the method's support, and keep them from here on.
+
+        Every later step of the optimizer trains the survivors only; zeros survive momentum, Adam and weight decay.
+        Calling it again writes no new zeros (except into ``copies``) and reports anew.
+
+        Args:
+            copies: models with the same parameters that get the same zeros, e.g. an ``AveragedModel``. An average
+                that goes on stays zero there.
+            evaluate: called before and after the cut, e.g. for the accuracy; both stand in the report.
+
+        Returns:
+            The report, counted from the tensors.
+        """
+        self._check_attached()
+        if not self.is_hardened:
+            self._warn_of_loss()
+            before = evaluate() if evaluate else None
+            self._pruned, self._cuts = self._cut()
+            self._accuracy = (before, evaluate() if evaluate else None)
+            self._hardened_at = self.num_steps
+            self._versions = self._read_versions()
+        for copy in copies:
+            zero_copy_(copy, self._pruned)
+        return self.report()
+
+    @contextmanager
+    def trial_cut(self) -> Iterator[Report]:
+        """Inside the block the model is as ``harden()`` would make it now; afterwards training goes on unharmed.
+
+        Costs one copy of the weights in scope while it lasts. Yields the report of the cut model.
+        """
+        saved = [w.value.clone() for w in self._weights(with_grad=False)]
+        try:
+            if self.is_hardened:
+                yield self.report()
+            else:
+                pruned, cuts = self._cut()
+                yield self._report(pruned, cuts)
+        finally:
+            with torch.no_grad():
+                for w, value in zip(self._weights(with_grad=False), saved, strict=True):
+                    w.value.copy_(value)
+            self._versions = self._read_versions()
+
+    @torch.no_grad()
+    def _cut(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Zero all but the support: name -> what is zeroed, name -> largest magnitude lost by it."""
+        weights = self._weights(with_grad=False)
+        masks = self.method.support(weights, self.num_steps)
+        pruned, cuts = {}, {}
+        for w, mask in zip(weights, masks, strict=True):
+            pruned[w.name] = ~mask
+            lost = w.value[pruned[w.name]]
+            cuts[w.name] = float(lost.abs().max()) if lost.numel() else 0.0
+            zero_(w.value, pruned[w.name])
+        return pruned, cuts
+
+    def _warn_of_loss(self) -> None:
+        diagnosis = self.method.diagnose(self._weights(with_grad=False), self.num_steps)
+        if diagnosis is not None and not diagnosis.is_enough:
+            warnings.warn(f"harden() cuts weights that have not decayed: {diagnosis}", stacklevel=3)
+
+    def verify(self, *copies: nn.Module) -> Report:
+        """Prove the contract after ``harden()``: every zero is zero, and no more weights are left than the budget.
+
+        Args:
+            copies: models that were given to ``harden`` and are checked as well.
+
+        Raises:
+            RuntimeError: before ``harden()``, or if the contract is broken; the message lists each violation.
+        """
+        if not self.is_hardened:
+            raise RuntimeError("verify() checks the zeros that harden() writes; call harden() first")
+        self._check_attached()
+        wrong = []
+        for model in (self.model, *copies):
+            for name, count in count_revived(model, self._pruned).items():
+                wrong.append(f"{count} of the zeros of {name} in {type(model).__name__} are not zero any more")
+        report = self.report()
+        budget = self.method.budget(report.total, self._hardened_at)
+        num_survivors = sum(int((~mask).sum()) for mask in self._pruned.values())
+        if budget is not None and num_survivors > budget:
+            wrong.append(f"{num_survivors} weights survived, more than the budget of {budget}")
+        if report.nonzero > num_survivors:
+            wrong.append(f"{report.nonzero} weights are not zero, but only {num_survivors} survived the cut")
+        if wrong:
+            raise RuntimeError("the sparsity contract is broken: " + "; ".join(wrong))
+        return report
+
+    def report(self) -> Report:
+        """Count the model as it is now."""
+        return self._report(self._pruned, self._cuts)
+
+    def _report(self, pruned: Mapping[str, Tensor], cuts: Mapping[str, float]) -> Report:
+        weights = self._weights(with_grad=False)
+        layers = []
+        for w in weights:
+            kept = int((~pruned[w.name]).sum()) if w.name in pruned else 0
+            reason = self.method.why(w.value.numel(), kept) if w.name in pruned else "not cut yet"
+            layers.append(report_layer(w.name, w.value, largest_cut=cuts.get(w.name), reason=reason))
+        before, after = self._accuracy
+        return Report(
+            layers=tuple(layers),
+            outside=self._outside,
+            accuracy_before=before,
+            accuracy_after=after,
+            metrics=self.method.metrics(weights),
+            num_steps=self.num_steps,
+            num_skipped=self.num_skipped,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The method's own numbers now, such as GSM's ``decay_exponent``; may synchronise with the device."""
+        return self.method.metrics(self._weights(with_grad=False))
+
+    def diagnose(
+        self, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1
+    ) -> Diagnosis | None:
+        """Ask before training whether a run of ``num_steps`` can succeed; None if the method cannot tell.
+
+        The scheduler is rehearsed on a copy; neither it nor the optimizer is touched. Of several parameter groups
+        the worst counts. Warns if the run cannot succeed.
+
+        Args:
+            num_steps: optimizer steps ahead, >= 1.
+            scheduler: as the loop will call it; None: constant learning rates.
+            steps_per_update: optimizer steps between two calls of ``scheduler.step()``, e.g. ``len(loader)``.
+        """
+        rates = learning_rates(self.optimizer, num_steps, scheduler, steps_per_update=steps_per_update)
+        found = [
+            diagnosis
+            for i in sorted(set(self._group_of.values()))
+            if (diagnosis := self.method.forecast(rates[i], self.optimizer.param_groups[i])) is not None
+        ]
+        worst = min(found, key=lambda diagnosis: diagnosis.exponent, default=None)
+        if worst is not None and not worst.is_enough:
+            warnings.warn(str(worst), stacklevel=2)
+        return worst
+
+    # Saving and copying
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the model's and the optimizer's own: plain values and tensors.
+
+        The tensors are the live ones, as in ``torch.optim``; it loads under ``torch.load(weights_only=True)``.
+        """
+        self._check_attached()
+        return {
+            "format": _FORMAT,
+            "method": _describe(self.method),
+            "num_steps": self.num_steps,
+            "num_skipped": self.num_skipped,
+            "hardened_at": self._hardened_at,
+            "accuracy": list(self._accuracy),
+            "cuts": dict(self._cuts),
+            "shapes": {name: list(p.shape) for name, p in self.parameters().items()},
+            "state": {name: dict(state) for name, state in self._state.items()},
+            "pruned": dict(self._pruned),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``; load the model's and the optimizer's own states as well.
+
+        Raises:
+            ValueError: the state is of another method, other hyper-parameters, or other weights; names the first
+                difference. Nothing has been changed then.
+        """
+        self._check_state(state)
+        device_of = {name: p.device for name, p in self.parameters().items()}
+        for name, tensors in state["state"].items():
+            for key, mine in self._state[name].items():
+                mine.copy_(tensors[key])
+        self._pruned = {name: mask.to(device_of[name], torch.bool, copy=True) for name, mask in state["pruned"].items()}
+        self.num_steps = state["num_steps"]
+        self.num_skipped = state["num_skipped"]
+        self._hardened_at = state["hardened_at"]
+        self._accuracy = (state["accuracy"][0], state["accuracy"][1])
+        self._cuts = dict(state["cuts"])
+        self._versions = self._read_versions()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"this is not the state of a Pruner of this version (format {state.get('format')!r}, expected "
+                f"{_FORMAT})"
+            )
+        mine, theirs = _describe(self.method), state["method"]
+        if mine != theirs:
+            raise ValueError(f"the state is of {theirs}, but this Pruner has {mine}; make it with the same method")
+        shapes = {name: list(p.shape) for name, p in self.parameters().items()}
+        for name in [*shapes, *state["shapes"]]:
+            if shapes.get(name) != state["shapes"].get(name):
+                raise ValueError(
+                    f"the state does not fit this model and scope: {name} has shape {state['shapes'].get(name)} "
+                    f"there and {shapes.get(name)} here"
+                )
+        for name, tensors in self._state.items():
+            if tensors.keys() != state["state"][name].keys():
+                raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(tensors)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        # Hooks do not survive deepcopy and pickle; a copied Pruner attaches itself to its copied optimizer.
+        state["_was_attached"] = self.is_attached
+        state["_handles"] = []
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        was_attached = state.pop("_was_attached")
+        self.__dict__.update(state)
+        self._versions = self._read_versions()
+        if was_attached:
+            self._attach()
+
+
+def _unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside a wrapper that does not forward hooks, such as accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer):
+        return inner
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _hooks(handle: RemovableHandle) -> Mapping[int, Any]:
+    hooks: Mapping[int, Any] | None = handle.hooks_dict_ref()
+    return hooks if hooks is not None else {}
+
+
+def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
+    """The gradient; zeros for a weight that took no part in this step."""
+    grad = parameter.grad
+    if grad is None:
+        return torch.zeros_like(parameter)
+    if grad.layout is not torch.strided:
+        raise ValueError(f"{name} has a sparse gradient; make its module with sparse=False, or exclude it")
+    return grad
+
+
+def _all_finite(grads: list[Tensor]) -> bool:
+    """One cheap pass; a finite sum has finite terms, and only a sum that is not needs a second look."""
+    if not grads:
+        return True
+    dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
+    sums = [g.sum(dtype=torch.float32).to(dense[0].device) for g in dense]
+    return bool(torch.stack(sums).isfinite().all()) or all(bool(g.isfinite().all()) for g in dense)
+
+
+def _describe(method: Method) -> str:
+    """Name and hyper-parameters; equal for equal methods."""
+    return repr(method)

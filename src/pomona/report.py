@@ -1,0 +1,226 @@
+"""What was pruned, counted from the tensors themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pomona.scope import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One pruned tensor.
+
+    Attributes:
+        name: full parameter name.
+        shape: its shape.
+        total: number of weights.
+        nonzero: number of weights that are not exactly zero.
+        channels: size of the first dimension, the layer's outputs (0 for a scalar).
+        dead_channels: outputs all of whose weights are zero.
+        largest_cut: largest magnitude that a cut to zero removed, if there was a cut.
+        smallest_kept: smallest magnitude that is not zero, if any.
+        reason: how the layer came to its share.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    total: int
+    nonzero: int
+    channels: int
+    dead_channels: int
+    largest_cut: float | None = None
+    smallest_kept: float | None = None
+    reason: str = ""
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is not zero."""
+        return self.nonzero / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sparsity of a model, per layer and in total; ``str(report)`` is a table.
+
+    Every number is of the weights in scope only: biases and other parameters are listed in ``outside`` and not
+    counted.
+
+    Attributes:
+        layers: one entry for each tensor in scope.
+        outside: name -> why it is not pruned.
+        accuracy_before: what the caller's ``evaluate`` gave before the cut, if it was given.
+        accuracy_after: the same after it.
+        metrics: the method's own numbers, such as GSM's ``decay_exponent``.
+        num_steps: optimizer steps that were counted.
+        num_skipped: optimizer steps that were skipped because a gradient was not finite.
+    """
+
+    layers: tuple[LayerReport, ...]
+    outside: Mapping[str, str] = field(default_factory=dict)
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    num_steps: int = 0
+    num_skipped: int = 0
+
+    @property
+    def total(self) -> int:
+        """Number of weights in scope."""
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def nonzero(self) -> int:
+        """Number of weights in scope that are not exactly zero."""
+        return sum(layer.nonzero for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """Non-zero over total."""
+        return self.nonzero / self.total if self.total else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1.0 - self.density
+
+    @property
+    def compression(self) -> float:
+        """Total over non-zero; infinite if nothing is left."""
+        return self.total / self.nonzero if self.nonzero else float("inf")
+
+    @property
+    def dead_channels(self) -> int:
+        """Outputs all of whose weights are zero, over all layers."""
+        return sum(layer.dead_channels for layer in self.layers)
+
+    @property
+    def largest_cut(self) -> float | None:
+        """Largest magnitude that the cut removed: near 0 if the cut was without loss."""
+        return max((cut for layer in self.layers if (cut := layer.largest_cut) is not None), default=None)
+
+    @property
+    def smallest_kept(self) -> float | None:
+        """Smallest magnitude that survived."""
+        return min((kept for layer in self.layers if (kept := layer.smallest_kept) is not None), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON; derived totals included."""
+        layers = [{**asdict(layer), "shape": list(layer.shape), "density": layer.density} for layer in self.layers]
+        return {
+            "of": f"the {self.total:,} weights in scope ({len(self.layers)} tensors)",
+            "total": self.total,
+            "nonzero": self.nonzero,
+            "sparsity": self.sparsity,
+            "density": self.density,
+            "compression": self.compression if self.nonzero else None,
+            "dead_channels": self.dead_channels,
+            "largest_cut": self.largest_cut,
+            "smallest_kept": self.smallest_kept,
+            "accuracy_before": self.accuracy_before,
+            "accuracy_after": self.accuracy_after,
+            "metrics": dict(self.metrics),
+            "num_steps": self.num_steps,
+            "num_skipped": self.num_skipped,
+            "layers": layers,
+            "outside": dict(self.outside),
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "weights", "non-zero", "density", "dead channels", "why")]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    "x".join(map(str, layer.shape)),
+                    f"{layer.total:,}",
+                    f"{layer.nonzero:,}",
+                    f"{100 * layer.density:.2f} %",
+                    f"{layer.dead_channels} of {layer.channels}",
+                    layer.reason,
+                )
+            )
+        rows.append(
+            (
+                "total",
+                "",
+                f"{self.total:,}",
+                f"{self.nonzero:,}",
+                f"{100 * self.density:.2f} %",
+                str(self.dead_channels),
+                f"{self.compression:.1f}x compression",
+            )
+        )
+        return "\n".join([*_table(rows), *self._notes()])
+
+    def _notes(self) -> Iterable[str]:
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            gap = self.accuracy_after - self.accuracy_before
+            yield f"accuracy {self.accuracy_before:.2f} before the cut, {self.accuracy_after:.2f} after ({gap:+.2f})"
+        if self.largest_cut is not None and self.smallest_kept is not None:
+            yield f"largest weight cut {self.largest_cut:.2g}, smallest kept {self.smallest_kept:.2g}"
+        for name, value in self.metrics.items():
+            yield f"{name.replace('_', ' ')} {value:,.6g}"
+        if self.num_skipped:
+            yield f"{self.num_skipped} steps were skipped because a gradient was not finite"
+        if self.outside:
+            yield f"not pruned and not counted: {', '.join(self.outside)}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0, 1, len(widths) - 1}
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "-" * max(map(len, lines))
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+@torch.no_grad()
+def report_layer(name: str, value: Tensor, *, largest_cut: float | None = None, reason: str = "") -> LayerReport:
+    """Count one tensor: zero is ``== 0``, never a tolerance; -0.0 counts as zero."""
+    rows = value.reshape(value.shape[0], -1) if value.ndim else value.reshape(1, 1)
+    alive = rows != 0
+    nonzero = int(alive.sum())
+    return LayerReport(
+        name=name,
+        shape=tuple(value.shape),
+        total=value.numel(),
+        nonzero=nonzero,
+        channels=rows.shape[0],
+        dead_channels=int((~alive.any(dim=1)).sum()) if value.numel() else 0,
+        largest_cut=largest_cut,
+        smallest_kept=float(rows[alive].abs().min()) if nonzero else None,
+        reason=reason,
+    )
+
+
+def report(model: nn.Module, scope: Scope | None = None) -> Report:
+    """Count the zeros of any model as it is, pruned by whatever means.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> model.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> report(model).sparsity, report(model).dead_channels
+        (0.75, 1)
+    """
+    selection = (scope or Scope()).select(model)
+    return Report(
+        layers=tuple(report_layer(name, p.detach()) for name, p in selection.inside.items()),
+        outside=selection.outside,
+    )

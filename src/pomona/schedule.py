@@ -1,0 +1,145 @@
+"""WHEN: numbers and events as functions of the optimizer step, which counts from 1.
+
+A schedule is a frozen value; wherever a hyper-parameter accepts one, a plain number is accepted too.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+class Schedule(ABC):
+    """A number that depends on the step."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self, step: int) -> float: ...
+
+
+Value: TypeAlias = float | Schedule
+
+
+def value_at(value: Value, step: int) -> float:
+    """The number that ``value`` is at ``step``."""
+    return value(step) if isinstance(value, Schedule) else value
+
+
+def check_value(name: str, value: Value, *, low: float, high: float) -> None:
+    """Refuse a hyper-parameter outside [low, high) at the door, naming it, its value and the way out.
+
+    A schedule is checked at its ends: all schedules here move monotonically between them.
+    """
+    ends = (value.start, value.end) if isinstance(value, _Ramp) else (value,)
+    for number in ends:
+        if isinstance(number, Schedule):
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number or a Schedule, got {number!r}")
+        if not low <= number < high:
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {number}{_hint(number, low, high)}")
+
+
+def _hint(number: float, low: float, high: float) -> str:
+    percent = number / 100
+    return f" (did you mean {percent:g}?)" if number >= high and low <= percent < high else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Constant(Schedule):
+    """``value`` at every step."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class _Ramp(Schedule):
+    """From ``start`` to ``end``: ``start`` up to step ``begin``, ``end`` from step ``begin + steps`` on.
+
+    Args:
+        start: the value before the ramp.
+        end: the value after it.
+        steps: length of the ramp in optimizer steps, >= 1.
+        begin: the last step that still has ``start``, >= 0.
+    """
+
+    start: float
+    end: float
+    steps: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not (math.isfinite(self.start) and math.isfinite(self.end)):
+            raise ValueError(f"{name} needs finite start and end, got {self.start} and {self.end}")
+        if self.steps < 1:
+            raise ValueError(f"{name}(steps=...) must be >= 1, got {self.steps}")
+        if self.begin < 0:
+            raise ValueError(f"{name}(begin=...) must be >= 0, got {self.begin}")
+
+    def __call__(self, step: int) -> float:
+        progress = min(max((step - self.begin) / self.steps, 0.0), 1.0)
+        return self.end + (self.start - self.end) * self._left(progress)
+
+    def _left(self, progress: float) -> float:
+        """Share of the way that is still left, from 1 to 0 as ``progress`` goes from 0 to 1."""
+        raise NotImplementedError
+
+
+class Linear(_Ramp):
+    """At constant speed: ``start + (end - start) p``."""
+
+    __slots__ = ()
+
+    def _left(self, progress: float) -> float:
+        return 1.0 - progress
+
+
+class Cubic(_Ramp):
+    """Fast at first, then slow: ``end + (start - end) (1 - p)^3`` (Zhu & Gupta, arXiv 1710.01878, eq. 1)."""
+
+    __slots__ = ()
+
+    def _left(self, progress: float) -> float:
+        return (1.0 - progress) ** 3
+
+
+class Cosine(_Ramp):
+    """Slow at both ends: ``end + (start - end) (1 + cos(pi p)) / 2`` (the shape of arXiv 1608.03983, eq. 5)."""
+
+    __slots__ = ()
+
+    def _left(self, progress: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """An event each ``n`` steps: true at ``start``, ``start + n``, ... up to and including ``end``.
+
+    Args:
+        n: period in optimizer steps, >= 1.
+        start: first step of the event, >= 1.
+        end: last step at which it may happen; None: for ever.
+    """
+
+    n: int
+    start: int = 1
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.start < 1:
+            raise ValueError(f"Every needs n >= 1 and start >= 1, got n={self.n}, start={self.start}")
+        if self.end is not None and self.end < self.start:
+            raise ValueError(f"Every(end=...) must be >= start ({self.start}), got {self.end}")
+
+    def __call__(self, step: int) -> bool:
+        if step < self.start or (self.end is not None and step > self.end):
+            return False
+        return (step - self.start) % self.n == 0

@@ -1,0 +1,393 @@
+"""Recipes: one TOML file reproduces one row of a published table.
+
+A recipe names a model, a data set and a method, and describes the two stages of training: dense, then
+pruning. Its keys are the fields of `Recipe`, `Stage`, `Expected` and of the method; their types and ranges
+stand beside the fields and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from pomona.method import Method
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message says where, which key, what it was and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The numbers from ``low`` to ``high``; ``ends`` tells whether these two belong to it, as in ``[0, 1)``."""
+
+    low: float
+    high: float = math.inf
+    ends: str = "[)"
+
+    def __contains__(self, number: float) -> bool:
+        above = number >= self.low if self.ends[0] == "[" else number > self.low
+        below = number <= self.high if self.ends[1] == "]" else number < self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>=' if self.ends[0] == '[' else '>'} {self.low}"
+        return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+
+
+_BUILTIN = files("pomona.zoo") / "recipes"
+_COMPRESSION = Interval(1)
+_PERCENT = Interval(0, 100, "[]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One training run by SGD: a fresh optimizer, a linear warm-up from 0, then a rate that falls in steps.
+
+    Args:
+        epochs: length.
+        lr: learning rate after the warm-up.
+        lr_drops: epochs after which the rate is multiplied by ``lr_drop``; increasing, in [1, epochs - 1].
+        lr_drop: the factor.
+        warmup_epochs: length of the warm-up; in [0, epochs].
+        momentum: of SGD, as PyTorch defines it (no dampening).
+        nesterov: Nesterov's form of it; needs momentum > 0.
+        weight_decay: coupled L2, of weights only: biases and norms never decay.
+        bias_lr: learning rate of biases, as a multiple of ``lr``.
+    """
+
+    epochs: Annotated[int, Interval(1)]
+    lr: Annotated[float, Interval(0, ends="()")]
+    lr_drops: tuple[int, ...] = ()
+    lr_drop: Annotated[float, Interval(0, 1, "(]")] = 0.1
+    warmup_epochs: int = 0
+    momentum: Annotated[float, Interval(0, 1)] = 0.0
+    nesterov: bool = False
+    weight_decay: Annotated[float, Interval(0)] = 0.0
+    bias_lr: Annotated[float, Interval(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_intervals(self)
+        _check("warmup_epochs", self.warmup_epochs, Interval(0, self.epochs, "[]"))
+        if any(epoch >= later for epoch, later in pairwise((0, *self.lr_drops, self.epochs))):
+            allowed = f"strictly increasing, in [1, {self.epochs - 1}]"
+            raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}")
+        if self.nesterov and self.momentum == 0:
+            raise RecipeError("nesterov must be false where momentum is 0, got true")
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The rate of ``step``, counted from 0.
+
+        Example:
+            >>> Stage(epochs=4, lr=0.5, lr_drops=(2,), warmup_epochs=1).learning_rates(2)
+            [0.0, 0.25, 0.5, 0.5, 0.05, 0.05, 0.05, 0.05]
+        """
+        warmup = self.warmup_epochs * steps_per_epoch
+        lr = self.lr * step / warmup if step < warmup else self.lr
+        num_drops = sum(step >= epoch * steps_per_epoch for epoch in self.lr_drops)
+        return lr * self.lr_drop**num_drops
+
+    def learning_rates(self, steps_per_epoch: int) -> list[float]:
+        """The rates of all steps of the stage."""
+        return [self.learning_rate(step, steps_per_epoch) for step in range(self.epochs * steps_per_epoch)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """The published row.
+
+    Args:
+        base_accuracy: of the dense network on the test set, in percent.
+        accuracy: of the pruned one, after the cut, at the last step.
+        tolerance: how far from ``accuracy`` a run may end, in percentage points.
+    """
+
+    base_accuracy: Annotated[float, _PERCENT]
+    accuracy: Annotated[float, _PERCENT]
+    tolerance: Annotated[float, Interval(0, ends="()")]
+
+    def __post_init__(self) -> None:
+        _check_intervals(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that one run needs.
+
+    Args:
+        title: what the run shows.
+        source: paper and table it is taken from.
+        model: a key of ``pomona.zoo.models.MODELS``.
+        data: a key of ``pomona.zoo.data.DATA``.
+        batch_size: of both stages.
+        seed: of the initial weights and the order of the data.
+        eval_every: epochs between two tests.
+        precision: of forward and backward passes in training, ``"float32"`` or ``"bfloat16"`` (autocast); weights,
+            optimizer, selection and tests are float32 in any case.
+        base: dense training, which is where pruning starts.
+        prune: training with the method, with a fresh optimizer.
+        method: in the file ``name``, a key of ``pomona.methods.METHODS``, and its fields, as plain values.
+            ``compression = c`` stands for ``sparsity = 1 - 1 / c``.
+        expected: the published numbers; None where there are none.
+    """
+
+    title: str
+    source: str
+    model: str
+    data: str
+    batch_size: Annotated[int, Interval(1)]
+    seed: Annotated[int, Interval(0, 2**31 - 1, "[]")] = 0
+    eval_every: Annotated[int, Interval(1)] = 1
+    precision: str = "float32"
+    base: Stage
+    prune: Stage
+    method: Method
+    expected: Expected | None = None
+
+    def __post_init__(self) -> None:
+        from pomona.zoo.data import DATA
+        from pomona.zoo.models import MODELS
+
+        _check_intervals(self)
+        _check_name("model", self.model, MODELS)
+        _check_name("data", self.data, DATA)
+        _check_name("precision", self.precision, ("float32", "bfloat16"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe in plain values, as JSON has them; ``recipe_from_dict`` gives the same recipe back."""
+        from pomona.methods import METHODS
+
+        names = {method: name for name, method in METHODS.items()}
+        table = asdict(self, dict_factory=_plain)
+        return table | {"method": {"name": names[type(self.method)]} | table["method"]}
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file, or a built-in one by name.
+
+    Args:
+        path_or_name: the file, or one of ``builtin_recipes()``.
+        overrides: ``"key=value"`` each, as in ``prune.lr=0.01``; the value is TOML, or else a plain string.
+            ``method.sparsity`` displaces the file's ``method.compression``, and the other way round.
+
+    Raises:
+        RecipeError: whatever is wrong with the file, or with the overrides.
+
+    Example:
+        >>> load_recipe("lenet300-gsm-60x", ["prune.lr=0.01"]).prune.lr
+        0.01
+    """
+    with _blaming(f"{path_or_name}: "):
+        table = tomllib.loads(_text(str(path_or_name)))
+        recipe = recipe_from_dict(table)
+    if not overrides:
+        return recipe
+    # The file alone is sound, so whatever is wrong from here on, the overrides brought it.
+    with _blaming(" ".join(f"--set {override}" for override in overrides) + ": "):
+        return recipe_from_dict(_overridden(table, overrides))
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    paths = (Path(entry.name) for entry in _BUILTIN.iterdir())
+    return sorted(path.stem for path in paths if path.suffix == ".toml")
+
+
+def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
+    """The recipe of a table as TOML or JSON gives it, or as ``Recipe.to_dict`` does."""
+    return _build(Recipe, _table(table, "a recipe"), prefix="")
+
+
+# From tables to objects.
+
+
+def _build(kind: type[T], table: Mapping[str, Any], *, prefix: str) -> T:
+    declared = fields(kind)  # type: ignore[arg-type]
+    _check_keys(table, [field.name for field in declared], prefix=prefix)
+    for field in declared:
+        if field.name not in table and field.default is MISSING and field.default_factory is MISSING:
+            raise RecipeError(f"missing key {prefix}{field.name}")
+    hints = get_type_hints(kind)
+    values = {name: _read(hints[name], value, prefix + name) for name, value in table.items()}
+    with _blaming(prefix):
+        return kind(**values)
+
+
+def _build_method(table: Mapping[str, Any]) -> Method:
+    from pomona.methods import METHODS
+
+    if "name" not in table:
+        raise RecipeError(f"missing key method.name{_closest('', METHODS)}")
+    name = _read(str, table["name"], "method.name")
+    _check_name("method.name", name, METHODS)
+    kind = METHODS[name]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    budgets = ["sparsity", "compression"] if "sparsity" in names else []
+    _check_keys(table, dict.fromkeys(["name", *budgets, *names]), prefix="method.")
+    num_budgets = sum(key in table for key in budgets)
+    if budgets and num_budgets != 1:
+        both = "both" if num_budgets else "neither"
+        raise RecipeError(f"method.sparsity or method.compression must be given, one of the two, got {both}")
+
+    arguments = {key: value for key, value in table.items() if key not in ("name", "compression")}
+    if "compression" in table:
+        compression = _read(float, table["compression"], "method.compression")
+        _check("method.compression", compression, _COMPRESSION)
+        arguments["sparsity"] = 1 - 1 / compression
+    return _build(kind, arguments, prefix="method.")
+
+
+def _read(hint: Any, value: object, key: str) -> Any:
+    """``value`` as a field of type ``hint`` holds it."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if Method in kinds:
+        return _build_method(_table(value, key))
+    for kind in (Stage, Expected):
+        if kind in kinds:
+            return _build(kind, _table(value, key), prefix=f"{key}.")
+    allowed = [_PLAIN[kind] for kind in kinds if kind in _PLAIN]
+    if not any(accepts(value) for _, accepts in allowed):
+        raise RecipeError(f"{key} must be {' or '.join(name for name, _ in allowed)}, got {_written(value)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+
+
+def _are_integers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_integer, value))
+
+
+# What TOML can write, by the type of the field that takes it.
+_PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("an integer", _is_integer),
+    float: ("a finite number", _is_number),
+    str: ("a string", lambda value: isinstance(value, str)),
+    tuple[int, ...]: ("a list of integers", _are_integers),
+}
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The inverse of ``_read`` for the fields of one table: absent for None, lists for tuples."""
+    held = ((key, value) for key, value in items if value is not None)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in held}
+
+
+# From the user's words to tables.
+
+
+def _text(path_or_name: str) -> str:
+    names = builtin_recipes()
+    if path_or_name in names:
+        return (_BUILTIN / f"{path_or_name}.toml").read_text(encoding="utf-8")
+    try:
+        return Path(path_or_name).read_text(encoding="utf-8")
+    except OSError as error:
+        message = f"{error.strerror}, and no built-in recipe{_closest(path_or_name, names)}"
+        raise RecipeError(message) from None
+
+
+def _overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``table`` with each ``key=value`` put in its place."""
+    settings = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError("expected key=value")
+        settings[key.strip()] = _value(text.strip())
+
+    result = deepcopy(dict(table))
+    if settings.keys() & {"method.sparsity", "method.compression"}:
+        for name in ("sparsity", "compression"):
+            result["method"].pop(name, None)
+    for key, value in settings.items():
+        *path, name = key.split(".")
+        inner = result
+        for part in path:
+            if not isinstance(inner.get(part), dict):
+                inner[part] = {}
+            inner = inner[part]
+        inner[name] = value
+    return result
+
+
+def _value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+# What is refused, and how it is said.
+
+
+@contextmanager
+def _blaming(culprit: str) -> Iterator[None]:
+    """Put ``culprit`` before the message of what goes wrong inside."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:  # tomllib descends into nested arrays
+        raise RecipeError(f"{culprit}{error}") from None
+
+
+def _check(name: str, number: float, allowed: Interval) -> None:
+    if number not in allowed:
+        raise RecipeError(f"{name} must be {allowed}, got {number}")
+
+
+def _check_intervals(table: Recipe | Stage | Expected) -> None:
+    for name, hint in get_type_hints(type(table), include_extras=True).items():
+        for allowed in getattr(hint, "__metadata__", ()):
+            _check(name, getattr(table, name), allowed)
+
+
+def _check_name(key: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise RecipeError(f"unknown {key} {_written(name)}{_closest(name, known)}")
+
+
+def _check_keys(table: Mapping[str, Any], known: Collection[str], *, prefix: str) -> None:
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"unknown key {prefix}{key}{_closest(key, known)}")
+
+
+def _closest(name: str, known: Collection[str]) -> str:
+    close = get_close_matches(name, known)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f"{hint}; known: {', '.join(known)}"
+
+
+def _table(value: object, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{key} must be a table, got {_written(value)}")
+    return value
+
+
+def _written(value: object) -> str:
+    return str(value) if isinstance(value, float) else json.dumps(value, default=str)

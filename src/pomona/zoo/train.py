@@ -1,0 +1,550 @@
+"""Training by recipe: phases one after another in one folder, from which a killed run goes on bit for bit.
+
+The data lie in memory, the order of an epoch follows from (seed, phase, epoch) alone, and a checkpoint holds all that
+the next step depends on, also in the middle of an epoch. On a CPU with the same number of threads a run that was
+killed and started again therefore ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import pomona
+from pomona.diagnosis import Diagnosis
+from pomona.harden import hold
+from pomona.pruner import Pruner
+from pomona.zoo.checkpoint import Checkpoints, write_atomically
+from pomona.zoo.data import Dataset
+from pomona.zoo.models import build_model
+from pomona.zoo.page import write_page
+from pomona.zoo.pictures import draw_all
+from pomona.zoo.progress import Progress, duration
+from pomona.zoo.recipe import Recipe, Stage
+
+_CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
+_EVAL_BATCH = 1000
+_HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
+
+Memory = dict[str, Any]  # what one phase leaves to the next: tensors and plain values
+
+
+class FolderError(ValueError):
+    """The output folder cannot be used for this run."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved where it is."""
+
+
+@dataclass
+class Learner:
+    """A model in training."""
+
+    model: nn.Module
+    optimizer: SGD
+    pruner: Pruner | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training by a stage of the recipe.
+
+    Attributes:
+        name: of the phase in metrics and messages.
+        stage: learning rates and length.
+        start: the model it starts with, from the recipe and what earlier phases left in memory.
+        attach: what prunes, or holds, during it.
+        finish: what it leaves in memory.
+    """
+
+    name: str
+    stage: Stage
+    start: Callable[[Recipe, Memory], nn.Module]
+    attach: Callable[[Recipe, nn.Module, SGD], Pruner | None]
+    finish: Callable[[Run, Learner], None]
+
+
+@dataclass
+class Run:
+    """Where a run stands. ``go`` trains the phases that are left and returns the memory of the last.
+
+    Args:
+        recipe: what to do.
+        data: with what.
+        folder: holds ``metrics.jsonl`` and the checkpoints; made if missing.
+        phases: in order.
+        progress: where to tell of it.
+    """
+
+    recipe: Recipe
+    data: Dataset
+    folder: Path
+    phases: Sequence[Phase]
+    progress: Progress
+    memory: Memory = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _stop: bool = False
+
+    def __post_init__(self) -> None:
+        self._checkpoints = Checkpoints(self.folder)
+        self._metrics = self.folder / "metrics.jsonl"
+        self._saved_at = time.monotonic()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches only, as in the papers."""
+        steps = len(self.data.train_labels) // self.recipe.batch_size
+        if steps == 0:
+            raise ValueError(
+                f"batch_size {self.recipe.batch_size} is larger than the {len(self.data.train_labels)} training "
+                f"examples of {self.data.name}"
+            )
+        return steps
+
+    def go(self) -> Memory:
+        """Train what is left."""
+        resumed = self._load()
+        first = resumed["phase"] if resumed else 0
+        with self._stop_on_signal():
+            for index in range(first, len(self.phases)):
+                inside = resumed["inside"] if resumed and index == first else None
+                self._train(index, inside)
+        return self.memory
+
+    def _train(self, index: int, inside: Mapping[str, Any] | None) -> None:
+        phase = self.phases[index]
+        learner = self._begin(phase)
+        step, loss_sum, num_right, seconds = 0, torch.zeros(()), torch.zeros((), dtype=torch.int64), 0.0
+        if inside:
+            learner.model.load_state_dict(inside["model"])
+            learner.optimizer.load_state_dict(inside["optimizer"])
+            if learner.pruner:
+                learner.pruner.load_state_dict(inside["pruner"])
+            step, loss_sum, num_right = inside["step"], inside["loss_sum"].clone(), inside["num_right"].clone()
+            seconds = inside["seconds"]
+        else:
+            self._announce(phase, learner)
+        clock = time.monotonic() - seconds
+        num_steps = phase.stage.epochs * self.steps_per_epoch
+
+        def save() -> None:
+            pruner = learner.pruner.state_dict() if learner.pruner else None
+            self._save(
+                index,
+                {
+                    "step": step,
+                    "loss_sum": loss_sum,
+                    "num_right": num_right,
+                    "seconds": time.monotonic() - clock,
+                    "model": learner.model.state_dict(),
+                    "optimizer": learner.optimizer.state_dict(),
+                    "pruner": pruner,
+                },
+            )
+
+        learner.model.train()
+        order = torch.empty(0, dtype=torch.int64)
+        while step < num_steps:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if position == 0 or not order.numel():
+                order = self._order(index, epoch)
+            batch = order[position * self.recipe.batch_size : (position + 1) * self.recipe.batch_size]
+            loss, right = self._step(phase.stage, learner, batch, step)
+            loss_sum += loss
+            num_right += right
+            step += 1
+            self.progress.status(lambda: self._status(phase, step, num_steps, time.monotonic() - clock))
+            if step % self.steps_per_epoch == 0:
+                self._log(phase, learner, step, loss_sum, num_right, time.monotonic() - clock)
+                loss_sum.zero_()
+                num_right.zero_()
+                if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
+                    save()
+            if self._stop:
+                save()
+                raise Stopped(f"stopped in {phase.name} at step {step:,} of {num_steps:,}")
+        phase.finish(self, learner)
+        self.memory.setdefault("seconds", {})[phase.name] = time.monotonic() - clock
+        self._save(index + 1, None)
+
+    def _begin(self, phase: Phase) -> Learner:
+        model = phase.start(self.recipe, self.memory).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        kernels = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        stage = phase.stage
+        optimizer = SGD(
+            [
+                {"params": kernels, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
+                {"params": others, "weight_decay": 0.0, "lr_factor": stage.bias_lr},
+            ],
+            lr=stage.lr,
+            momentum=stage.momentum,
+            nesterov=stage.nesterov,
+            fused=True,
+        )
+        return Learner(model, optimizer, phase.attach(self.recipe, model, optimizer))
+
+    def _announce(self, phase: Phase, learner: Learner) -> None:
+        stage = phase.stage
+        self.progress.line(
+            f"{phase.name}: {stage.epochs} epochs of {self.steps_per_epoch} steps, batch {self.recipe.batch_size}, "
+            f"lr {stage.lr:g}, momentum {stage.momentum:g}, weight decay {stage.weight_decay:g}"
+        )
+        diagnosis = diagnose(self.recipe, self.steps_per_epoch)
+        if phase.name == "prune" and diagnosis is not None:
+            self.progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
+
+    def _order(self, phase: int, epoch: int) -> Tensor:
+        seed = (self.recipe.seed * 1_000 + phase) * 1_000_000 + epoch
+        return torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(seed))
+
+    def _step(self, stage: Stage, learner: Learner, batch: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        lr = stage.learning_rate(step, self.steps_per_epoch)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        images, labels = self.data.train_images[batch], self.data.train_labels[batch]
+        learner.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = learner.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        learner.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Accuracy on the test set in percent, in float32."""
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for start in range(0, len(self.data.test_labels), _EVAL_BATCH):
+                logits = model(self.data.test_images[start : start + _EVAL_BATCH])
+                right += int((logits.argmax(1) == self.data.test_labels[start : start + _EVAL_BATCH]).sum())
+        model.train()
+        return 100.0 * right / len(self.data.test_labels)
+
+    # What is told and kept
+
+    def _log(
+        self, phase: Phase, learner: Learner, step: int, loss_sum: Tensor, num_right: Tensor, seconds: float
+    ) -> None:
+        epoch = step // self.steps_per_epoch
+        row: dict[str, Any] = {
+            "stage": phase.name,
+            "epoch": epoch,
+            "step": step,
+            "lr": learner.optimizer.param_groups[0]["lr"],
+            "loss": float(loss_sum) / self.steps_per_epoch,
+            "train_accuracy": 100.0 * int(num_right) / (self.steps_per_epoch * self.recipe.batch_size),
+        }
+        is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
+        if is_tested:
+            row["test_accuracy"] = self.evaluate(learner.model)
+        if learner.pruner and not learner.pruner.is_hardened:
+            row |= learner.pruner.metrics()
+            if is_tested:
+                row |= self._cut_now(learner)
+        row["seconds"] = round(seconds, 3)
+        self.rows.append(row)
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if is_tested:
+            self.progress.line(_describe(row, phase.stage.epochs))
+
+    def _cut_now(self, learner: Learner) -> dict[str, Any]:
+        assert learner.pruner is not None
+        histogram = _histogram([p.detach() for p in learner.pruner.parameters().values()])
+        with learner.pruner.trial_cut() as cut:
+            return {
+                "accuracy_if_cut": self.evaluate(learner.model),
+                "largest_cut": cut.largest_cut,
+                "kept": {layer.name: layer.nonzero for layer in cut.layers},
+                "histogram": histogram,
+            }
+
+    def _status(self, phase: Phase, step: int, num_steps: int, seconds: float) -> str:
+        last = next((row for row in reversed(self.rows) if row["stage"] == phase.name), None)
+        parts = [f"{phase.name} {100 * step / num_steps:.1f} %"]
+        if last:
+            parts.append(f"loss {last['loss']:.4f}")
+            if "active" in last:
+                parts.append(f"active {last['active']:,.0f}")
+            if "decay_exponent" in last:
+                parts.append(f"decay {last['decay_exponent']:.2f}")
+        parts.append(f"ETA {duration(seconds / step * (num_steps - step))}")
+        return ", ".join(parts)
+
+    def _save(self, phase: int, inside: dict[str, Any] | None) -> None:
+        done = sum(p.stage.epochs * self.steps_per_epoch for p in self.phases[:phase])
+        state = {"phase": phase, "inside": inside, "memory": self.memory, "num_rows": len(self.rows)}
+        self._checkpoints.save(state, done + phase + (inside["step"] if inside else 0))
+        self._saved_at = time.monotonic()
+
+    def _load(self) -> dict[str, Any] | None:
+        found = self._checkpoints.load()
+        for message in self._checkpoints.damaged:
+            self.progress.line(f"WARNING: {message}")
+        if found is None:
+            self._metrics.unlink(missing_ok=True)
+            return None
+        state, _ = found
+        self.memory = state["memory"]
+        lines = self._metrics.read_text().splitlines()[: state["num_rows"]]
+        self.rows = [json.loads(line) for line in lines]
+        write_atomically(self._metrics, "".join(line + "\n" for line in lines).encode())
+        if state["phase"] < len(self.phases):
+            step = state["inside"]["step"] if state["inside"] else 0
+            self.progress.line(f"resuming {self.phases[state['phase']].name} after step {step:,}")
+        return state
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _describe(row: Mapping[str, Any], epochs: int) -> str:
+    parts = [
+        f"{row['stage']} {row['epoch']}/{epochs}",
+        f"lr {row['lr']:.2g}",
+        f"loss {row['loss']:.4f}",
+        f"train {row['train_accuracy']:.2f}",
+        f"test {row['test_accuracy']:.2f}",
+    ]
+    if "accuracy_if_cut" in row:
+        parts.append(f"if cut {row['accuracy_if_cut']:.2f}")
+        parts.append(f"largest cut {row['largest_cut']:.2g}")
+    if "active" in row:
+        parts.append(f"active {row['active']:,.0f}")
+    if "decay_exponent" in row:
+        parts.append(f"decay {row['decay_exponent']:.2f}")
+    return "  ".join(parts)
+
+
+def _histogram(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    low, high, bins = _HISTOGRAM
+    magnitudes = torch.cat([t.reshape(-1).abs() for t in tensors])
+    alive = magnitudes[magnitudes > 0].log10_().clamp_(low, high)
+    counts = torch.histc(alive, bins, low, high)
+    return {
+        "edges": [round(low + (high - low) * i / bins, 4) for i in range(bins + 1)],
+        "counts": [int(c) for c in counts],
+        "zeros": magnitudes.numel() - alive.numel(),
+    }
+
+
+def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
+    """Whether the recipe's pruning stage can succeed, from its numbers alone."""
+    stage = recipe.prune
+    group = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
+    return recipe.method.forecast(stage.learning_rates(steps_per_epoch), group)
+
+
+# The phases of `pomona train`
+
+
+def _fresh(recipe: Recipe, memory: Memory) -> nn.Module:
+    return build_model(recipe.model, seed=recipe.seed)
+
+
+def _trained(recipe: Recipe, memory: Memory) -> nn.Module:
+    model = build_model(recipe.model, seed=recipe.seed)
+    model.load_state_dict(memory["model"])
+    return model
+
+
+def _nothing(recipe: Recipe, model: nn.Module, optimizer: SGD) -> None:
+    return None
+
+
+def _method(recipe: Recipe, model: nn.Module, optimizer: SGD) -> Pruner:
+    return Pruner(model, optimizer, recipe.method)
+
+
+def hold_zeros(recipe: Recipe, model: nn.Module, optimizer: SGD) -> Pruner:
+    """Keep what is zero in the model."""
+    return hold(model, optimizer)
+
+
+def _finish_base(run: Run, learner: Learner) -> None:
+    run.memory["model"] = learner.model.state_dict()
+    run.memory["accuracy"] = {"base": run.evaluate(learner.model)}
+
+
+def _finish_prune(run: Run, learner: Learner) -> None:
+    assert learner.pruner is not None
+    report = learner.pruner.harden(evaluate=lambda: run.evaluate(learner.model))
+    learner.pruner.verify()
+    run.memory["model"] = learner.model.state_dict()
+    run.memory["accuracy"] |= {"before_cut": report.accuracy_before, "after_cut": report.accuracy_after}
+    run.memory["report"] = report.to_dict()
+    run.memory["table"] = str(report)
+
+
+def train_phases(recipe: Recipe) -> list[Phase]:
+    """Dense training, then pruning."""
+    return [
+        Phase("base", recipe.base, _fresh, _nothing, _finish_base),
+        Phase("prune", recipe.prune, _trained, _method, _finish_prune),
+    ]
+
+
+def train(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress: Progress) -> dict[str, Any]:
+    """Train and prune by a recipe; a folder with an unfinished run of it is resumed.
+
+    Args:
+        recipe: what to do.
+        data: with what.
+        folder: gets ``run.json``, ``metrics.jsonl``, checkpoints, and at the end ``result.json``, ``model.pt`` (a plain
+            state dict), pictures and ``report.html``.
+        threads: of torch; part of what makes a run repeatable bit for bit.
+        progress: where to tell of it.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        FolderError: the folder cannot be written, or belongs to another run.
+        Stopped: by SIGINT or SIGTERM, after a checkpoint.
+    """
+    run = open_run("train", recipe, data, folder, train_phases(recipe), threads=threads, progress=progress)
+    memory = run.go()
+    result = _result(run, threads)
+    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
+    torch.save({name: t.contiguous() for name, t in memory["model"].items()}, folder / "model.pt")
+    progress.line(memory["table"])
+    write_report(folder)
+    return result
+
+
+def open_run(
+    command: str,
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    phases: Sequence[Phase],
+    *,
+    threads: int,
+    progress: Progress,
+) -> Run:
+    """Claim the folder for this run, or find that it is already its own."""
+    torch.set_num_threads(threads)
+    identity = {"command": command, "recipe": recipe.to_dict(), "data": data.description, "threads": threads}
+    _claim(folder, identity)
+    progress.line(f"{recipe.title} ({recipe.source}), seed {recipe.seed}, {threads} thread{'s' * (threads > 1)}")
+    progress.line(f"data: {data.description}")
+    progress.line(f"folder: {folder}")
+    return Run(recipe, data, folder, phases, progress)
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    manifest = folder / "run.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            if any(folder.iterdir()):
+                raise FolderError(f"{folder} is not empty and holds no run; name another with --out")
+            write_atomically(manifest, json.dumps(identity, indent=2).encode())
+            return
+    except OSError as error:
+        raise FolderError(f"cannot write to {folder}: {error}; name another with --out") from None
+    if not os.access(folder, os.W_OK):
+        raise FolderError(f"cannot write to {folder}; name another with --out")
+    there = _flatten(json.loads(manifest.read_text()))
+    here = _flatten(json.loads(json.dumps(identity)))
+    different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if different:
+        lines = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in different[:4])
+        raise FolderError(f"{folder} belongs to another run: {lines}. Name another folder with --out, or delete it")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _result(run: Run, threads: int) -> dict[str, Any]:
+    recipe, memory = run.recipe, run.memory
+    diagnosis = diagnose(recipe, run.steps_per_epoch)
+    sizes = {name: p.numel() for name, p in build_model(recipe.model, seed=recipe.seed).named_parameters()}
+    report = memory["report"]
+    outside = [{"name": n, "total": sizes.get(n, 0), "reason": why} for n, why in report["outside"].items()]
+    plain = recipe.to_dict()
+    return {
+        "title": recipe.title,
+        "source": recipe.source,
+        "recipe": plain,
+        "data": run.data.description,
+        "seed": recipe.seed,
+        **environment(threads),
+        "seconds": sum(memory["seconds"].values()),
+        "accuracy": memory["accuracy"],
+        "expected": plain["expected"],
+        "diagnosis": diagnosis
+        and {
+            "exponent": diagnosis.exponent,
+            "shrinkage": diagnosis.shrinkage,
+            "message": str(diagnosis),
+        },
+        "report": report | {"outside": outside},
+    }
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What a number depends on beside recipe, seed and data."""
+    return {
+        "pomona": pomona.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "threads": threads,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package runs from; "+" when files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Draw the pictures and write ``report.html`` of the run in ``folder``, finished or not."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    pictures = draw_all(rows, result, folder)
+    return [write_page(rows, result, pictures, folder / "report.html"), *pictures]
