@@ -95,8 +95,112 @@ def test_twelve_steps_equal_the_paper(q: int, momentum: float, nesterov: bool, d
 
 @pytest.mark.parametrize(
     "variant",
-    ["decoupled", "mask_update", "mask_momentum", "per_layer", "gradient_only", "magnitude_only", "at_least_threshold"],
+    ["decoupled", "mask_update", "mask_momentum", "per_layer", "gradient_only", "magnitude_only"],
 )
 def test_each_naive_variant_ends_elsewhere(variant: str) -> None:
     ours, naive = train(steps=12, q=8, variant=variant)
     assert distance(ours, naive) > 0.01
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_threshold_zero_activates_nothing_more(seed: int) -> None:
+    """With fewer than Q non-zero scores the authors' ``T >= threshold`` activates every weight."""
+    rng = np.random.default_rng(seed)
+    grad = rng.normal(size=(4, 6)).astype(np.float32)
+    value = rng.normal(size=(4, 6)).astype(np.float32)
+    value[1:] = 0.0  # dead rows: T = 0 although the gradient is not
+    model = Tensors([value])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1)
+    pomona.Pruner(model, optimizer, pomona.GSM(sparsity=0.5, min_density=0.0))
+    model.give([grad])
+    optimizer.step()
+    assert (model.numpy()[0][1:] == 0.0).all()
+
+    naive: list[np.ndarray] = [value.copy()]
+    oracles.gsm_step(naive, [grad], [None], lr=1.0, momentum=0.9, weight_decay=0.1, q=12, variant="at_least_threshold")
+    assert (naive[0][1:] != 0.0).all()
+
+
+def test_all_zero_scores_leave_a_budget_of_100_of_1000_unused() -> None:
+    model = Tensors([np.zeros((10, 100), dtype=np.float32)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1)
+    pruner = pomona.Pruner(model, optimizer, pomona.GSM(sparsity=0.9))
+    model.give([np.ones((10, 100), dtype=np.float32)])
+    optimizer.step()
+    assert pruner.metrics()["active"] == 0
+    assert not model.numpy()[0].any()
+
+
+def test_biases_are_neither_masked_nor_counted() -> None:
+    model = nn.Linear(10, 10)
+    bias = model.bias.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1)
+    pruner = pomona.Pruner(model, optimizer, pomona.GSM(sparsity=0.99))
+    model.weight.grad = torch.randn(10, 10)
+    model.bias.grad = torch.full((10,), 1e-9)
+    optimizer.step()
+    assert pruner.metrics()["active"] == 1
+    assert torch.equal(model.bias.detach(), bias - 1.0 * (1e-9 + 0.1 * bias))
+
+
+def test_half_precision_products_do_not_underflow() -> None:
+    """|w g| of 1e-4 and 1e-5 is 0 in float16, whose least number is 6e-8."""
+    model = nn.Linear(4, 1, bias=False).to(torch.float16)
+    model.weight.data = torch.tensor([[1e-4, 2e-4, 3e-4, 4e-4]], dtype=torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1)
+    pomona.Pruner(model, optimizer, pomona.GSM(sparsity=0.5))
+    model.weight.grad = torch.full((1, 4), 1e-5, dtype=torch.float16)
+    optimizer.step()
+    assert (model.weight.grad != 0).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_passive_weight_follows_the_decay_law(nesterov: bool) -> None:
+    """One weight has all the gradient; the others decay as the exact recursion says, and near the exponent's law."""
+    lrs = [0.01] * 400
+    model = Tensors([np.array([[4.0, 1.0, -2.0]], dtype=np.float32)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.95, weight_decay=0.02, nesterov=nesterov)
+    pruner = pomona.Pruner(model, optimizer, pomona.GSM(sparsity=2 / 3, min_density=0.0))
+    for _ in lrs:
+        model.give([np.array([[1e-3, 1e-6, 1e-6]], dtype=np.float32)])
+        optimizer.step()
+    shrunk = oracles.passive_weight(lrs, 0.95, 0.02, nesterov=nesterov)
+    (value,) = model.numpy()
+    assert value[0, 1] == pytest.approx(shrunk, rel=1e-4)  # float32 against float64 over 400 steps
+    assert value[0, 2] == pytest.approx(-2 * shrunk, rel=1e-4)
+    exponent = pruner.metrics()["decay_exponent"]
+    assert exponent == pytest.approx(oracles.decay_exponent(lrs, 0.95, 0.02), rel=1e-12)
+    assert shrunk == pytest.approx(np.exp(-exponent), rel=0.1)  # the law is first order in lr * decay
+
+
+def test_sparsity_may_follow_a_schedule() -> None:
+    model = Tensors([np.ones((10, 10), dtype=np.float32)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+    pruner = pomona.Pruner(model, optimizer, pomona.GSM(sparsity=pomona.Linear(0.0, 0.9, steps=9)))
+    active = []
+    for step in range(11):
+        model.give([np.random.default_rng(step).random((10, 10)).astype(np.float32) + 0.1])
+        optimizer.step()
+        active.append(pruner.metrics()["active"])
+    assert active == [90, 80, 70, 60, 50, 40, 30, 20, 10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [
+        (90, r"sparsity must be in \[0, 1\), got 90 \(did you mean 0.9\?\)"),
+        (-0.1, r"sparsity must be in \[0, 1\), got -0.1"),
+        (float("nan"), r"sparsity must be in \[0, 1\), got nan"),
+        (1.0, r"sparsity must be in \[0, 1\), got 1.0"),
+        (pomona.Cubic(0.0, 1.0, steps=10), r"sparsity must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_sparsity_out_of_range_is_refused(sparsity: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pomona.GSM(sparsity)
+
+
+@pytest.mark.parametrize("min_density", [-0.1, 1.5, float("nan")])
+def test_min_density_out_of_range_is_refused(min_density: float) -> None:
+    with pytest.raises(ValueError, match=r"min_density must be in \[0, 1\]"):
+        pomona.GSM(0.9, min_density)

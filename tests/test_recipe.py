@@ -220,7 +220,7 @@ def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None
         ("prune.lrr=1", "unknown key prune.lrr (did you mean lr or lr_drop?); known: epochs, lr, lr_drops, "),
         (
             "lr=1",
-            "unknown key lr; known: title, source, model, data, batch_size, seed, eval_every, base, prune",
+            "unknown key lr; known: title, source, model, data, batch_size, seed, eval_every, precision, base, prune",
         ),
         (
             "method.min_densty=0",

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pomona.schedule import check_value
+
 _SAMPLE_STRIDE = 101  # prime, so that a sample does not fall on one column of a power-of-two layer
 
 
 def num_kept(sparsity: float, total: int) -> int:
     """``floor((1 - sparsity) total)``, GSM's Q; 0.9 of 1,000 keeps 100 although 1 - 0.9 < 0.1 in floating point."""
-    if not 0.0 <= sparsity < 1.0:  # also NaN
-        hint = f" (did you mean {sparsity / 100:g}?)" if 1.0 <= sparsity < 100.0 else ""
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}{hint}")
+    check_value("sparsity", sparsity, low=0.0, high=1.0)
     return math.floor(round((1.0 - sparsity) * total, 6))
 
 
@@ -91,7 +91,7 @@ def _top_k(flat: list[Tensor], k: int) -> list[Tensor]:
             kept[ties[-surplus:]] = False
     else:
         kept.zero_()
-    return list(kept.split([t.numel() for t in flat]))
+    return list(torch.split(kept, [t.numel() for t in flat]))
 
 
 def _kth_largest(joined: Tensor, k: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,12 +73,21 @@ def _remedy(exponent: float, num_steps: int, group: Mapping[str, Any]) -> str:
     if exponent <= 0.0:
         return "Momentum, weight decay and learning rate must all be above 0."
     missing = ENOUGH / exponent
-    momentum = 1.0 - (1.0 - group["momentum"]) / missing
-    return (
-        f"One of these is enough: momentum {math.ceil(1e4 * momentum) / 1e4:g} instead of {group['momentum']:g}, or "
-        f"{math.ceil(missing * num_steps):,} steps, or weight_decay {missing * group['weight_decay']:.2g} instead of "
-        f"{group['weight_decay']:.2g}, or learning rates {missing:.2g} times as high."
-    )
+    ways = [
+        f"{math.ceil(missing * num_steps):,} steps",
+        f"weight_decay {_rounded_up(missing * group['weight_decay'])} instead of {group['weight_decay']:g}",
+        f"learning rates {_rounded_up(missing)} times as high",
+    ]
+    left = (1.0 - group["momentum"]) / missing
+    if num_steps * left > 10.0:  # the law holds for runs much longer than the memory 1/(1 - momentum) of the buffer
+        ways.insert(0, f"momentum {1.0 - left:.5f} instead of {group['momentum']:g}")
+    return f"One of these is enough: {', or '.join(ways)}."
+
+
+def _rounded_up(number: float) -> str:
+    """Two significant digits, never less than ``number``."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{math.ceil(number / unit) * unit:.2g}"
 
 
 def learning_rates(

@@ -47,7 +47,7 @@ class Pruner:
 
     Example:
         >>> model = nn.Linear(20, 10)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.98, weight_decay=1e-3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.98, weight_decay=0.02)
         >>> pruner = Pruner(model, optimizer, pomona.GSM(sparsity=0.9))
         >>> for _ in range(100):
         ...     model(torch.randn(8, 20)).square().mean().backward()
@@ -157,7 +157,7 @@ class Pruner:
             handle.remove()
         self._handles = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -204,7 +204,7 @@ class Pruner:
         for w in weights:
             zero_(w.grad, self._pruned[w.name])
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _on_stepped(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         weights, self._in_step = self._in_step, None

@@ -137,7 +137,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "weights", "non-zero", "density", "dead channels", "why")]
+        rows: list[tuple[str, ...]] = [("layer", "shape", "weights", "non-zero", "density", "dead channels", "why")]
         for layer in self.layers:
             rows.append(
                 (

@@ -1,2 +1,31 @@
-def main() -> int:
-    return 0
+"""The command line: ``pomona train | ticket | diagnose | report | recipes``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from pomona.cli import diagnose, recipes, report, ticket, train
+
+_COMMANDS = (train, ticket, diagnose, report, recipes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="pomona", description="Prune a neural network while it trains.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_to(commands)
+    options = parser.parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"WARNING: {message}", file=sys.stderr, flush=True)
+    try:
+        status: int = options.run(options)
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:  # what users can mend; anything else is a defect and shows
+        print(f"pomona: error: {error}", file=sys.stderr)
+        return 2

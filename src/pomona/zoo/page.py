@@ -41,6 +41,7 @@ def write_page(rows: Sequence[Row], result: Result, pictures: Iterable[Path], pa
     sections = (
         _top(rows, result),
         _section("Accuracy", _accuracy(result)),
+        _section("Tickets", _tickets(result)),
         _section("Diagnosis", _diagnosis(result)),
         _section("Pictures", "\n".join(_picture(picture) for picture in pictures)),
         _section("Layers", _layers(result)),
@@ -119,21 +120,39 @@ def _verdict(value: float | None, wanted: float | None, tolerance: float | None)
     difference = value - wanted
     if abs(difference) <= tolerance + 1e-9:  # the decimals of a percentage are not exact in binary
         return f"\u2713 within {tolerance:g}"
-    side = "above" if difference > 0 else "below"
-    return f"\u2717 {abs(difference):.2f} {side}, tolerance {tolerance:g}"
+    if difference > 0:
+        return f"\u2713 {difference:.2f} above"
+    return f"\u2717 {-difference:.2f} below, tolerance {tolerance:g}"
+
+
+def _tickets(result: Result) -> str:
+    """The initial weights under the masks that were found, trained like the base model."""
+    tickets, expected = result.get("tickets") or {}, result.get("expected") or {}
+    if not tickets:
+        return ""
+    published = {"method": expected.get("ticket_accuracy"), "magnitude": expected.get("magnitude_ticket_accuracy")}
+    head = ["mask", ">weights", ">test accuracy", ">against base", ">published"]
+    base = _at(result, "accuracy", "base")
+    return _table(
+        head,
+        [
+            [
+                f"found by {name}",
+                _count(ticket.get("nonzero")),
+                _percent(ticket.get("accuracy")),
+                _difference(ticket.get("accuracy"), base),
+                _percent(published.get(name)),
+            ]
+            for name, ticket in tickets.items()
+        ],
+    )
 
 
 def _diagnosis(result: Result) -> str:
     diagnosis = result.get("diagnosis") or {}
     if not diagnosis:
         return ""
-    told = f"<p>{escape(str(diagnosis.get('message') or ''))}</p>"
-    return told + _pairs(
-        {
-            "decay exponent": _number(diagnosis.get("exponent")),
-            "shrinkage of a weight that never gets its gradient": _number(diagnosis.get("shrinkage")),
-        }
-    )
+    return f"<p>{escape(str(diagnosis.get('message') or ''))}</p>"
 
 
 def _layers(result: Result) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def draw_training(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path
             ax.locator_params(axis="y", nbins=3)
     for ax in axes:
         _quiet(ax)
-    _mark_stages(axes, rows, epochs)
+    _mark_stages(axes, rows)
     axes[-1].set_xlabel("epoch")
     axes[-1].set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     axes[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -181,9 +181,17 @@ def times(total: int, kept: int) -> str:
 
 
 def _epochs(rows: Sequence[Row]) -> list[int]:
-    """The epochs of all rows on one axis, on which pruning follows the base stage."""
-    num_base = max((row["epoch"] for row in rows if row.get("stage") == "base"), default=0)
-    return [row["epoch"] + (0 if row.get("stage") == "base" else num_base) for row in rows]
+    """The epochs of all rows on one axis, on which each stage follows the one before."""
+    begins = _begins(rows)
+    return [row["epoch"] + begins[row.get("stage")] for row in rows]
+
+
+def _begins(rows: Sequence[Row]) -> dict[Any, int]:
+    """Stage -> how many epochs the stages before it have."""
+    lengths: dict[Any, int] = {}
+    for row in rows:
+        lengths[row.get("stage")] = max(row["epoch"], lengths.get(row.get("stage"), 0))
+    return dict(zip(lengths, accumulate(lengths.values(), initial=0), strict=False))
 
 
 def _series(rows: Sequence[Row], epochs: list[int], key: str) -> tuple[list[int], list[float]]:
@@ -238,15 +246,14 @@ def _draw_outlines(ax: Any, seen: list[Row]) -> None:
     ax.set_xlabel("weights per bin")
 
 
-def _mark_stages(axes: Any, rows: Sequence[Row], epochs: list[int]) -> None:
-    num_base = max((x for x, row in zip(epochs, rows, strict=True) if row.get("stage") == "base"), default=0)
-    if not num_base or num_base == max(epochs):
-        return
-    for ax in axes:
-        ax.axvline(num_base + 0.5, color=_GREY, linewidth=0.8, linestyle=":")
-    for text, side, shift in (("base training", "right", -6), ("pruning", "left", 6)):
-        at, coords = (num_base + 0.5, 1), ("data", "axes fraction")
-        _note(axes[0], text, at, (shift, 7), coords=coords, side=side, colour=_GREY, size=9)
+def _mark_stages(axes: Any, rows: Sequence[Row]) -> None:
+    begins = _begins(rows)
+    for stage, begin in begins.items() if len(begins) > 1 else ():
+        if begin:
+            for ax in axes:
+                ax.axvline(begin + 0.5, color=_GREY, linewidth=0.8, linestyle=":")
+        at, coords = (begin + 0.5, 1), ("data", "axes fraction")
+        _note(axes[0], str(stage), at, (4, 7), coords=coords, side="left", colour=_GREY, size=9)
 
 
 def _figure(height: float, title: str, caption: str) -> Any:

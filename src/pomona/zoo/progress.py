@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from typing import TextIO
 
 _REFRESH_SECONDS = 0.2
@@ -33,12 +32,15 @@ class Progress:
         self._stream.write(text + "\n")
         self._stream.flush()
 
-    def status(self, text: Callable[[], str]) -> None:
-        """The live line; ``text`` is called only when it is shown, a few times a second."""
-        if not self._is_live or time.monotonic() - self._shown_at < _REFRESH_SECONDS:
-            return
+    @property
+    def is_due(self) -> bool:
+        """Whether the live line is to be shown again; never where there is none."""
+        return self._is_live and time.monotonic() - self._shown_at > _REFRESH_SECONDS
+
+    def status(self, text: str) -> None:
+        """Replace the live line."""
         self._clear()
-        self._stream.write(text()[: shutil.get_terminal_size().columns - 1])
+        self._stream.write(text[: shutil.get_terminal_size().columns - 1])
         self._stream.flush()
         self._shown_at = time.monotonic()
 

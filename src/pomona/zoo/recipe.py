@@ -113,17 +113,21 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """The published row.
+    """The published row: test accuracies in percent, of the last step of each training.
 
     Args:
-        base_accuracy: of the dense network on the test set, in percent.
-        accuracy: of the pruned one, after the cut, at the last step.
-        tolerance: how far from ``accuracy`` a run may end, in percentage points.
+        tolerance: how far below these a run may end, in percentage points.
+        base_accuracy: of the dense network.
+        accuracy: of the pruned one, after the cut.
+        ticket_accuracy: of the initial weights trained with the mask that the method found (``pomona ticket``).
+        magnitude_ticket_accuracy: the same with the largest weights of the dense network as the mask.
     """
 
-    base_accuracy: Annotated[float, _PERCENT]
-    accuracy: Annotated[float, _PERCENT]
     tolerance: Annotated[float, Interval(0, ends="()")]
+    base_accuracy: Annotated[float | None, _PERCENT] = None
+    accuracy: Annotated[float | None, _PERCENT] = None
+    ticket_accuracy: Annotated[float | None, _PERCENT] = None
+    magnitude_ticket_accuracy: Annotated[float | None, _PERCENT] = None
 
     def __post_init__(self) -> None:
         _check_intervals(self)
@@ -362,8 +366,10 @@ def _check(name: str, number: float, allowed: Interval) -> None:
 
 def _check_intervals(table: Recipe | Stage | Expected) -> None:
     for name, hint in get_type_hints(type(table), include_extras=True).items():
+        value = getattr(table, name)
         for allowed in getattr(hint, "__metadata__", ()):
-            _check(name, getattr(table, name), allowed)
+            if value is not None:
+                _check(name, value, allowed)
 
 
 def _check_name(key: str, name: str, known: Collection[str]) -> None:

@@ -7,6 +7,7 @@ killed and started again therefore ends with the same bits as one that was not.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -54,11 +55,34 @@ class Stopped(Exception):
 
 @dataclass
 class Learner:
-    """A model in training."""
+    """A model in training, and how far it has come in its phase."""
 
     model: nn.Module
     optimizer: SGD
     pruner: Pruner | None
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the epoch so far
+    num_right: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict() if self.pruner else None,
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss_sum": self.loss_sum,
+            "num_right": self.num_right,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.pruner:
+            self.pruner.load_state_dict(state["pruner"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.loss_sum, self.num_right = state["loss_sum"], state["num_right"]
 
 
 @dataclass(frozen=True)
@@ -108,14 +132,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches only, as in the papers."""
-        steps = len(self.data.train_labels) // self.recipe.batch_size
-        if steps == 0:
-            raise ValueError(
-                f"batch_size {self.recipe.batch_size} is larger than the {len(self.data.train_labels)} training "
-                f"examples of {self.data.name}"
-            )
-        return steps
+        return num_steps_per_epoch(self.recipe, self.data)
 
     def go(self) -> Memory:
         """Train what is left."""
@@ -130,55 +147,28 @@ class Run:
     def _train(self, index: int, inside: Mapping[str, Any] | None) -> None:
         phase = self.phases[index]
         learner = self._begin(phase)
-        step, loss_sum, num_right, seconds = 0, torch.zeros(()), torch.zeros((), dtype=torch.int64), 0.0
         if inside:
-            learner.model.load_state_dict(inside["model"])
-            learner.optimizer.load_state_dict(inside["optimizer"])
-            if learner.pruner:
-                learner.pruner.load_state_dict(inside["pruner"])
-            step, loss_sum, num_right = inside["step"], inside["loss_sum"].clone(), inside["num_right"].clone()
-            seconds = inside["seconds"]
+            learner.load_state_dict(inside)
         else:
-            self._announce(phase, learner)
-        clock = time.monotonic() - seconds
+            self._announce(phase)
+        clock = time.monotonic() - learner.seconds
         num_steps = phase.stage.epochs * self.steps_per_epoch
-
-        def save() -> None:
-            pruner = learner.pruner.state_dict() if learner.pruner else None
-            self._save(
-                index,
-                {
-                    "step": step,
-                    "loss_sum": loss_sum,
-                    "num_right": num_right,
-                    "seconds": time.monotonic() - clock,
-                    "model": learner.model.state_dict(),
-                    "optimizer": learner.optimizer.state_dict(),
-                    "pruner": pruner,
-                },
-            )
-
+        order = self._order(index, learner.step // self.steps_per_epoch)
         learner.model.train()
-        order = torch.empty(0, dtype=torch.int64)
-        while step < num_steps:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if position == 0 or not order.numel():
+        while learner.step < num_steps:
+            epoch, position = divmod(learner.step, self.steps_per_epoch)
+            if position == 0:
                 order = self._order(index, epoch)
-            batch = order[position * self.recipe.batch_size : (position + 1) * self.recipe.batch_size]
-            loss, right = self._step(phase.stage, learner, batch, step)
-            loss_sum += loss
-            num_right += right
-            step += 1
-            self.progress.status(lambda: self._status(phase, step, num_steps, time.monotonic() - clock))
-            if step % self.steps_per_epoch == 0:
-                self._log(phase, learner, step, loss_sum, num_right, time.monotonic() - clock)
-                loss_sum.zero_()
-                num_right.zero_()
-                if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
-                    save()
+            start = position * self.recipe.batch_size
+            self._step(phase.stage, learner, order[start : start + self.recipe.batch_size])
+            learner.seconds = time.monotonic() - clock
+            if self.progress.is_due:
+                self.progress.status(self._status(phase, learner, num_steps))
+            if position == self.steps_per_epoch - 1:
+                self._end_epoch(index, learner)
             if self._stop:
-                save()
-                raise Stopped(f"stopped in {phase.name} at step {step:,} of {num_steps:,}")
+                self._save(index, learner)
+                raise Stopped(f"stopped in {phase.name} at step {learner.step:,} of {num_steps:,}")
         phase.finish(self, learner)
         self.memory.setdefault("seconds", {})[phase.name] = time.monotonic() - clock
         self._save(index + 1, None)
@@ -200,7 +190,7 @@ class Run:
         )
         return Learner(model, optimizer, phase.attach(self.recipe, model, optimizer))
 
-    def _announce(self, phase: Phase, learner: Learner) -> None:
+    def _announce(self, phase: Phase) -> None:
         stage = phase.stage
         self.progress.line(
             f"{phase.name}: {stage.epochs} epochs of {self.steps_per_epoch} steps, batch {self.recipe.batch_size}, "
@@ -214,8 +204,8 @@ class Run:
         seed = (self.recipe.seed * 1_000 + phase) * 1_000_000 + epoch
         return torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(seed))
 
-    def _step(self, stage: Stage, learner: Learner, batch: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        lr = stage.learning_rate(step, self.steps_per_epoch)
+    def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
+        lr = stage.learning_rate(learner.step, self.steps_per_epoch)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         images, labels = self.data.train_images[batch], self.data.train_labels[batch]
@@ -225,7 +215,9 @@ class Run:
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         learner.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+        learner.loss_sum += loss.detach()
+        learner.num_right += (logits.detach().argmax(1) == labels).sum()
+        learner.step += 1
 
     def evaluate(self, model: nn.Module) -> float:
         """Accuracy on the test set in percent, in float32."""
@@ -240,17 +232,16 @@ class Run:
 
     # What is told and kept
 
-    def _log(
-        self, phase: Phase, learner: Learner, step: int, loss_sum: Tensor, num_right: Tensor, seconds: float
-    ) -> None:
-        epoch = step // self.steps_per_epoch
+    def _end_epoch(self, index: int, learner: Learner) -> None:
+        phase = self.phases[index]
+        epoch = learner.step // self.steps_per_epoch
         row: dict[str, Any] = {
             "stage": phase.name,
             "epoch": epoch,
-            "step": step,
+            "step": learner.step,
             "lr": learner.optimizer.param_groups[0]["lr"],
-            "loss": float(loss_sum) / self.steps_per_epoch,
-            "train_accuracy": 100.0 * int(num_right) / (self.steps_per_epoch * self.recipe.batch_size),
+            "loss": float(learner.loss_sum) / self.steps_per_epoch,
+            "train_accuracy": 100.0 * int(learner.num_right) / (self.steps_per_epoch * self.recipe.batch_size),
         }
         is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
         if is_tested:
@@ -258,41 +249,45 @@ class Run:
         if learner.pruner and not learner.pruner.is_hardened:
             row |= learner.pruner.metrics()
             if is_tested:
-                row |= self._cut_now(learner)
-        row["seconds"] = round(seconds, 3)
+                row |= self._cut_now(learner.model, learner.pruner)
+        row["seconds"] = round(learner.seconds, 3)
         self.rows.append(row)
         with self._metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if is_tested:
             self.progress.line(_describe(row, phase.stage.epochs))
+        learner.loss_sum.zero_()
+        learner.num_right.zero_()
+        if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
+            self._save(index, learner)
 
-    def _cut_now(self, learner: Learner) -> dict[str, Any]:
-        assert learner.pruner is not None
-        histogram = _histogram([p.detach() for p in learner.pruner.parameters().values()])
-        with learner.pruner.trial_cut() as cut:
+    def _cut_now(self, model: nn.Module, pruner: Pruner) -> dict[str, Any]:
+        histogram = _histogram([p.detach() for p in pruner.parameters().values()])
+        with pruner.trial_cut() as cut:
             return {
-                "accuracy_if_cut": self.evaluate(learner.model),
+                "accuracy_if_cut": self.evaluate(model),
                 "largest_cut": cut.largest_cut,
                 "kept": {layer.name: layer.nonzero for layer in cut.layers},
                 "histogram": histogram,
             }
 
-    def _status(self, phase: Phase, step: int, num_steps: int, seconds: float) -> str:
-        last = next((row for row in reversed(self.rows) if row["stage"] == phase.name), None)
-        parts = [f"{phase.name} {100 * step / num_steps:.1f} %"]
-        if last:
-            parts.append(f"loss {last['loss']:.4f}")
-            if "active" in last:
-                parts.append(f"active {last['active']:,.0f}")
-            if "decay_exponent" in last:
-                parts.append(f"decay {last['decay_exponent']:.2f}")
-        parts.append(f"ETA {duration(seconds / step * (num_steps - step))}")
-        return ", ".join(parts)
+    def _status(self, phase: Phase, learner: Learner, num_steps: int) -> str:
+        row = next(
+            (row for row in reversed(self.rows) if row["stage"] == phase.name), {"stage": phase.name, "epoch": 0}
+        )
+        left = learner.seconds / learner.step * (num_steps - learner.step)
+        return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {_describe(row, phase.stage.epochs)}"
 
-    def _save(self, phase: int, inside: dict[str, Any] | None) -> None:
-        done = sum(p.stage.epochs * self.steps_per_epoch for p in self.phases[:phase])
-        state = {"phase": phase, "inside": inside, "memory": self.memory, "num_rows": len(self.rows)}
-        self._checkpoints.save(state, done + phase + (inside["step"] if inside else 0))
+    def _save(self, index: int, learner: Learner | None) -> None:
+        """A checkpoint inside phase ``index``, or before its first step."""
+        done = sum(phase.stage.epochs * self.steps_per_epoch + 1 for phase in self.phases[:index])
+        state = {
+            "phase": index,
+            "inside": learner.state_dict() if learner else None,
+            "memory": self.memory,
+            "num_rows": len(self.rows),
+        }
+        self._checkpoints.save(state, done + (learner.step if learner else 0))
         self._saved_at = time.monotonic()
 
     def _load(self) -> dict[str, Any] | None:
@@ -328,22 +323,21 @@ class Run:
                 signal.signal(number, handler)
 
 
+_COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
+    "lr": ("lr", ".2g"),
+    "loss": ("loss", ".4f"),
+    "train_accuracy": ("train", ".2f"),
+    "test_accuracy": ("test", ".2f"),
+    "accuracy_if_cut": ("if cut", ".2f"),
+    "largest_cut": ("largest cut", ".2g"),
+    "active": ("active", ",.0f"),
+    "decay_exponent": ("decay", ".2f"),
+}
+
+
 def _describe(row: Mapping[str, Any], epochs: int) -> str:
-    parts = [
-        f"{row['stage']} {row['epoch']}/{epochs}",
-        f"lr {row['lr']:.2g}",
-        f"loss {row['loss']:.4f}",
-        f"train {row['train_accuracy']:.2f}",
-        f"test {row['test_accuracy']:.2f}",
-    ]
-    if "accuracy_if_cut" in row:
-        parts.append(f"if cut {row['accuracy_if_cut']:.2f}")
-        parts.append(f"largest cut {row['largest_cut']:.2g}")
-    if "active" in row:
-        parts.append(f"active {row['active']:,.0f}")
-    if "decay_exponent" in row:
-        parts.append(f"decay {row['decay_exponent']:.2f}")
-    return "  ".join(parts)
+    known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
+    return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
 
 
 def _histogram(tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -356,6 +350,16 @@ def _histogram(tensors: Sequence[Tensor]) -> dict[str, Any]:
         "counts": [int(c) for c in counts],
         "zeros": magnitudes.numel() - alive.numel(),
     }
+
+
+def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
+    """Full batches only, as in the papers."""
+    steps = len(data.train_labels) // recipe.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is more than the {len(data.train_labels)} training examples of {data.name}"
+        )
+    return steps
 
 
 def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
@@ -433,12 +437,20 @@ def train(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress
         Stopped: by SIGINT or SIGTERM, after a checkpoint.
     """
     run = open_run("train", recipe, data, folder, train_phases(recipe), threads=threads, progress=progress)
-    memory = run.go()
-    result = _result(run, threads)
-    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
-    torch.save({name: t.contiguous() for name, t in memory["model"].items()}, folder / "model.pt")
-    progress.line(memory["table"])
-    write_report(folder)
+    run.go()
+    return conclude(run, threads, {})
+
+
+def conclude(run: Run, threads: int, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what a finished run leaves: ``result.json``, ``model.pt``, pictures and page."""
+    result = _result(run, threads) | dict(more)
+    write_atomically(run.folder / "result.json", json.dumps(result, indent=2).encode())
+    weights = io.BytesIO()
+    torch.save({name: t.contiguous() for name, t in run.memory["model"].items()}, weights)
+    write_atomically(run.folder / "model.pt", weights.getvalue())
+    run.progress.line(run.memory["table"])
+    for path in write_report(run.folder):
+        run.progress.line(str(path))
     return result
 
 
@@ -498,15 +510,11 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
     outside = [{"name": n, "total": sizes.get(n, 0), "reason": why} for n, why in report["outside"].items()]
     plain = recipe.to_dict()
     return {
-        "title": recipe.title,
-        "source": recipe.source,
-        "recipe": plain,
-        "data": run.data.description,
-        "seed": recipe.seed,
+        **_title(plain, run.data.description),
         **environment(threads),
         "seconds": sum(memory["seconds"].values()),
         "accuracy": memory["accuracy"],
-        "expected": plain["expected"],
+        "expected": plain.get("expected"),
         "diagnosis": diagnosis
         and {
             "exponent": diagnosis.exponent,
@@ -514,7 +522,14 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
             "message": str(diagnosis),
         },
         "report": report | {"outside": outside},
+        "table": memory["table"],
     }
+
+
+def _title(recipe: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """What is known of a run before it has finished."""
+    known = {key: recipe[key] for key in ("title", "source", "seed")}
+    return {**known, "recipe": dict(recipe), "data": data}
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -542,9 +557,25 @@ def _commit() -> str | None:
         return None
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """The result of the run in ``folder``; of one that has not finished, what it was told to do."""
+    try:
+        finished = folder / "result.json"
+        if finished.exists():
+            result: dict[str, Any] = json.loads(finished.read_text())
+            return result
+        manifest = json.loads((folder / "run.json").read_text())
+        return _title(manifest["recipe"], manifest["data"])
+    except FileNotFoundError:
+        raise FolderError(f"{folder} holds no run of pomona (there is no run.json in it)") from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise FolderError(f"the run in {folder} cannot be read: {error!r}") from None
+
+
 def write_report(folder: Path) -> list[Path]:
     """Draw the pictures and write ``report.html`` of the run in ``folder``, finished or not."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((folder / "result.json").read_text())
+    result = read_run(folder)
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     pictures = draw_all(rows, result, folder)
     return [write_page(rows, result, pictures, folder / "report.html"), *pictures]

@@ -1,0 +1,41 @@
+# `make demo` and `make test` set themselves up: a virtual environment in .venv, with what constraints.txt pins.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Tried only if torch's CPU build is not found where pip looks already.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-slow format clean
+
+demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in about a minute
+	$(VENV)/bin/pomona train demo --out runs/demo
+
+test: $(VENV)/.test  ## all that CI runs
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) coverage run -m pytest
+	$(RUN) coverage report
+
+test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kills at random moments
+	$(RUN) pytest -m slow
+
+format: $(VENV)/.test
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+clean:
+	rm -rf $(VENV) .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Pomona needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.zoo: EXTRA := zoo
+$(VENV)/.test: EXTRA := test
+$(VENV)/.zoo $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[$(EXTRA)]' || $(INSTALL) --extra-index-url $(TORCH_INDEX) -e '.[$(EXTRA)]'
+	@touch $@

@@ -1,0 +1,7 @@
+"""``python -m pomona``."""
+
+import sys
+
+from pomona.cli import main
+
+sys.exit(main())

@@ -1,0 +1,39 @@
+"""``pomona diagnose``: can this recipe's run succeed, before it is spent?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pomona.cli.train import add_recipe_options, load
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diagnose",
+        help="tell, before training, whether a recipe's passive weights will reach zero",
+        description="Compute the decay exponent of a recipe's pruning stage: how far momentum and weight decay shrink "
+        "a weight that no gradient feeds. Exits with 1 if that is not far enough for a cut without loss.",
+    )
+    add_recipe_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pomona.zoo.train import diagnose, num_steps_per_epoch
+
+    recipe, data = load(options)
+    stage = recipe.prune
+    steps_per_epoch = num_steps_per_epoch(recipe, data)
+    print(f"{recipe.title}: {recipe.method}")
+    print(f"data: {data.description}")
+    print(
+        f"prune: {stage.epochs} epochs of {steps_per_epoch} steps, lr {stage.lr:g} times {stage.lr_drop:g} after "
+        f"{list(stage.lr_drops)}, momentum {stage.momentum:g}, weight decay {stage.weight_decay:g}"
+    )
+    diagnosis = diagnose(recipe, steps_per_epoch)
+    if diagnosis is None:
+        print("this method has no diagnosis")
+        return 0
+    print(diagnosis)
+    return 0 if diagnosis.is_enough else 1

@@ -1,0 +1,62 @@
+"""``pomona report``: what is in a run's folder or in a file of weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="count the zeros of a run or of any state dict, and draw a run's pictures",
+        description="Of a run's folder, finished or not: the table, the pictures and report.html, made anew. Of a "
+        "file: the zeros of every tensor of two or more dimensions in a state dict saved by torch.save.",
+    )
+    parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="a run's folder, or a file of weights")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.path.is_dir():
+        return _report_run(options.path, as_json=options.json)
+    report = _report_file(options.path)
+    print(report.to_json() if options.json else report)
+    return 0
+
+
+def _report_run(folder: Path, *, as_json: bool) -> int:
+    import json
+
+    from pomona.zoo.train import read_run, write_report
+
+    result = read_run(folder)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"{result['title']}, seed {result['seed']}\ndata: {result['data']}")
+    if "table" in result:
+        print(result["table"])
+    else:
+        print("this run has not finished; the pictures show how far it has come")
+    for path in write_report(folder):
+        print(path)
+    return 0
+
+
+def _report_file(path: Path) -> Any:
+    import torch
+
+    from pomona.report import Report, report_layer
+
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    layers = [report_layer(name, t) for name, t in tensors.items() if t.ndim >= 2 and t.is_floating_point()]
+    if not layers:
+        raise ValueError(f"{path} holds no floating-point tensor of two or more dimensions (keys: {list(state)[:5]})")
+    inside = {layer.name for layer in layers}
+    return Report(tuple(layers), {name: "fewer than 2 dimensions" for name in tensors if name not in inside})

@@ -1,0 +1,103 @@
+"""``pomona train``: train and prune by a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train and prune by a recipe",
+        description="Train and prune by a recipe. A run that was stopped or killed goes on where it was when the same "
+        "command is given again, and ends with the same bits.",
+    )
+    add_run_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all commands with runs share."""
+    add_recipe_options(parser)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run (default: runs/RECIPE-seedN)")
+    parser.add_argument("--threads", metavar="N", type=_positive, help="threads of torch (default: all cores, up to 4)")
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """The recipe, changes to it, and where its data are."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name that `pomona recipes` lists")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="change one value of the recipe, e.g. --set prune.lr=0.01; may be given several times",
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
+    return number
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Recipe and data of the options."""
+    from pomona.zoo.data import DATA
+    from pomona.zoo.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    return recipe, DATA[recipe.data](options.data_dir)
+
+
+def folder_of(options: argparse.Namespace, recipe: Any, suffix: str = "") -> Path:
+    """Where the run goes."""
+    out: Path = options.out or Path("runs") / f"{Path(options.recipe).stem}{suffix}-seed{recipe.seed}"
+    return out
+
+
+def threads_of(options: argparse.Namespace, folder: Path) -> int:
+    """As asked for, else as the run began, else the cores that this process may use."""
+    if options.threads:
+        return int(options.threads)
+    try:
+        return int(json.loads((folder / "run.json").read_text())["threads"])
+    except (OSError, ValueError, KeyError):
+        return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+
+
+def until_stopped(
+    train: Callable[..., dict[str, Any]], options: argparse.Namespace, suffix: str = ""
+) -> dict[str, Any]:
+    """Run a training function on the options; a stop by a signal exits with 130."""
+    from pomona.zoo.progress import Progress
+    from pomona.zoo.train import Stopped
+
+    recipe, data = load(options)
+    folder = folder_of(options, recipe, suffix)
+    try:
+        return train(recipe, data, folder, threads=threads_of(options, folder), progress=Progress())
+    except Stopped as stopped:
+        print(f"{stopped}; give the same command again to go on. Checkpoint and metrics are in {folder}")
+        sys.exit(130)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pomona.zoo.train import train
+
+    result = until_stopped(train, options)
+    accuracy = result["accuracy"]
+    print(
+        f"{result['report']['compression']:.1f}x compression; accuracy {accuracy['base']:.2f} dense, "
+        f"{accuracy['before_cut']:.2f} before the cut, {accuracy['after_cut']:.2f} after, on {result['data']}"
+    )
+    return 0
