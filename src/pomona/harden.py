@@ -63,7 +63,7 @@ class _Zeros(Method):
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         return [w.value != 0 for w in weights]
 
-    def why(self, total: int, kept: int) -> str:
+    def why(self, total: int, kept: int, density: float) -> str:
         return "what was not zero when hold() was called"
 
 

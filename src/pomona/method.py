@@ -78,8 +78,8 @@ class Method(ABC):
         """How many of ``total`` weights may survive ``harden()`` at most; None if the method does not say."""
         return None
 
-    def why(self, total: int, kept: int) -> str:
-        """How a layer of ``total`` weights came to keep ``kept``: one clause, for the report."""
+    def why(self, total: int, kept: int, density: float) -> str:
+        """One clause: how a layer came to keep ``kept`` of ``total`` weights; all layers keep the share ``density``."""
         return ""
 
     def forecast(self, lrs: Sequence[float], group: Mapping[str, Any]) -> Diagnosis | None:

@@ -379,11 +379,14 @@ class Pruner:
 
     def _report(self, pruned: Mapping[str, Tensor], cuts: Mapping[str, float]) -> Report:
         weights = self._weights(with_grad=False)
+        kept = {name: int((~mask).sum()) for name, mask in pruned.items()}
+        total = sum(w.value.numel() for w in weights)
         layers = []
         for w in weights:
-            kept = int((~pruned[w.name]).sum()) if w.name in pruned else 0
-            reason = self.method.why(w.value.numel(), kept) if w.name in pruned else "not cut yet"
-            layers.append(report_layer(w.name, w.value, largest_cut=cuts.get(w.name), reason=reason))
+            why = "not cut yet"
+            if w.name in kept:
+                why = self.method.why(w.value.numel(), kept[w.name], sum(kept.values()) / total)
+            layers.append(report_layer(w.name, w.value, largest_cut=cuts.get(w.name), reason=why))
         before, after = self._accuracy
         return Report(
             layers=tuple(layers),

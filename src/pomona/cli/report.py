@@ -51,7 +51,14 @@ def _report_file(path: Path) -> Any:
 
     from pomona.report import Report, report_layer
 
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:  # its own errors name the path
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load documents no closed list
+            raise ValueError(
+                f"{path} cannot be read as weights: torch.load(weights_only=True) raises {type(error).__name__}. Save "
+                "the state dict alone: torch.save(model.state_dict(), path)"
+            ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}

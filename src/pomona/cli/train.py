@@ -44,7 +44,10 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
     return number
@@ -84,11 +87,14 @@ def until_stopped(
 
     recipe, data = load(options)
     folder = folder_of(options, recipe, suffix)
+    progress = Progress()
     try:
-        return train(recipe, data, folder, threads=threads_of(options, folder), progress=Progress())
+        return train(recipe, data, folder, threads=threads_of(options, folder), progress=progress)
     except Stopped as stopped:
-        print(f"{stopped}; give the same command again to go on. Checkpoint and metrics are in {folder}")
+        progress.line(f"{stopped}; give the same command again to go on. Checkpoint and metrics are in {folder}")
         sys.exit(130)
+    finally:
+        progress.clear()
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -121,10 +121,12 @@ class GSM(Method):
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)
 
-    def why(self, total: int, kept: int) -> str:
-        if kept == math.ceil(round(self.min_density * total, 6)):
+    def why(self, total: int, kept: int, density: float) -> str:
+        if kept == 0:
+            return "emptied: none of its weights is above the one cut on |w| for all layers"
+        if self.min_density > 0.0 and kept == math.ceil(round(self.min_density * total, 6)):
             return f"held at the floor min_density={self.min_density:g}"
-        return "its weights among the largest of the whole network"
+        return f"one cut on |w| for all layers: {kept / total / density:.2g}x the network's share"
 
     def forecast(self, lrs: Sequence[float], group: Mapping[str, Any]) -> Diagnosis:
         exponent = sum(decay_per_step(lr, group) for lr in lrs)

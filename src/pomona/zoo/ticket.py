@@ -85,6 +85,9 @@ def train_tickets(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, 
     Returns:
         The content of ``result.json``; ``tickets`` in it has accuracy, count and per-layer counts for each mask.
     """
+    total = sum(p.numel() for p in _kernels(build_model(recipe.model, seed=recipe.seed)).values())
+    if recipe.method.budget(total, 0) == total:
+        raise ValueError("method.compression must leave out at least one weight, or there is no ticket to train")
     run = open_run("ticket", recipe, data, folder, ticket_phases(recipe), threads=threads, progress=progress)
     memory = run.go()
     both = sum(int((a & memory["masks"]["magnitude"][name]).sum()) for name, a in memory["masks"]["method"].items())

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,7 @@ class Run:
         folder: holds ``metrics.jsonl`` and the checkpoints; made if missing.
         phases: in order.
         progress: where to tell of it.
+        lock: what keeps other processes out of the folder as long as it is open.
     """
 
     recipe: Recipe
@@ -121,6 +122,7 @@ class Run:
     folder: Path
     phases: Sequence[Phase]
     progress: Progress
+    lock: TextIO
     memory: Memory = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     _stop: bool = False
@@ -136,9 +138,9 @@ class Run:
 
     def go(self) -> Memory:
         """Train what is left."""
-        resumed = self._load()
-        first = resumed["phase"] if resumed else 0
-        with self._stop_on_signal():
+        with self.lock, self._stop_on_signal():
+            resumed = self._load()
+            first = resumed["phase"] if resumed else 0
             for index in range(first, len(self.phases)):
                 inside = resumed["inside"] if resumed and index == first else None
                 self._train(index, inside)
@@ -196,9 +198,6 @@ class Run:
             f"{phase.name}: {stage.epochs} epochs of {self.steps_per_epoch} steps, batch {self.recipe.batch_size}, "
             f"lr {stage.lr:g}, momentum {stage.momentum:g}, weight decay {stage.weight_decay:g}"
         )
-        diagnosis = diagnose(self.recipe, self.steps_per_epoch)
-        if phase.name == "prune" and diagnosis is not None:
-            self.progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
 
     def _order(self, phase: int, epoch: int) -> Tensor:
         seed = (self.recipe.seed * 1_000 + phase) * 1_000_000 + epoch
@@ -250,16 +249,27 @@ class Run:
             row |= learner.pruner.metrics()
             if is_tested:
                 row |= self._cut_now(learner.model, learner.pruner)
+        if not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
+            stage = phase.name if phase.name == "prune" else "base"
+            raise ValueError(f"{phase.name} diverged: weights are not finite after epoch {epoch}; lower {stage}.lr")
         row["seconds"] = round(learner.seconds, 3)
         self.rows.append(row)
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(row)
         if is_tested:
             self.progress.line(_describe(row, phase.stage.epochs))
         learner.loss_sum.zero_()
         learner.num_right.zero_()
         if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
             self._save(index, learner)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that counts it
+        except OSError as error:
+            raise OSError(error.errno, f"could not write {self._metrics}: {error.strerror}") from error
 
     def _cut_now(self, model: nn.Module, pruner: Pruner) -> dict[str, Any]:
         histogram = _histogram([p.detach() for p in pruner.parameters().values()])
@@ -299,9 +309,13 @@ class Run:
             return None
         state, _ = found
         self.memory = state["memory"]
-        lines = self._metrics.read_text().splitlines()[: state["num_rows"]]
-        self.rows = [json.loads(line) for line in lines]
-        write_atomically(self._metrics, "".join(line + "\n" for line in lines).encode())
+        self.rows = read_rows(self._metrics)[: state["num_rows"]]
+        if len(self.rows) < state["num_rows"]:
+            self.progress.line(
+                f"WARNING: {self._metrics} has only {len(self.rows)} of {state['num_rows']} rows; the pictures and "
+                "the page will lack the others, the weights are not affected"
+            )
+        write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         if state["phase"] < len(self.phases):
             step = state["inside"]["step"] if state["inside"] else 0
             self.progress.line(f"resuming {self.phases[state['phase']].name} after step {step:,}")
@@ -321,6 +335,17 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows that are whole: a full disk or a power cut may have cut off the last."""
+    rows = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 _COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
@@ -465,34 +490,65 @@ def open_run(
     progress: Progress,
 ) -> Run:
     """Claim the folder for this run, or find that it is already its own."""
+    steps_per_epoch = num_steps_per_epoch(recipe, data)  # refuses before the folder is claimed
     torch.set_num_threads(threads)
-    identity = {"command": command, "recipe": recipe.to_dict(), "data": data.description, "threads": threads}
-    _claim(folder, identity)
+    lock = _claim(
+        folder,
+        {
+            "command": command,
+            "recipe": recipe.to_dict(),
+            "data": data.description,
+            "checksum": data.checksum,
+            "threads": threads,
+        },
+    )
     progress.line(f"{recipe.title} ({recipe.source}), seed {recipe.seed}, {threads} thread{'s' * (threads > 1)}")
     progress.line(f"data: {data.description}")
     progress.line(f"folder: {folder}")
-    return Run(recipe, data, folder, phases, progress)
+    diagnosis = diagnose(recipe, steps_per_epoch)
+    if diagnosis is not None:
+        progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
+    return Run(recipe, data, folder, phases, progress, lock)
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
+def _claim(folder: Path, identity: dict[str, Any]) -> TextIO:
+    """Make the folder this run's, or find that it is; returns the lock that is held on it."""
     manifest = folder / "run.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.exists():
-            if any(folder.iterdir()):
+            if any(path.name != f".{manifest.name}.tmp" for path in folder.iterdir()):  # left by a kill
                 raise FolderError(f"{folder} is not empty and holds no run; name another with --out")
             write_atomically(manifest, json.dumps(identity, indent=2).encode())
-            return
     except OSError as error:
         raise FolderError(f"cannot write to {folder}: {error}; name another with --out") from None
     if not os.access(folder, os.W_OK):
         raise FolderError(f"cannot write to {folder}; name another with --out")
-    there = _flatten(json.loads(manifest.read_text()))
-    here = _flatten(json.loads(json.dumps(identity)))
+    try:
+        there = _flatten(json.loads(manifest.read_text()))
+        del there["data"]  # names a folder, which may have moved; the checksum tells whether the data are the same
+    except (json.JSONDecodeError, AttributeError, KeyError) as error:
+        raise FolderError(f"{manifest} cannot be read: {error!r}; delete {folder} to start again") from None
+    here = _flatten(json.loads(json.dumps({key: value for key, value in identity.items() if key != "data"})))
     different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if different:
         lines = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in different[:4])
         raise FolderError(f"{folder} belongs to another run: {lines}. Name another folder with --out, or delete it")
+    return _lock(manifest)
+
+
+def _lock(manifest: Path) -> TextIO:
+    """Held until closed or the process ends, however it ends; not on Windows, which has no such lock."""
+    lock = manifest.open()
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise FolderError(f"another process is running in {manifest.parent}; wait for it or end it") from None
+    return lock
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -563,19 +619,18 @@ def read_run(folder: Path) -> dict[str, Any]:
         finished = folder / "result.json"
         if finished.exists():
             result: dict[str, Any] = json.loads(finished.read_text())
-            return result
+            return result | _title(result["recipe"], result["data"])
         manifest = json.loads((folder / "run.json").read_text())
         return _title(manifest["recipe"], manifest["data"])
     except FileNotFoundError:
         raise FolderError(f"{folder} holds no run of pomona (there is no run.json in it)") from None
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FolderError(f"the run in {folder} cannot be read: {error!r}") from None
 
 
 def write_report(folder: Path) -> list[Path]:
     """Draw the pictures and write ``report.html`` of the run in ``folder``, finished or not."""
     result = read_run(folder)
-    metrics = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    rows = read_rows(folder / "metrics.jsonl")
     pictures = draw_all(rows, result, folder)
     return [write_page(rows, result, pictures, folder / "report.html"), *pictures]
