@@ -44,17 +44,23 @@ def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) 
         raise ValueError(f"k must be in [0, {sum(sizes)}], the number of scores, got {k}")
     if not 0.0 <= min_density <= 1.0:
         raise ValueError(f"min_density must be in [0, 1], got {min_density}")
+    floors = check_floors(sizes, k, min_density)
+    flat = [score.reshape(-1) for score in scores]
+    masks = _top_k(flat, k)
+    if min_density > 0.0:
+        masks = _raise_to_floors(flat, masks, floors, k)
+    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
+
+
+def check_floors(sizes: Sequence[int], k: int, min_density: float) -> list[int]:
+    """The floor of each tensor; ValueError if together they exceed ``k``."""
     floors = [math.ceil(round(min_density * size, 6)) for size in sizes]
     if sum(floors) > k:
         raise ValueError(
             f"min_density={min_density:g} alone keeps {sum(floors)} of {sum(sizes)} scores, more than the budget of "
             f"{k}; lower min_density or the sparsity"
         )
-    flat = [score.reshape(-1) for score in scores]
-    masks = _top_k(flat, k)
-    if min_density > 0.0:
-        masks = _raise_to_floors(flat, masks, floors, k)
-    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
+    return floors
 
 
 def _raise_to_floors(flat: list[Tensor], masks: list[Tensor], floors: list[int], k: int) -> list[Tensor]:

@@ -90,10 +90,10 @@ def _rounded_up(number: float) -> str:
     return f"{math.ceil(number / unit) * unit:.2g}"
 
 
-def learning_rates(
+def rehearse(
     optimizer: Optimizer, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1
-) -> list[list[float]]:
-    """Learning rates of the next ``num_steps`` steps, a list for each parameter group, by a rehearsal on a copy.
+) -> list[list[dict[str, Any]]]:
+    """The settings of each parameter group at the next ``num_steps`` steps, by a rehearsal on a copy.
 
     Args:
         optimizer: is not touched.
@@ -104,20 +104,25 @@ def learning_rates(
     """
     if num_steps < 1 or steps_per_update < 1:
         raise ValueError(f"num_steps and steps_per_update must be >= 1, got {num_steps} and {steps_per_update}")
-    groups = [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
+    # Schedulers write into a learning rate that is a tensor, so the rehearsal must not share it.
+    groups = [copy.deepcopy({**group, "params": [torch.zeros(1)]}) for group in optimizer.param_groups]
     if scheduler is None:
-        return [[float(group["lr"])] * num_steps for group in groups]
+        return [[_settings(group)] * num_steps for group in groups]
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ValueError("ReduceLROnPlateau follows the loss, so its learning rates cannot be known beforehand")
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     stand_in.param_groups = groups
     rehearsed = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
-    rates: list[list[float]] = [[] for _ in groups]
+    ahead: list[list[dict[str, Any]]] = [[] for _ in groups]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "step() of the scheduler before the optimizer": the rehearsal has no steps
         for step in range(1, num_steps + 1):
-            for rate, group in zip(rates, groups, strict=True):
-                rate.append(float(group["lr"]))
+            for settings, group in zip(ahead, groups, strict=True):
+                settings.append(_settings(group))
             if step % steps_per_update == 0:
                 rehearsed.step()
-    return rates
+    return ahead
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in group.items() if key != "params"}, "lr": float(group["lr"])}

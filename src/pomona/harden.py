@@ -30,12 +30,12 @@ def zero_copy_(copy: nn.Module, pruned: Mapping[str, Tensor]) -> None:
     An average of zeros stays zero, so once is enough. Parameters are found by name, with or without the
     ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front.
     """
-    for name, parameter in _same_names(copy, pruned).items():
+    for name, parameter in same_names(copy, pruned).items():
         zero_(parameter, pruned[name].to(parameter.device))
 
 
-def _same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    parameters = dict(copy.named_parameters())
+def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    parameters = dict(copy.named_parameters(remove_duplicate=False))  # tied ones under each of their names
     found = {}
     for name, mask in pruned.items():
         parameter = parameters.get(name, parameters.get(f"module.{name}"))
@@ -51,7 +51,7 @@ def _same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, nn.P
 
 def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, int]:
     """Name -> number of weights that should be zero in ``copy`` and are not, where there are any."""
-    found = _same_names(copy, pruned)
+    found = same_names(copy, pruned)
     counts = {name: int((p.detach()[pruned[name].to(p.device)] != 0).sum()) for name, p in found.items()}
     return {name: count for name, count in counts.items() if count}
 

@@ -38,6 +38,7 @@ class Weight:
         grad: their gradient, same shape, unscaled; edit in place.
         group: the optimizer's parameter group that holds it, as it is now; read only.
         state: what ``init`` returned; edit in place; saved by the Pruner.
+        moves: False in a step without a gradient for it: the optimizer passes it over, decay included.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Weight:
     grad: Tensor
     group: Mapping[str, Any]
     state: dict[str, Tensor]
+    moves: bool = True
 
     @property
     def lr(self) -> float:
@@ -59,6 +61,9 @@ class Method(ABC):
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""
+
+    def check_weights(self, weights: Sequence[Weight]) -> None:
+        """Raise ValueError if the method cannot prune these weights as it is set."""
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         """State of one weight. Tensors made by ``zeros_like(w.value)`` reshard by themselves."""
@@ -82,8 +87,8 @@ class Method(ABC):
         """One clause: how a layer came to keep ``kept`` of ``total`` weights; all layers keep the share ``density``."""
         return ""
 
-    def forecast(self, lrs: Sequence[float], group: Mapping[str, Any]) -> Diagnosis | None:
-        """Whether a run with these learning rates, one a step, can succeed; None if the method cannot tell."""
+    def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis | None:
+        """Whether a run with these settings, one a step, can succeed; None if the method cannot tell."""
         return None
 
     def diagnose(self, weights: Sequence[Weight], step: int) -> Diagnosis | None:

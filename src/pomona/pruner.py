@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +15,8 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from pomona.diagnosis import Diagnosis, learning_rates
-from pomona.harden import count_revived, zero_, zero_copy_
+from pomona.diagnosis import Diagnosis, rehearse
+from pomona.harden import count_revived, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
 from pomona.report import Report, report_layer
 from pomona.scope import Scope
@@ -59,6 +61,10 @@ class Pruner:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, *, scope: Scope | None = None) -> None:
         optimizer = _unwrap(optimizer)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if scope is not None and not isinstance(scope, Scope):
+            raise TypeError(f"scope must be a pomona.Scope such as Scope(exclude=['head']), got {scope!r}")
         if not isinstance(method, Method):
             raise TypeError(f"method must be a pomona.Method such as GSM(sparsity=0.9), got {method!r}")
         if isinstance(optimizer, LBFGS):
@@ -88,10 +94,14 @@ class Pruner:
         self._hardened_at = 0  # step
         self._accuracy: tuple[float | None, float | None] = (None, None)  # before and after harden()
         self._state: dict[str, dict[str, Tensor]] = {}
-        self._state = {w.name: method.init(w) for w in self._weights(with_grad=False)}
+        weights = self._weights(with_grad=False)
+        method.check_weights(weights)
+        self._state = {w.name: method.init(w) for w in weights}
         self._in_step: list[Weight] | None = None
+        self._masked: list[tuple[int, int]] = []  # id and version of the gradients of the step under way
+        self._is_trying = False
         self._hidden_grads: list[tuple[Tensor, Tensor]] = []
-        self._versions = self._read_versions()
+        self._mark()
         self._handles: list[RemovableHandle] = []
         self._attach()
 
@@ -126,6 +136,7 @@ class Pruner:
                     grad=_gradient(name, parameter) if with_grad else value.new_empty(0),
                     group=groups[self._group_of[name]],
                     state=self._state.get(name, {}),
+                    moves=parameter.grad is not None,
                 )
             )
         return weights
@@ -143,11 +154,12 @@ class Pruner:
         for hook in _hooks(pre).values():
             other = getattr(hook, "__self__", None)
             if isinstance(other, Pruner) and other is not self:
-                shared = self._places.keys() & other._places.keys()
-                if shared and other.model is self.model:
+                theirs = {id(p) for p in other.parameters().values()}
+                shared = [name for name, p in self.parameters().items() if id(p) in theirs]
+                if shared:
                     self.detach()
                     raise ValueError(
-                        f"{sorted(shared)[0]} is already pruned by another Pruner on this optimizer; call its "
+                        f"{shared[0]} is already pruned by another Pruner on this optimizer; call its "
                         f"detach() first, or give the two scopes that do not overlap"
                     )
 
@@ -190,6 +202,8 @@ class Pruner:
 
     @torch.no_grad()
     def _before_step(self) -> None:
+        if self._in_step is not None and self._masked == self._grad_versions():
+            return  # a subclass that calls super().step() fires the hooks twice
         self._in_step = None
         if self._is_phantom():
             return
@@ -200,9 +214,9 @@ class Pruner:
         self._in_step = weights = self._weights(with_grad=True)
         if not self.is_hardened:
             self.method.before_step(weights, self.num_steps)
-            return
-        for w in weights:
+        for w in weights if self.is_hardened else ():
             zero_(w.grad, self._pruned[w.name])
+        self._masked = self._grad_versions()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -216,7 +230,10 @@ class Pruner:
         if weights is not None and self.is_hardened:
             for w in weights:
                 zero_(w.value, self._pruned[w.name])
-        self._versions = self._read_versions()
+        self._mark()
+
+    def _grad_versions(self) -> list[tuple[int, int]]:
+        return [(id(g), g._version) for g in self._grads()]
 
     def _all_parameters(self) -> Iterator[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
@@ -225,9 +242,12 @@ class Pruner:
         return [p.grad for p in self._all_parameters() if p.grad is not None]
 
     def _is_phantom(self) -> bool:
+        grads = self._grads()
+        if not grads:
+            return True
         if any(group["lr"] != 0.0 for group in self.optimizer.param_groups):
             return False
-        return not any(bool(g.any()) for g in self._grads())
+        return not any(bool(g.any()) for g in grads)
 
     def _gradients_usable(self) -> bool:
         """Undo a loss scale that the optimizer itself would undo, and tell whether all gradients are finite."""
@@ -259,6 +279,15 @@ class Pruner:
     def _read_versions(self) -> list[int]:
         return [p._version for p in self.parameters().values()]
 
+    @torch.no_grad()
+    def _sample(self) -> Tensor:
+        """A few values of one weight; every step of an optimizer moves them, fused ones without a new version."""
+        first = next(iter(self.parameters().values()))
+        return first.detach()[(0,) * (first.ndim - 1)][:8].clone() if first.ndim else first.detach().clone()
+
+    def _mark(self) -> None:
+        self._versions, self._seen = self._read_versions(), self._sample()
+
     def _check_attached(self) -> None:
         """Say so when training goes on without us: hooks removed, or the steps made by a copy of the optimizer."""
         if not self.is_attached:
@@ -266,10 +295,18 @@ class Pruner:
                 "this Pruner is not attached to its optimizer any more (detach() was called, or the optimizer's hooks "
                 "were removed); make a new Pruner and load_state_dict() into it"
             )
+        for name, parameter in self.parameters().items():
+            module, leaf = _owner(self.model, name)
+            if getattr(module, leaf) is not parameter:
+                raise RuntimeError(
+                    f"{name} was replaced in the model after the Pruner was made; make optimizer and Pruner anew"
+                )
         num_changes = max(now - then for now, then in zip(self._read_versions(), self._versions, strict=True))
-        if num_changes > 1:  # one change is a load_state_dict or an edit by hand
+        # One change is a load_state_dict or an edit by hand; fused optimizers show as none.
+        if num_changes != 1 and not torch.equal(self._sample(), self._seen):
+            times = f"{num_changes} times " if num_changes else ""
             warnings.warn(
-                f"the weights were changed {num_changes} times since the last optimizer step that this Pruner saw "
+                f"the weights were changed {times}since the last optimizer step that this Pruner saw "
                 f"(step {self.num_steps}). If the training loop uses a copy of the optimizer (deepcopy and pickle lose "
                 f"hooks), make the Pruner with that copy.",
                 stacklevel=3,
@@ -298,13 +335,21 @@ class Pruner:
             The report, counted from the tensors.
         """
         self._check_attached()
+        if self._is_trying:
+            raise RuntimeError(
+                "harden() inside trial_cut() would be undone at the end of the block; call it afterwards"
+            )
+        for copy in copies:
+            same_names(copy, self.parameters())
         if not self.is_hardened:
-            self._warn_of_loss()
-            before = evaluate() if evaluate else None
-            self._pruned, self._cuts = self._cut()
-            self._accuracy = (before, evaluate() if evaluate else None)
+            masks = self._masks()
+            if any(bool(w.value[~m].any()) for w, m in zip(self._weights(with_grad=False), masks, strict=True)):
+                self._warn_of_loss()
+            before = float(evaluate()) if evaluate else None
+            self._pruned, self._cuts = self._cut(masks)
+            self._accuracy = (before, float(evaluate()) if evaluate else None)
             self._hardened_at = self.num_steps
-            self._versions = self._read_versions()
+            self._mark()
         for copy in copies:
             zero_copy_(copy, self._pruned)
         return self.report()
@@ -316,23 +361,30 @@ class Pruner:
         Costs one copy of the weights in scope while it lasts. Yields the report of the cut model.
         """
         saved = [w.value.clone() for w in self._weights(with_grad=False)]
+        versions, was_trying = self._read_versions(), self._is_trying
+        self._is_trying = True
         try:
             if self.is_hardened:
                 yield self.report()
             else:
-                pruned, cuts = self._cut()
+                pruned, cuts = self._cut(self._masks())
                 yield self._report(pruned, cuts)
         finally:
             with torch.no_grad():
                 for w, value in zip(self._weights(with_grad=False), saved, strict=True):
                     w.value.copy_(value)
-            self._versions = self._read_versions()
+            self._is_trying = was_trying
+            ours = zip(self._versions, self._read_versions(), versions, strict=True)
+            self._versions = [then + after - before for then, after, before in ours]
 
     @torch.no_grad()
-    def _cut(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _masks(self) -> list[Tensor]:
+        return self.method.support(self._weights(with_grad=False), self.num_steps)
+
+    @torch.no_grad()
+    def _cut(self, masks: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Zero all but the support: name -> what is zeroed, name -> largest magnitude lost by it."""
         weights = self._weights(with_grad=False)
-        masks = self.method.support(weights, self.num_steps)
         pruned, cuts = {}, {}
         for w, mask in zip(weights, masks, strict=True):
             pruned[w.name] = ~mask
@@ -415,11 +467,11 @@ class Pruner:
             scheduler: as the loop will call it; None: constant learning rates.
             steps_per_update: optimizer steps between two calls of ``scheduler.step()``, e.g. ``len(loader)``.
         """
-        rates = learning_rates(self.optimizer, num_steps, scheduler, steps_per_update=steps_per_update)
+        ahead = rehearse(self.optimizer, num_steps, scheduler, steps_per_update=steps_per_update)
         found = [
             diagnosis
             for i in sorted(set(self._group_of.values()))
-            if (diagnosis := self.method.forecast(rates[i], self.optimizer.param_groups[i])) is not None
+            if (diagnosis := self.method.forecast(ahead[i])) is not None
         ]
         worst = min(found, key=lambda diagnosis: diagnosis.exponent, default=None)
         if worst is not None and not worst.is_enough:
@@ -441,10 +493,13 @@ class Pruner:
             "num_skipped": self.num_skipped,
             "hardened_at": self._hardened_at,
             "accuracy": list(self._accuracy),
-            "cuts": dict(self._cuts),
+            "is_hardened": self.is_hardened,
+            "cuts": {name: self._cuts.get(name, 0.0) for name in self._places},
             "shapes": {name: list(p.shape) for name, p in self.parameters().items()},
             "state": {name: dict(state) for name, state in self._state.items()},
-            "pruned": dict(self._pruned),
+            # Present from the start: distributed checkpoints restore only the keys that they are shown.
+            "pruned": self._pruned
+            or {name: torch.zeros_like(p, dtype=torch.bool) for name, p in self.parameters().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -459,13 +514,14 @@ class Pruner:
         for name, tensors in state["state"].items():
             for key, mine in self._state[name].items():
                 mine.copy_(tensors[key])
-        self._pruned = {name: mask.to(device_of[name], torch.bool, copy=True) for name, mask in state["pruned"].items()}
+        pruned = state["pruned"].items() if state["is_hardened"] else ()
+        self._pruned = {name: mask.to(device_of[name], torch.bool, copy=True) for name, mask in pruned}
         self.num_steps = state["num_steps"]
         self.num_skipped = state["num_skipped"]
         self._hardened_at = state["hardened_at"]
         self._accuracy = (state["accuracy"][0], state["accuracy"][1])
-        self._cuts = dict(state["cuts"])
-        self._versions = self._read_versions()
+        self._cuts = dict(state["cuts"]) if state["is_hardened"] else {}
+        self._mark()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("format") != _FORMAT:
@@ -497,7 +553,7 @@ class Pruner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         was_attached = state.pop("_was_attached")
         self.__dict__.update(state)
-        self._versions = self._read_versions()
+        self._mark()
         if was_attached:
             self._attach()
 
@@ -537,10 +593,20 @@ def _all_finite(grads: list[Tensor]) -> bool:
     if not grads:
         return True
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
+    dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
     sums = [g.sum(dtype=torch.float32).to(dense[0].device) for g in dense]
     return bool(torch.stack(sums).isfinite().all()) or all(bool(g.isfinite().all()) for g in dense)
 
 
-def _describe(method: Method) -> str:
-    """Name and hyper-parameters; equal for equal methods."""
-    return repr(method)
+def _describe(value: Any) -> str:
+    """A method with its hyper-parameters, or one of these: equal text for equal ones, in every process."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return repr(float(value))
+    anonymous: Any = object.__repr__  # shows an address, which no other run has
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields: Mapping[str, Any] = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif type(value).__repr__ is anonymous:
+        fields = getattr(value, "__dict__", {})
+    else:
+        return repr(value)
+    return f"{type(value).__name__}({', '.join(f'{k}={_describe(v)}' for k, v in fields.items())})"

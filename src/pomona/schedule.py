@@ -28,6 +28,15 @@ def value_at(value: Value, step: int) -> float:
     return value(step) if isinstance(value, Schedule) else value
 
 
+def highest(value: Value) -> float:
+    """The largest number of a ramp or a constant; 0 for a schedule of unknown shape."""
+    if isinstance(value, _Ramp):
+        return max(value.start, value.end)
+    if isinstance(value, Constant):
+        return value.value
+    return 0.0 if isinstance(value, Schedule) else value
+
+
 def check_value(name: str, value: Value, *, low: float, high: float) -> None:
     """Refuse a hyper-parameter outside [low, high) at the door, naming it, its value and the way out.
 

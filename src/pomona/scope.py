@@ -80,6 +80,13 @@ class Scope:
         self._check_patterns(names)
         self._check_types(model)
 
+        # A tensor excluded under one of its names is excluded under all.
+        excluded = {
+            id(p): pattern
+            for name, p in model.named_parameters(remove_duplicate=False)
+            for pattern in self.exclude
+            if _matches(name, pattern)
+        }
         inside: dict[str, nn.Parameter] = {}
         outside: dict[str, str] = {}
         first_name: dict[int, str] = {}
@@ -89,12 +96,17 @@ class Scope:
                     outside[leaf] = f"tied to {first_name[id(parameter)]}"
                     continue
                 reason = self._reason_outside(leaf, parameter, module)
+                if not reason and id(parameter) in excluded:
+                    reason = f"tied to a parameter excluded by {excluded[id(parameter)]!r}"
                 if reason:
                     outside[leaf] = reason
                     continue
                 _check_prunable(leaf, parameter)
                 first_name[id(parameter)] = leaf
                 inside[leaf] = parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in outside and id(parameter) in first_name:
+                outside[name] = f"tied to {first_name[id(parameter)]}"
         if not inside:
             raise ValueError(
                 f"nothing to prune: none of the {len(names)} parameters of {type(model).__name__} is in {self}. "

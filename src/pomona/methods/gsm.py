@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import global_top_k, num_kept
+from pomona.budget import check_floors, global_top_k, num_kept
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.method import Method, Weight
-from pomona.schedule import Value, check_value, value_at
+from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import magnitude, saliency
 
 
@@ -94,6 +94,11 @@ class GSM(Method):
                     f"zero), got {name}(weight_decay={group['weight_decay']}); {way_out}"
                 )
 
+    def check_weights(self, weights: Sequence[Weight]) -> None:
+        total = sum(w.value.numel() for w in weights)
+        k = num_kept(highest(self.sparsity), total)
+        check_floors([w.value.numel() for w in weights], k, self.min_density)
+
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {
             "exponent": torch.zeros((), dtype=torch.float64),
@@ -102,7 +107,8 @@ class GSM(Method):
 
     def before_step(self, weights: Sequence[Weight], step: int) -> None:
         for w in weights:
-            w.state["exponent"] += decay_per_step(w.lr, w.group)
+            if w.moves:
+                w.state["exponent"] += decay_per_step(w.lr, w.group)
         sparsity = value_at(self.sparsity, step)
         if sparsity == 0.0:
             return
@@ -128,9 +134,9 @@ class GSM(Method):
             return f"held at the floor min_density={self.min_density:g}"
         return f"one cut on |w| for all layers: {kept / total / density:.2g}x the network's share"
 
-    def forecast(self, lrs: Sequence[float], group: Mapping[str, Any]) -> Diagnosis:
-        exponent = sum(decay_per_step(lr, group) for lr in lrs)
-        return diagnose_decay(exponent, len(lrs), group)
+    def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis:
+        exponent = sum(decay_per_step(group["lr"], group) for group in groups)
+        return diagnose_decay(exponent, len(groups), groups[0])
 
     def diagnose(self, weights: Sequence[Weight], step: int) -> Diagnosis:
         w = min(weights, key=lambda w: float(w.state["exponent"]))

@@ -390,8 +390,8 @@ def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
 def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
     """Whether the recipe's pruning stage can succeed, from its numbers alone."""
     stage = recipe.prune
-    group = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
-    return recipe.method.forecast(stage.learning_rates(steps_per_epoch), group)
+    settings = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
+    return recipe.method.forecast([{**settings, "lr": lr} for lr in stage.learning_rates(steps_per_epoch)])
 
 
 # The phases of `pomona train`

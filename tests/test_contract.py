@@ -1,0 +1,277 @@
+"""What every method owes the user's loop. A new method adds one line to CASES and nothing else.
+
+Each way of training is compared with the plain loop over the same batches: weights, optimizer state and the
+Pruner's own state, bit for bit wherever the arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+import pomona
+from tests.problems import Batch, batches, bits, loss_of, net, train
+
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, an optimizer that suits it, and how many of the 72 weights of `net` it must leave.
+
+    The settings must let a run of 20 steps end without the warning of a cut that loses accuracy.
+    """
+
+    name: str
+    method: pomona.Method
+    optimizer: Callable[..., Optimizer]
+    budget: int
+
+
+sgd = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.5)
+
+CASES = [
+    Case("gsm, momentum", pomona.GSM(sparsity=0.75), sgd, 18),
+    Case("gsm, nesterov", pomona.GSM(sparsity=0.75), partial(sgd, nesterov=True), 18),
+    Case("gsm, schedule", pomona.GSM(sparsity=pomona.Cubic(0.0, 0.75, steps=12)), sgd, 18),
+]
+
+each_method = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@dataclass
+class Run:
+    model: nn.Sequential
+    optimizer: Optimizer
+    pruner: pomona.Pruner
+
+    def states(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict(),
+        }
+
+    def load(self, states: dict[str, Any], order: Iterable[str] = ("model", "optimizer", "pruner")) -> None:
+        for part in order:
+            getattr(self, part).load_state_dict(states[part])
+
+    def train(self, data: list[Batch]) -> Run:
+        train(self.model, self.optimizer, data)
+        return self
+
+    def end(self) -> Any:
+        """Everything that training changed, bit for bit."""
+        states = self.states()
+        return bits([states["model"], states["optimizer"]["state"], states["pruner"]])
+
+
+def start(case: Case, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Run:
+    model = net(seed).to(dtype)
+    optimizer = case.optimizer(model.parameters(), **options)
+    return Run(model, optimizer, pomona.Pruner(model, optimizer, case.method))
+
+
+def plain(case: Case, data: list[Batch], **options: Any) -> Run:
+    return start(case, **options).train(data)
+
+
+def closure(run: Run, batch: Batch) -> Callable[[], Tensor]:
+    def evaluate() -> Tensor:
+        run.optimizer.zero_grad()
+        loss = loss_of(run.model, batch)
+        loss.backward()
+        return loss
+
+    return evaluate
+
+
+@each_method
+def test_the_budget_is_exact_and_the_contract_verified(case: Case) -> None:
+    run = plain(case, batches(STEPS))
+    assert run.pruner.num_steps == STEPS
+    assert run.pruner.harden().nonzero == case.budget
+    assert run.pruner.verify().nonzero == case.budget
+    assert pomona.report(run.model).nonzero == case.budget
+
+
+@each_method
+def test_zeros_are_held_while_the_survivors_train_on(case: Case) -> None:
+    run = plain(case, batches(STEPS))
+    run.pruner.harden()
+    at_cut = copy.deepcopy(run.model)
+    run.train(batches(30, seed=1))
+    for before, after in zip(at_cut.parameters(), run.model.parameters(), strict=True):
+        assert bits(after[before == 0]) == bits(before[before == 0])  # +0.0 and not -0.0
+        assert bool((after[before != 0] != before[before != 0]).all()) or after.ndim == 1
+    assert run.pruner.verify().nonzero == case.budget
+
+
+@each_method
+@pytest.mark.parametrize("keyword", [False, True], ids=["positional", "keyword"])
+def test_a_closure_ends_where_the_plain_loop_does(case: Case, keyword: bool) -> None:
+    run = start(case)
+    for batch in batches(STEPS):
+        expected = loss_of(run.model, batch).item()
+        loss = closure(run, batch)
+        returned: Any = run.optimizer.step(closure=loss) if keyword else run.optimizer.step(loss)
+        assert returned.item() == expected
+    assert run.end() == plain(case, batches(STEPS)).end()
+
+
+@each_method
+def test_accumulated_gradients_end_where_the_large_batch_does(case: Case) -> None:
+    data = [(x.double(), y.double()) for x, y in batches(STEPS)]
+    run = start(case, dtype=torch.float64)
+    for x, y in data:
+        run.optimizer.zero_grad()
+        for half in (slice(0, 4), slice(4, 8)):
+            (loss_of(run.model, (x[half], y[half])) / 2).backward()
+        run.optimizer.step()
+    large = plain(case, data, dtype=torch.float64)
+    assert run.pruner.num_steps == STEPS
+    for ours, theirs in zip(run.model.parameters(), large.model.parameters(), strict=True):
+        # only the order of additions differs: 2^-53 relative a step, of numbers below 10
+        assert (ours - theirs).abs().max().item() < 1e-13
+
+
+def train_scaled(run: Run, data: list[Batch], *, overflow_at: int | None = None) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # powers of two: scaling is exact
+    for i, batch in enumerate(data):
+        run.optimizer.zero_grad()
+        loss = loss_of(run.model, batch)
+        scaler.scale(loss * torch.inf if i == overflow_at else loss).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+    assert scaler.get_scale() == (512.0 if overflow_at is not None else 1024.0)
+
+
+@each_method
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_a_loss_scale_changes_nothing(case: Case, fused: bool) -> None:
+    run = start(case, fused=fused)
+    train_scaled(run, batches(STEPS))
+    assert run.end() == plain(case, batches(STEPS), fused=fused).end()
+
+
+@each_method
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_an_overflowing_step_leaves_no_trace(case: Case, fused: bool) -> None:
+    data = batches(STEPS)
+    run = start(case, fused=fused)
+    if fused:  # the scaler leaves the skipping to the optimizer, and so to us
+        with pytest.warns(UserWarning, match="a gradient is not finite at step 8; the step is skipped"):
+            train_scaled(run, data, overflow_at=7)
+    else:
+        train_scaled(run, data, overflow_at=7)
+    assert run.pruner.num_skipped == int(fused)
+    run.pruner.num_skipped = 0
+    assert run.end() == plain(case, data[:7] + data[8:], fused=fused).end()
+
+
+@each_method
+def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace(case: Case) -> None:
+    data = batches(STEPS)
+    run = start(case).train(data[:7])
+    with pytest.warns(UserWarning, match="a gradient is not finite"):
+        run.train([(data[0][0], data[0][1] * torch.nan)])
+    run.train(data[7:])
+    assert run.pruner.num_skipped == 1
+    run.pruner.num_skipped = 0
+    assert run.end() == plain(case, data).end()
+
+
+@each_method
+@pytest.mark.parametrize(
+    "order", [("model", "optimizer", "pruner"), ("pruner", "optimizer", "model")], ids=["pruner last", "pruner first"]
+)
+def test_a_resumed_run_ends_where_the_unbroken_one_does(case: Case, order: tuple[str, ...]) -> None:
+    data = batches(STEPS)
+    file = io.BytesIO()
+    torch.save(plain(case, data[:7]).states(), file)
+    file.seek(0)
+    run = start(case, seed=1)
+    run.load(torch.load(file, weights_only=True), order)
+    assert run.train(data[7:]).end() == plain(case, data).end()
+
+
+@each_method
+def test_a_run_resumed_after_harden_keeps_its_zeros(case: Case) -> None:
+    unbroken = plain(case, batches(STEPS))
+    unbroken.pruner.harden()
+    file = io.BytesIO()
+    torch.save(unbroken.states(), file)
+    file.seek(0)
+    run = start(case, seed=1)
+    run.load(torch.load(file, weights_only=True))
+    more = batches(10, seed=1)
+    assert run.train(more).end() == unbroken.train(more).end()
+    assert run.pruner.verify().nonzero == case.budget
+
+
+@each_method
+def test_copies_of_model_optimizer_and_pruner_train_apart_from_the_originals(case: Case) -> None:
+    data = batches(STEPS)
+    run = plain(case, data[:7])
+    twin = copy.deepcopy(run)
+    before = run.end()
+    twin.train(data[7:])
+    assert run.end() == before
+    assert twin.end() == plain(case, data).end()
+    assert twin.pruner.harden().nonzero == case.budget
+
+
+@each_method
+def test_half_precision_keeps_its_dtype_and_the_exact_budget(case: Case) -> None:
+    data = [(x.bfloat16(), y.bfloat16()) for x, y in batches(STEPS)]
+    run = plain(case, data, dtype=torch.bfloat16)
+    assert run.pruner.harden().nonzero == case.budget
+    run.train(data[:5])
+    assert run.pruner.verify().nonzero == case.budget
+    assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
+    buffers = [t for state in run.optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim]
+    assert {t.dtype for t in buffers} == {torch.bfloat16}
+
+
+@each_method
+@pytest.mark.parametrize("first", ["pruner", "scheduler"])
+def test_a_scheduler_ends_where_learning_rates_set_by_hand_do(case: Case, first: str) -> None:
+    if first == "pruner":
+        run = start(case)
+        scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 5, gamma=0.5)
+    else:
+        model = net()
+        optimizer = case.optimizer(model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.5)
+        run = Run(model, optimizer, pomona.Pruner(model, optimizer, case.method))
+    by_hand = start(case)
+    base: float = by_hand.optimizer.param_groups[0]["lr"]
+    for i, batch in enumerate(batches(STEPS)):
+        run.train([batch])
+        scheduler.step()
+        by_hand.optimizer.param_groups[0]["lr"] = base * 0.5 ** (i // 5)
+        by_hand.train([batch])
+    assert run.end() == by_hand.end()
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_step_ends_where_the_plain_one_does(case: Case) -> None:
+    torch._dynamo.reset()
+    run = start(case)
+    compiled = torch.compile(run.optimizer.step, backend="eager")
+    for batch in batches(STEPS):
+        run.optimizer.zero_grad()
+        loss_of(run.model, batch).backward()
+        compiled()
+    torch._dynamo.reset()
+    assert run.end() == plain(case, batches(STEPS)).end()
