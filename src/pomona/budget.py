@@ -45,7 +45,7 @@ def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) 
     if not 0.0 <= min_density <= 1.0:
         raise ValueError(f"min_density must be in [0, 1], got {min_density}")
     floors = check_floors(sizes, k, min_density)
-    flat = [score.reshape(-1) for score in scores]
+    flat = [score.detach().reshape(-1).float() for score in scores]
     masks = _top_k(flat, k)
     if min_density > 0.0:
         masks = _raise_to_floors(flat, masks, floors, k)

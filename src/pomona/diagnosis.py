@@ -53,14 +53,23 @@ class Diagnosis:
         )
         return (
             f"decay exponent {self.exponent:.2f} over {self.num_steps:,} steps: passive weights shrink to "
-            f"{100 * self.shrinkage:.2g} % of their size; {verdict}"
+            f"{float(f'{100 * self.shrinkage:.2g}'):g} % of their size; {verdict}"
         )
 
 
 def decay_per_step(lr: float, group: Mapping[str, Any]) -> float:
-    """One step's share of the decay exponent, ``lr weight_decay (1 - dampening) / (1 - momentum)``."""
-    left: float = lr * group["weight_decay"] * (1.0 - group.get("dampening", 0.0)) / (1.0 - group["momentum"])
-    return left
+    """One step's share of the decay exponent, ``lr weight_decay (1 - dampening) / (1 - momentum)``.
+
+    At most ``-log(momentum) / 2``: where decay is so strong that the weight would swing through zero, it still shrinks
+    by no more than sqrt(momentum) a step, the modulus of the recursion's complex roots.
+    """
+    momentum = group["momentum"]
+    law: float = lr * group["weight_decay"] * (1.0 - group.get("dampening", 0.0)) / (1.0 - momentum)
+    return min(law, _fastest(momentum))
+
+
+def _fastest(momentum: float) -> float:
+    return -0.5 * math.log(momentum) if momentum > 0.0 else math.inf
 
 
 def diagnose_decay(exponent: float, num_steps: int, group: Mapping[str, Any]) -> Diagnosis:
@@ -73,21 +82,22 @@ def _remedy(exponent: float, num_steps: int, group: Mapping[str, Any]) -> str:
     if exponent <= 0.0:
         return "Momentum, weight decay and learning rate must all be above 0."
     missing = ENOUGH / exponent
-    ways = [
-        f"{math.ceil(missing * num_steps):,} steps",
-        f"weight_decay {_rounded_up(missing * group['weight_decay'])} instead of {group['weight_decay']:g}",
-        f"learning rates {_rounded_up(missing)} times as high",
-    ]
-    left = (1.0 - group["momentum"]) / missing
-    if num_steps * left > 10.0:  # the law holds for runs much longer than the memory 1/(1 - momentum) of the buffer
-        ways.insert(0, f"momentum {1.0 - left:.5f} instead of {group['momentum']:g}")
+    ways = [f"{math.ceil(missing * num_steps):,} steps"]
+    if num_steps * _fastest(group["momentum"]) > 2.0 * ENOUGH:
+        ways += [
+            f"weight_decay {_rounded_up(missing * group['weight_decay'])} instead of {group['weight_decay']:g}",
+            f"learning rates {_rounded_up(missing)} times as high",
+        ]
+    momentum = math.ceil(1e5 * (1.0 - (1.0 - group["momentum"]) / missing)) / 1e5
+    if momentum < 1.0 and num_steps * _fastest(momentum) > 2.0 * ENOUGH:
+        ways.insert(0, f"momentum {momentum:.5f} instead of {group['momentum']:g}")
     return f"One of these is enough: {', or '.join(ways)}."
 
 
 def _rounded_up(number: float) -> str:
     """Two significant digits, never less than ``number``."""
     unit = 10.0 ** (math.floor(math.log10(number)) - 1)
-    return f"{math.ceil(number / unit) * unit:.2g}"
+    return f"{float(f'{math.ceil(number / unit) * unit:.2g}'):g}"
 
 
 def rehearse(
@@ -118,7 +128,8 @@ def rehearse(
         warnings.simplefilter("ignore")  # "step() of the scheduler before the optimizer": the rehearsal has no steps
         for step in range(1, num_steps + 1):
             for settings, group in zip(ahead, groups, strict=True):
-                settings.append(_settings(group))
+                now = _settings(group)
+                settings.append(settings[-1] if settings and settings[-1] == now else now)  # one dict for equal steps
             if step % steps_per_update == 0:
                 rehearsed.step()
     return ahead

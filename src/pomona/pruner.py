@@ -49,9 +49,9 @@ class Pruner:
 
     Example:
         >>> model = nn.Linear(20, 10)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.98, weight_decay=0.02)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
         >>> pruner = Pruner(model, optimizer, pomona.GSM(sparsity=0.9))
-        >>> for _ in range(100):
+        >>> for _ in range(200):
         ...     model(torch.randn(8, 20)).square().mean().backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -88,7 +89,7 @@ class Report:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros."""
-        return 1.0 - self.density
+        return (self.total - self.nonzero) / self.total if self.total else 1.0
 
     @property
     def compression(self) -> float:
@@ -134,7 +135,7 @@ class Report:
 
     def to_json(self) -> str:
         """``to_dict`` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "shape", "weights", "non-zero", "density", "dead channels", "why")]
@@ -158,7 +159,7 @@ class Report:
                 f"{self.nonzero:,}",
                 f"{100 * self.density:.2f} %",
                 str(self.dead_channels),
-                f"{self.compression:.1f}x compression",
+                f"{self.compression:.1f}x compression" if self.nonzero else "nothing left",
             )
         )
         return "\n".join([*_table(rows), *self._notes()])
@@ -175,6 +176,15 @@ class Report:
             yield f"{self.num_skipped} steps were skipped because a gradient was not finite"
         if self.outside:
             yield f"not pruned and not counted: {', '.join(self.outside)}"
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON does not have (NaN, infinity) become None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
@@ -194,7 +204,8 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 @torch.no_grad()
 def report_layer(name: str, value: Tensor, *, largest_cut: float | None = None, reason: str = "") -> LayerReport:
     """Count one tensor: zero is ``== 0``, never a tolerance; -0.0 counts as zero."""
-    rows = value.reshape(value.shape[0], -1) if value.ndim else value.reshape(1, 1)
+    channels = value.shape[0] if value.ndim else 0
+    rows = value.reshape(channels, math.prod(value.shape[1:])) if value.ndim else value.reshape(1, 1)
     alive = rows != 0
     nonzero = int(alive.sum())
     return LayerReport(
@@ -202,8 +213,8 @@ def report_layer(name: str, value: Tensor, *, largest_cut: float | None = None, 
         shape=tuple(value.shape),
         total=value.numel(),
         nonzero=nonzero,
-        channels=rows.shape[0],
-        dead_channels=int((~alive.any(dim=1)).sum()) if value.numel() else 0,
+        channels=channels,
+        dead_channels=int((~alive.any(dim=1)).sum()) if value.ndim and value.numel() else 0,
         largest_cut=largest_cut,
         smallest_kept=float(rows[alive].abs().min()) if nonzero else None,
         reason=reason,

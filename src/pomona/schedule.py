@@ -42,8 +42,11 @@ def check_value(name: str, value: Value, *, low: float, high: float) -> None:
 
     A schedule is checked at its ends: all schedules here move monotonically between them.
     """
-    ends = (value.start, value.end) if isinstance(value, _Ramp) else (value,)
-    for number in ends:
+    if isinstance(value, _Ramp):
+        numbers: tuple[object, ...] = (value.start, value.end)
+    else:
+        numbers = (value.value if isinstance(value, Constant) else value,)
+    for number in numbers:
         if isinstance(number, Schedule):
             continue
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -85,6 +88,8 @@ class _Ramp(Schedule):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        if not (isinstance(self.start, (int, float)) and isinstance(self.end, (int, float))):
+            raise TypeError(f"{name} needs numbers for start and end, got {self.start!r} and {self.end!r}")
         if not (math.isfinite(self.start) and math.isfinite(self.end)):
             raise ValueError(f"{name} needs finite start and end, got {self.start} and {self.end}")
         if self.steps < 1:
@@ -93,7 +98,9 @@ class _Ramp(Schedule):
             raise ValueError(f"{name}(begin=...) must be >= 0, got {self.begin}")
 
     def __call__(self, step: int) -> float:
-        progress = min(max((step - self.begin) / self.steps, 0.0), 1.0)
+        if step <= self.begin:
+            return self.start  # not end + (start - end), which is rounded
+        progress = min((step - self.begin) / self.steps, 1.0)
         return self.end + (self.start - self.end) * self._left(progress)
 
     def _left(self, progress: float) -> float:
@@ -143,6 +150,8 @@ class Every:
     end: int | None = None
 
     def __post_init__(self) -> None:
+        if not all(isinstance(number, int) for number in (self.n, self.start, self.end or 1)):
+            raise TypeError(f"Every counts whole steps, got {self}")
         if self.n < 1 or self.start < 1:
             raise ValueError(f"Every needs n >= 1 and start >= 1, got n={self.n}, start={self.start}")
         if self.end is not None and self.end < self.start:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -49,9 +50,9 @@ class Scope:
         ['0.weight']
     """
 
-    types: tuple[type[nn.Module], ...] = ()
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    types: Iterable[type[nn.Module]] = ()
+    include: Iterable[str] | str = ()
+    exclude: Iterable[str] | str = ()
     min_ndim: int = 2
 
     def __post_init__(self) -> None:
@@ -80,33 +81,22 @@ class Scope:
         self._check_patterns(names)
         self._check_types(model)
 
-        # A tensor excluded under one of its names is excluded under all.
-        excluded = {
-            id(p): pattern
-            for name, p in model.named_parameters(remove_duplicate=False)
-            for pattern in self.exclude
-            if _matches(name, pattern)
-        }
+        owners: dict[nn.Parameter, dict[str, nn.Module]] = {}  # a tied parameter has several names
+        for module_name, module in model.named_modules(remove_duplicate=False):
+            for name, parameter in module.named_parameters(module_name, recurse=False, remove_duplicate=False):
+                owners.setdefault(parameter, {})[name] = module
+
         inside: dict[str, nn.Parameter] = {}
         outside: dict[str, str] = {}
-        first_name: dict[int, str] = {}
-        for module_name, module in model.named_modules():
-            for leaf, parameter in module.named_parameters(module_name, recurse=False):
-                if id(parameter) in first_name:
-                    outside[leaf] = f"tied to {first_name[id(parameter)]}"
-                    continue
-                reason = self._reason_outside(leaf, parameter, module)
-                if not reason and id(parameter) in excluded:
-                    reason = f"tied to a parameter excluded by {excluded[id(parameter)]!r}"
-                if reason:
-                    outside[leaf] = reason
-                    continue
-                _check_prunable(leaf, parameter)
-                first_name[id(parameter)] = leaf
-                inside[leaf] = parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in outside and id(parameter) in first_name:
-                outside[name] = f"tied to {first_name[id(parameter)]}"
+        for parameter, modules in owners.items():
+            first, *further = modules
+            reason = self._reason_outside(parameter, modules)
+            if reason:
+                outside.update(dict.fromkeys(modules, reason))
+                continue
+            _check_prunable(first, parameter, modules[first])
+            inside[first] = parameter
+            outside.update(dict.fromkeys(further, f"tied to {first}"))
         if not inside:
             raise ValueError(
                 f"nothing to prune: none of the {len(names)} parameters of {type(model).__name__} is in {self}. "
@@ -114,16 +104,17 @@ class Scope:
             )
         return Selection(inside, outside)
 
-    def _reason_outside(self, name: str, parameter: nn.Parameter, module: nn.Module) -> str:
-        if is_lazy(parameter):
-            raise ValueError(f"{name} has no shape yet; run one forward pass before pruning")
-        if self.types and not isinstance(module, self.types):
-            return f"of {type(module).__name__}, not in types"
-        if self.include and not any(_matches(name, pattern) for pattern in self.include):
+    def _reason_outside(self, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
+        """Why the parameter with these names, and the modules that own it, is not pruned; "" if it is."""
+        if self.types and not any(isinstance(module, tuple(self.types)) for module in modules.values()):
+            return f"of {type(next(iter(modules.values()))).__name__}, not in types"
+        if self.include and not any(_matches(name, pattern) for name in modules for pattern in self.include):
             return "not in include"
         for pattern in self.exclude:
-            if _matches(name, pattern):
+            if any(_matches(name, pattern) for name in modules):
                 return f"excluded by {pattern!r}"
+        if is_lazy(parameter):
+            raise ValueError(f"{next(iter(modules))} has no shape yet; run one forward pass before pruning")
         if parameter.ndim < self.min_ndim:
             return f"{parameter.ndim} dimension{'s' if parameter.ndim != 1 else ''}, min_ndim is {self.min_ndim}"
         if not parameter.requires_grad:
@@ -136,6 +127,8 @@ class Scope:
                 if any(_matches(name, pattern) for name in names):
                     continue
                 known = sorted({*names, *(name.rpartition(".")[0] for name in names)} - {""})
+                if not known:
+                    raise ValueError(f"Scope({which}=[{pattern!r}]) matches nothing: the model has no parameters")
                 close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:5]
                 raise ValueError(
                     f"Scope({which}=[{pattern!r}]) matches no parameter of the model. Closest names: {', '.join(close)}"
@@ -156,12 +149,14 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
 
 
-def _check_prunable(name: str, parameter: nn.Parameter) -> None:
+def _check_prunable(name: str, parameter: nn.Parameter, module: nn.Module) -> None:
     if not parameter.is_floating_point():
         raise ValueError(f"{name} is of {parameter.dtype}; only real floating-point weights can be pruned")
     if parameter.layout is not torch.strided:
         raise ValueError(f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned")
-    if ".parametrizations." in f".{name}" or name.endswith("_orig"):
+    leaf = name.rpartition(".")[2]
+    plain = re.sub("_(orig|g|v)$", "", leaf)  # of prune and spectral_norm; of weight_norm
+    if ".parametrizations." in f".{name}" or (plain != leaf and plain in vars(module)):
         raise ValueError(
             f"{name} is recomputed by a parametrization (torch.nn.utils.parametrize or torch.nn.utils.prune), so "
             f"zeros in it are not zeros of the layer. Make it permanent first (remove_parametrizations or "

@@ -1,0 +1,492 @@
+"""HOW MUCH stays, and WHERE: exactly k of all scores, the same for everybody who sees the same scores."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pomona.budget import _SAMPLE_STRIDE, _kth_largest, global_top_k, num_kept
+from pomona.score import saliency
+from tests import oracles
+
+INF, NAN = math.inf, math.nan
+
+fast = settings(deadline=None, max_examples=150)
+
+# Few distinct values, most of them zero, so that nearly every example has ties at the threshold.
+TIED = st.sampled_from([0.0, 0.0, 0.0, 1e-45, 0.5, 0.5, 1.0, 1.0, 2.0, INF])
+LAYERS = st.lists(st.lists(TIED, max_size=8), min_size=1, max_size=5)
+
+
+def tensors(layers: Sequence[Sequence[float]]) -> list[Tensor]:
+    return [torch.tensor(layer, dtype=torch.float32) for layer in layers]
+
+
+def lists(masks: Sequence[Tensor]) -> list[object]:
+    return [mask.tolist() for mask in masks]
+
+
+def num_true(masks: Sequence[Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks)
+
+
+def agree(masks: Sequence[Tensor], expected: Sequence[oracles.Mask]) -> None:
+    assert lists(masks) == [mask.tolist() for mask in expected]
+
+
+# num_kept
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "total", "kept"),
+    [
+        (1 - 1 / 60, 266_200, 4_436),  # GSM, LeNet-300-100
+        (1 - 1 / 125, 430_500, 3_444),  # GSM, LeNet-5
+        (1 - 1 / 300, 430_500, 1_435),  # GSM, LeNet-5; exactly 1,435 in arithmetic, 1,434.99... in floating point
+        (0.9, 851_504, 85_150),  # GSM, ResNet-56
+        (0.9, 1_001_616, 100_161),  # GSM, DenseNet-40
+    ],
+)
+def test_published_budgets_of_gsm(sparsity: float, total: int, kept: int) -> None:
+    assert num_kept(sparsity, total) == kept
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "total", "kept"),
+    [(0.9, 1000, 100), (0.9, 10, 1), (0.8, 5, 1), (0.99, 100, 1), (0.3, 10, 7), (0.9, 0, 0), (0.0, 7, 7), (0, 7, 7)],
+)
+def test_round_budgets_are_not_lost_to_floating_point(sparsity: float, total: int, kept: int) -> None:
+    assert num_kept(sparsity, total) == kept
+
+
+def test_a_broken_budget_is_rounded_down() -> None:
+    assert [num_kept(0.9, total) for total in (9, 11, 19, 20)] == [0, 1, 1, 2]
+
+
+@given(st.integers(1, 10**9).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total))))
+@settings(deadline=None, max_examples=300)
+def test_sparsity_written_as_a_fraction_gives_its_numerator_back(fraction: tuple[int, int]) -> None:
+    kept, total = fraction
+    assert num_kept(1 - kept / total, total) == kept
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "told"),
+    [
+        (90.0, "sparsity must be in [0, 1), got 90.0 (did you mean 0.9?)"),
+        (50, "sparsity must be in [0, 1), got 50 (did you mean 0.5?)"),
+        (100.0, "sparsity must be in [0, 1), got 100.0"),
+        (-0.1, "sparsity must be in [0, 1), got -0.1"),
+        (NAN, "sparsity must be in [0, 1), got nan"),
+        (INF, "sparsity must be in [0, 1), got inf"),
+    ],
+)
+def test_sparsity_out_of_range_is_told_with_the_way_out(sparsity: float, told: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        num_kept(sparsity, 10)
+
+
+def test_sparsity_one_is_not_mistaken_for_one_percent() -> None:
+    with pytest.raises(ValueError, match=r"got 1\.0$"):
+        num_kept(1.0, 10)
+
+
+# global_top_k, by hand
+
+
+def test_the_largest_of_all_tensors_together_are_kept() -> None:
+    scores = [torch.tensor([[1.0, 9.0], [3.0, 4.0]]), torch.tensor([8.0, 2.0])]
+    assert lists(global_top_k(scores, 3)) == [[[False, True], [False, True]], [True, False]]
+
+
+def test_ties_are_kept_in_index_order() -> None:
+    scores = tensors([[1.0, 5.0, 5.0], [5.0, 5.0, 7.0]])
+    assert lists(global_top_k(scores, 3)) == [[False, True, True], [False, False, True]]
+    assert lists(global_top_k(scores, 4)) == [[False, True, True], [True, False, True]]
+
+
+def test_ties_everywhere_are_kept_from_the_front_across_tensors() -> None:
+    scores = [torch.ones(2, 2), torch.ones(()), torch.ones(5)]
+    assert lists(global_top_k(scores, 6)) == [[[True, True], [True, True]], True, [True, False, False, False, False]]
+
+
+def test_index_order_is_of_the_tensor_as_seen_not_of_its_memory() -> None:
+    transposed = torch.ones(3, 2).t()
+    assert not transposed.is_contiguous()
+    assert lists(global_top_k([transposed], 3)) == [[[True, True, True], [False, False, False]]]
+
+
+@pytest.mark.parametrize("k", [0, 1, 100, 1000])
+def test_of_all_zero_scores_none_is_kept(k: int) -> None:
+    assert num_true(global_top_k([torch.zeros(30, 30), torch.zeros(100)], k)) == 0
+
+
+def test_a_zero_is_not_kept_even_where_the_budget_is_not_used_up() -> None:
+    scores = tensors([[0.0, 2.0, -0.0], [0.0, 1.0]])
+    assert lists(global_top_k(scores, 4)) == [[False, True, False], [False, True]]
+
+
+def test_the_smallest_subnormal_is_not_a_zero() -> None:
+    assert lists(global_top_k(tensors([[0.0, 1e-45, 0.0]]), 2)) == [[False, True, False]]
+
+
+def test_k_zero_keeps_none_and_k_all_keeps_all() -> None:
+    scores = tensors([[1.0, 2.0], [3.0]])
+    assert lists(global_top_k(scores, 0)) == [[False, False], [False]]
+    assert lists(global_top_k(scores, 3)) == [[True, True], [True]]
+
+
+def test_k_zero_keeps_not_even_infinity() -> None:
+    assert lists(global_top_k(tensors([[INF, 1.0]]), 0)) == [[False, False]]
+
+
+def test_infinite_scores_come_first_and_tie_in_index_order() -> None:
+    scores = tensors([[1.0, INF], [INF, INF]])
+    assert lists(global_top_k(scores, 2)) == [[False, True], [True, False]]
+    assert lists(global_top_k(scores, 4)) == [[True, True], [True, True]]
+
+
+def test_scalars_are_scores() -> None:
+    masks = global_top_k([torch.tensor(3.0), torch.tensor(1.0), torch.tensor(2.0)], 2)
+    assert lists(masks) == [True, False, True]
+    assert [mask.shape for mask in masks] == [()] * 3
+
+
+def test_empty_tensors_get_empty_masks() -> None:
+    masks = global_top_k([torch.ones(0), torch.tensor([1.0, 2.0]), torch.ones(3, 0, 2)], 1)
+    assert [mask.shape for mask in masks] == [(0,), (2,), (3, 0, 2)]
+    assert masks[1].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("scores", [[], [torch.ones(0)], [torch.ones(0, 2), torch.ones(0)]])
+@pytest.mark.parametrize("min_density", [0.0, 0.5])
+def test_nothing_to_choose_from_is_fine(scores: list[Tensor], min_density: float) -> None:
+    masks = global_top_k(scores, 0, min_density=min_density)
+    assert [mask.shape for mask in masks] == [score.shape for score in scores]
+
+
+@pytest.mark.parametrize("min_density", [0.0, 0.25])
+def test_masks_are_bool_and_scores_are_left_alone(min_density: float) -> None:
+    scores = tensors([[3.0, 0.0, 2.0, 2.0], [1.0, 4.0, 0.0, 0.0]])
+    copies = [score.clone() for score in scores]
+    masks = global_top_k(scores, 3, min_density=min_density)
+    assert all(mask.dtype is torch.bool for mask in masks)
+    assert all(torch.equal(score, copy) for score, copy in zip(scores, copies, strict=True))
+
+
+def test_scores_of_bfloat16_weights_tie_and_are_still_cut_to_exactly_k() -> None:
+    w = torch.tensor([256.0, 257.0, 255.0, 256.5], dtype=torch.bfloat16)  # 8 bits: three of them are stored as 256
+    score = saliency(w, torch.ones(4, dtype=torch.bfloat16))
+    assert score.tolist() == [256.0, 256.0, 255.0, 256.0]
+    assert lists(global_top_k([score], 2)) == [[True, True, False, False]]
+
+
+def test_many_scores_of_bfloat16_weights_are_cut_to_exactly_k() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(60, 100, generator=generator).bfloat16() for _ in range(2))
+    scores = list(torch.split(saliency(w, g), 20))
+    masks = global_top_k(scores, 600)
+    assert len(set(torch.cat(scores).view(-1).tolist())) < 5_600  # of 6,000: ties are common
+    assert num_true(masks) == 600
+    agree(masks, oracles.top_k_mask([score.numpy() for score in scores], 600))
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("min_density", [0.0, 0.3])
+def test_a_nan_score_is_refused_whatever_k_is(k: int, min_density: float) -> None:
+    if min_density and k < 2:
+        k = 2  # one for each tensor
+    with pytest.raises(ValueError, match=r"^a score is NaN; check the gradients before selecting$"):
+        global_top_k(tensors([[1.0, INF], [NAN, 0.0]]), k, min_density=min_density)
+
+
+def test_scores_that_are_part_of_a_graph_are_ranked_like_any_other() -> None:
+    w = torch.tensor([1.0, -3.0, 2.0], requires_grad=True)
+    assert lists(global_top_k([w.abs()], 1)) == [[False, True, False]]
+
+
+def test_half_precision_scores_are_ranked_like_any_other() -> None:
+    assert lists(global_top_k([torch.tensor([1.0, 3.0, 2.0], dtype=torch.bfloat16)], 1)) == [[False, True, False]]
+
+
+# min_density, by hand
+
+
+def test_a_floor_takes_from_the_smallest_of_the_others() -> None:
+    scores = tensors([[9.0, 8.0, 7.0, 6.0], [1.0, 3.0, 2.0, 0.5]])
+    assert lists(global_top_k(scores, 4)) == [[True] * 4, [False] * 4]
+    assert lists(global_top_k(scores, 4, min_density=0.25)) == [[True, True, True, False], [False, True, False, False]]
+    assert lists(global_top_k(scores, 4, min_density=0.5)) == [[True, True, False, False], [False, True, True, False]]
+
+
+def test_a_floor_that_does_not_bind_changes_nothing() -> None:
+    scores = tensors([[9.0, 1.0, 7.0], [8.0, 3.0, 2.0]])
+    assert lists(global_top_k(scores, 4, min_density=0.3)) == lists(global_top_k(scores, 4))
+
+
+def test_raising_one_layer_may_push_another_below_its_floor() -> None:
+    scores = tensors([[9.0, 9.0, 9.0, 9.0], [8.0, 1.0], [2.0, 2.0]])  # the two largest are both of the first
+    assert lists(global_top_k(scores, 5, min_density=0.5)) == [[True, True, True, False], [True, False], [True, False]]
+    assert lists(global_top_k(scores, 4, min_density=0.5)) == [
+        [True, True, False, False],
+        [True, False],
+        [True, False],
+    ]
+
+
+def test_any_floor_above_zero_keeps_every_layer_alive() -> None:
+    scores = [torch.full((50,), 5.0), torch.tensor([1e-30, 2e-30]), torch.tensor(1e-40)]
+    masks = global_top_k(scores, 10, min_density=1e-4)
+    assert [int(mask.sum()) for mask in masks] == [8, 1, 1]
+    assert masks[1].tolist() == [False, True]
+
+
+def test_what_a_layer_of_zeros_cannot_use_of_its_floor_goes_to_the_others() -> None:
+    scores = tensors([[0.0, 0.0, 0.0, 0.0], [4.0, 3.0, 2.0, 1.0]])
+    assert lists(global_top_k(scores, 4, min_density=0.5)) == [[False] * 4, [True] * 4]
+
+
+def test_ties_inside_a_floor_are_kept_in_index_order() -> None:
+    scores = tensors([[9.0, 9.0, 9.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    assert lists(global_top_k(scores, 4, min_density=0.5)) == [[True, True, False, False], [True, True, False, False]]
+
+
+def test_the_floor_is_rounded_up_but_not_by_a_rounding_error() -> None:
+    assert math.ceil(0.07 * 100) == 8  # 7.000000000000001
+    scores = [torch.ones(100), torch.full((100,), 2.0)]
+    assert [int(mask.sum()) for mask in global_top_k(scores, 14, min_density=0.07)] == [7, 7]
+    assert [int(mask.sum()) for mask in global_top_k(scores, 16, min_density=0.071)] == [8, 8]
+
+
+def test_a_floor_of_one_keeps_everything() -> None:
+    assert lists(global_top_k(tensors([[1.0, 2.0], [3.0]]), 3, min_density=1.0)) == [[True, True], [True]]
+
+
+# errors
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_k_out_of_range_is_told_with_the_range(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"^k must be in \[0, 3\], the number of scores, got {k}$"):
+        global_top_k(tensors([[1.0, 2.0], [3.0]]), k)
+
+
+def test_k_of_nothing_must_be_zero() -> None:
+    with pytest.raises(ValueError, match=r"^k must be in \[0, 0\], the number of scores, got 1$"):
+        global_top_k([], 1)
+
+
+@pytest.mark.parametrize("min_density", [-0.1, 1.1, NAN, INF])
+def test_min_density_out_of_range_is_told_with_the_range(min_density: float) -> None:
+    with pytest.raises(ValueError, match=rf"^min_density must be in \[0, 1\], got {min_density}$"):
+        global_top_k(tensors([[1.0, 2.0]]), 1, min_density=min_density)
+
+
+def test_floors_above_the_budget_are_told_with_the_way_out() -> None:
+    # ceil(1.5) + ceil(1)
+    told = "min_density=0.5 alone keeps 3 of 5 scores, more than the budget of 2; lower min_density or the sparsity"
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        global_top_k(tensors([[1.0, 2.0, 3.0], [4.0, 5.0]]), 2, min_density=0.5)
+
+
+# properties
+
+
+@given(LAYERS, st.data())
+@fast
+def test_equals_the_oracle(layers: list[list[float]], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, sum(map(len, layers))), label="k")
+    scores = tensors(layers)
+    agree(global_top_k(scores, k), oracles.top_k_mask([score.numpy() for score in scores], k))
+
+
+@given(LAYERS, st.integers(1, 8), st.data())
+@settings(deadline=None, max_examples=300)
+def test_equals_the_oracle_with_a_floor(layers: list[list[float]], eighths: int, data: st.DataObject) -> None:
+    min_density = eighths / 8  # a multiple of 1/8 times a small integer is exact
+    floors = sum(math.ceil(min_density * len(layer)) for layer in layers)
+    k = data.draw(st.integers(floors, sum(map(len, layers))), label="k")
+    scores = tensors(layers)
+    expected = oracles.top_k_mask_with_floor([score.numpy() for score in scores], k, min_density)
+    agree(global_top_k(scores, k, min_density=min_density), expected)
+
+
+@given(LAYERS, st.data())
+@fast
+def test_exactly_k_are_kept_or_every_score_above_zero(layers: list[list[float]], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, sum(map(len, layers))), label="k")
+    num_above_zero = sum(value > 0.0 for layer in layers for value in layer)
+    assert num_true(global_top_k(tensors(layers), k)) == min(k, num_above_zero)
+
+
+@given(LAYERS, st.data())
+@fast
+def test_every_kept_score_is_at_least_every_dropped_one(layers: list[list[float]], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, sum(map(len, layers))), label="k")
+    joined = torch.cat(tensors(layers))
+    kept = torch.cat(global_top_k(tensors(layers), k))
+    smallest_kept = min(joined[kept].tolist(), default=INF)
+    assert smallest_kept > 0.0
+    assert smallest_kept >= max(joined[~kept].tolist(), default=0.0)
+
+
+@given(LAYERS, st.data())
+@fast
+def test_a_larger_budget_keeps_all_that_a_smaller_one_keeps(layers: list[list[float]], data: st.DataObject) -> None:
+    small, large = sorted(data.draw(st.tuples(*[st.integers(0, sum(map(len, layers)))] * 2), label="budgets"))
+    fewer, more = (torch.cat(global_top_k(tensors(layers), k)) for k in (small, large))
+    assert not (fewer & ~more).any()
+
+
+DISTINCT = st.lists(st.floats(0.0, 1e6, width=32), min_size=2, max_size=24, unique=True)
+
+
+@given(DISTINCT, st.data())
+@fast
+def test_permuting_tensors_without_ties_permutes_their_masks(values: list[float], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=4), label="cuts"))
+    layers = [values[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(values)], strict=True)]
+    order = data.draw(st.permutations(range(len(layers))), label="order")
+    k = data.draw(st.integers(0, len(values)), label="k")
+    masks = global_top_k(tensors(layers), k)
+    permuted = global_top_k(tensors([layers[i] for i in order]), k)
+    assert lists(permuted) == lists([masks[i] for i in order])
+
+
+@given(DISTINCT, st.data())
+@fast
+def test_permuting_scores_without_ties_permutes_the_mask(values: list[float], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(values))), label="order")
+    k = data.draw(st.integers(0, len(values)), label="k")
+    (mask,) = global_top_k(tensors([values]), k)
+    (permuted,) = global_top_k(tensors([[values[i] for i in order]]), k)
+    assert permuted.tolist() == [mask[i].item() for i in order]
+
+
+@given(LAYERS, st.data())
+@fast
+def test_where_the_tensors_are_cut_does_not_matter(layers: list[list[float]], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, sum(map(len, layers))), label="k")
+    joined = [value for layer in layers for value in layer]
+    assert torch.cat(global_top_k(tensors(layers), k)).tolist() == global_top_k(tensors([joined]), k)[0].tolist()
+
+
+# the sampled bracket, which needs more than about 3,500 scores
+
+NUM = 10_100  # a sample of exactly 100
+SAMPLED = torch.arange(NUM) % _SAMPLE_STRIDE == 0
+
+
+def _random(generator: torch.Generator) -> Tensor:
+    return torch.rand(NUM, generator=generator)
+
+
+def _sample_holds_the_largest(generator: torch.Generator) -> Tensor:
+    """The bound comes out too high: only the 16 + 2k/101 largest of the sample exceed it."""
+    return _random(generator) + 2.0 * SAMPLED
+
+
+def _sample_holds_the_smallest(generator: torch.Generator) -> Tensor:
+    """The bound comes out too low: everything outside of the sample exceeds it."""
+    return _random(generator) + 2.0 * ~SAMPLED
+
+
+def _sample_is_zero(generator: torch.Generator) -> Tensor:
+    return _random(generator) * ~SAMPLED
+
+
+def _all_but_the_sample_is_zero(generator: torch.Generator) -> Tensor:
+    return _random(generator) * SAMPLED
+
+
+def _sample_is_infinite(generator: torch.Generator) -> Tensor:
+    return _random(generator).masked_fill(SAMPLED, INF)
+
+
+def _ten_values(generator: torch.Generator) -> Tensor:
+    return (10.0 * _random(generator)).floor()
+
+
+def _one_value(generator: torch.Generator) -> Tensor:
+    return torch.ones(NUM)
+
+
+def _all_zero(generator: torch.Generator) -> Tensor:
+    return torch.zeros(NUM)
+
+
+def _ascending(generator: torch.Generator) -> Tensor:
+    return torch.arange(NUM, dtype=torch.float32)
+
+
+def _descending(generator: torch.Generator) -> Tensor:
+    return torch.arange(NUM, 0, -1, dtype=torch.float32)
+
+
+def _subnormal(generator: torch.Generator) -> Tensor:
+    return _random(generator) * 1e-39
+
+
+MANY: list[Callable[[torch.Generator], Tensor]] = [
+    _random,
+    _sample_holds_the_largest,
+    _sample_holds_the_smallest,
+    _sample_is_zero,
+    _all_but_the_sample_is_zero,
+    _sample_is_infinite,
+    _ten_values,
+    _one_value,
+    _all_zero,
+    _ascending,
+    _descending,
+    _subnormal,
+]
+
+
+@pytest.mark.parametrize("draw", MANY, ids=lambda draw: draw.__name__.strip("_"))
+def test_the_kth_largest_of_many_equals_sorting(draw: Callable[[torch.Generator], Tensor]) -> None:
+    values = draw(torch.Generator().manual_seed(0))
+    descending = values.sort(descending=True).values
+    # 17 of the sample are at or above the bound for k = 51 ... 100; from k = 1,717 on the sample is not used.
+    for k in [1, 2, 16, 17, 18, 50, 51, 99, 100, 101, 102, 1000, 1716, 1717, 5000, NUM - 1, NUM]:
+        assert _kth_largest(values, k) == descending[k - 1].item(), k
+
+
+@given(st.integers(3_300, 3_600), st.integers(1, 3_300), st.integers(0, 2**32 - 1), st.sampled_from([3, 100, 10**6]))
+@example(3_434, 1, 0, 100)  # the first length at which the sample is used: 34 // 2 > 16
+@settings(deadline=None, max_examples=60)
+def test_the_kth_largest_equals_sorting_at_the_length_where_sampling_begins(
+    num: int, k: int, seed: int, num_values: int
+) -> None:
+    values = np.random.default_rng(seed).integers(0, num_values, num).astype(np.float32)
+    assert _kth_largest(torch.from_numpy(values), k) == np.sort(values)[num - k]
+
+
+@pytest.mark.parametrize("draw", MANY, ids=lambda draw: draw.__name__.strip("_"))
+def test_of_many_scores_the_same_are_kept_as_by_the_oracle(draw: Callable[[torch.Generator], Tensor]) -> None:
+    scores = list(torch.split(draw(torch.Generator().manual_seed(1)), [3_000, 7_000, 100]))
+    for k in (60, 1_500):
+        agree(global_top_k(scores, k), oracles.top_k_mask([score.numpy() for score in scores], k))
+
+
+def test_of_a_million_ties_exactly_k_are_kept_from_the_front() -> None:
+    first, second = global_top_k([torch.ones(600, 1000), torch.ones(400_000)], 600_001)
+    assert first.all()
+    assert second.nonzero().tolist() == [[0]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("draw", MANY, ids=lambda draw: draw.__name__.strip("_"))
+def test_a_gpu_keeps_the_same(draw: Callable[[torch.Generator], Tensor]) -> None:
+    scores = list(torch.split(draw(torch.Generator().manual_seed(0)), [3_000, 7_000, 100]))
+    for k in (0, 1, 100, 1_000, NUM):
+        masks = global_top_k([score.cuda() for score in scores], k, min_density=0.0)
+        assert lists([mask.cpu() for mask in masks]) == lists(global_top_k(scores, k))

@@ -1,0 +1,83 @@
+"""HOW a weight is ranked: scores are float32, >= 0, new, and survive half precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pomona.score import magnitude, saliency
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def test_magnitude_is_the_absolute_value() -> None:
+    assert magnitude(torch.tensor([[-2.0, 0.5], [-0.0, 0.0]])).tolist() == [[2.0, 0.5], [0.0, 0.0]]
+
+
+def test_saliency_is_the_absolute_product() -> None:
+    w, g = torch.tensor([[-2.0, 0.5], [3.0, 0.0]]), torch.tensor([[4.0, -0.5], [2.0, 9.0]])
+    assert saliency(w, g).tolist() == [[8.0, 0.25], [6.0, 0.0]]
+
+
+def test_saliency_is_symmetric_in_weight_and_gradient() -> None:
+    w, g = torch.tensor([-2.0, 0.5, 3.0]), torch.tensor([4.0, -0.5, 2.0])
+    assert torch.equal(saliency(w, g), saliency(g, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_float32_whatever_the_weights_are(dtype: torch.dtype) -> None:
+    w, g = torch.tensor([-2.0, 0.5], dtype=dtype), torch.tensor([4.0, 8.0], dtype=dtype)
+    for score, answer in [(magnitude(w), [2.0, 0.5]), (saliency(w, g), [8.0, 4.0])]:
+        assert score.dtype is torch.float32
+        assert score.tolist() == answer
+
+
+def test_weights_and_gradients_may_differ_in_dtype() -> None:
+    score = saliency(torch.tensor([-2.0]), torch.tensor([4.0], dtype=torch.bfloat16))
+    assert score.dtype is torch.float32
+    assert score.tolist() == [8.0]
+
+
+def test_a_product_that_underflows_in_half_precision_is_still_a_score() -> None:
+    tiny = torch.tensor([2.0**-14], dtype=torch.float16)
+    assert (tiny * tiny).item() == 0.0  # the naive score: this weight could never be selected
+    assert saliency(tiny, tiny).item() == 2.0**-28
+
+
+def test_a_product_that_overflows_in_half_precision_is_still_finite() -> None:
+    large = torch.tensor([2.0**15], dtype=torch.float16)
+    assert torch.isinf(large * large).all()
+    assert saliency(large, large).item() == 2.0**30
+
+
+def test_bfloat16_scores_are_products_of_the_stored_values_rounded_nowhere() -> None:
+    w = torch.tensor([1.0078125], dtype=torch.bfloat16)  # 1 + 2^-7, the next number after 1
+    assert saliency(w, w).item() == 1.0078125**2  # 1 + 2^-6 + 2^-14: in float32, not in bfloat16
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 1, 1)])
+def test_a_score_has_the_shape_of_the_weight(shape: tuple[int, ...]) -> None:
+    w = torch.full(shape, -2.0)
+    assert torch.equal(magnitude(w), torch.full(shape, 2.0))
+    assert torch.equal(saliency(w, w), torch.full(shape, 4.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_new_tensors_and_leave_their_inputs_alone(dtype: torch.dtype) -> None:
+    w, g = torch.tensor([-2.0, 0.5], dtype=dtype), torch.tensor([-4.0, 8.0], dtype=dtype)
+    for score in (magnitude(w), saliency(w, g)):
+        score.zero_()
+    assert w.tolist() == [-2.0, 0.5]
+    assert g.tolist() == [-4.0, 8.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_outside_of_autograd(dtype: torch.dtype) -> None:
+    w = torch.nn.Parameter(torch.tensor([-2.0], dtype=dtype))
+    g = torch.nn.Parameter(torch.tensor([4.0], dtype=dtype))
+    assert not magnitude(w).requires_grad
+    assert not saliency(w, g).requires_grad
+
+
+def test_a_nan_gradient_gives_a_nan_score_for_the_budget_to_refuse() -> None:
+    assert saliency(torch.tensor([0.0, 1.0]), torch.tensor([torch.inf, torch.nan])).isnan().all()  # 0 * inf is NaN
