@@ -15,7 +15,9 @@ test: $(VENV)/.test  ## all that CI runs
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
-	$(RUN) coverage run -m pytest
+	$(RUN) coverage erase
+	$(RUN) coverage run -m pytest -n 2
+	$(RUN) coverage combine --quiet
 	$(RUN) coverage report
 
 test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kills at random moments
@@ -26,7 +28,7 @@ format: $(VENV)/.test
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer"; exit 1; }

@@ -15,8 +15,8 @@ from pomona.zoo.checkpoint import Checkpoints
 from pomona.zoo.data import DATA, load_mnist
 from pomona.zoo.models import build_model
 from pomona.zoo.recipe import load_recipe
+from pomona.zoo.run import Run
 from pomona.zoo.ticket import ticket_phases
-from pomona.zoo.train import Run
 from tests.test_train import (
     DESCRIPTION,
     NUM_WEIGHTS,
@@ -31,6 +31,8 @@ from tests.test_train import (
     signal_at,
     write_digits,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed")
 
 PUBLISHED = ("expected.tolerance=1", "expected.base_accuracy=98.19", "expected.ticket_accuracy=98.22")
 KERNELS = ("fc1.weight", "fc2.weight", "fc3.weight")

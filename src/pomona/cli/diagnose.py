@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.train import diagnose, num_steps_per_epoch
+    from pomona.zoo.run import diagnose, num_steps_per_epoch
 
     recipe, data = load(options)
     stage = recipe.prune

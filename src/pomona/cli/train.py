@@ -83,7 +83,7 @@ def until_stopped(
 ) -> dict[str, Any]:
     """Run a training function on the options; a stop by a signal exits with 130."""
     from pomona.zoo.progress import Progress
-    from pomona.zoo.train import Stopped
+    from pomona.zoo.run import Stopped
 
     recipe, data = load(options)
     folder = folder_of(options, recipe, suffix)

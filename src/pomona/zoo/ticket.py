@@ -20,7 +20,8 @@ from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 from pomona.zoo.progress import Progress
 from pomona.zoo.recipe import Recipe
-from pomona.zoo.train import Learner, Memory, Phase, Run, conclude, hold_zeros, open_run, train_phases
+from pomona.zoo.run import Learner, Memory, Phase, Run, open_run
+from pomona.zoo.train import conclude, hold_zeros, train_phases
 
 _MASKS = ("method", "magnitude")  # in the order in which their tickets are trained
 

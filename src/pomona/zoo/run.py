@@ -1,0 +1,466 @@
+"""One run in one folder: phases one after another, from which a killed run goes on bit for bit.
+
+The data lie in memory, the order of an epoch follows from (seed, phase, epoch) alone, and a checkpoint holds all that
+the next step depends on, also in the middle of an epoch. On a CPU with the same number of threads a run that was
+killed and started again therefore ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from pomona.diagnosis import Diagnosis
+from pomona.pruner import Pruner
+from pomona.zoo.checkpoint import Checkpoints, write_atomically
+from pomona.zoo.data import Dataset
+from pomona.zoo.progress import Progress, duration
+from pomona.zoo.recipe import Recipe, Stage
+
+_CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
+_EVAL_BATCH = 1000
+_HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
+
+Memory = dict[str, Any]  # what one phase leaves to the next: tensors and plain values
+
+
+class FolderError(ValueError):
+    """The output folder cannot be used for this run."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved where it is."""
+
+
+@dataclass
+class Learner:
+    """A model in training, and how far it has come in its phase."""
+
+    model: nn.Module
+    optimizer: SGD
+    pruner: Pruner | None
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the epoch so far
+    num_right: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict() if self.pruner else None,
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss_sum": self.loss_sum,
+            "num_right": self.num_right,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.pruner:
+            self.pruner.load_state_dict(state["pruner"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.loss_sum, self.num_right = state["loss_sum"], state["num_right"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training by a stage of the recipe.
+
+    Attributes:
+        name: of the phase in metrics and messages.
+        stage: learning rates and length.
+        start: the model it starts with, from the recipe and what earlier phases left in memory.
+        attach: what prunes, or holds, during it.
+        finish: what it leaves in memory.
+    """
+
+    name: str
+    stage: Stage
+    start: Callable[[Recipe, Memory], nn.Module]
+    attach: Callable[[Recipe, nn.Module, SGD], Pruner | None]
+    finish: Callable[[Run, Learner], None]
+
+
+@dataclass
+class Run:
+    """Where a run stands. ``go`` trains the phases that are left and returns the memory of the last.
+
+    Args:
+        recipe: what to do.
+        data: with what.
+        folder: holds ``metrics.jsonl`` and the checkpoints; made if missing.
+        phases: in order.
+        progress: where to tell of it.
+        lock: what keeps other processes out of the folder as long as it is open.
+    """
+
+    recipe: Recipe
+    data: Dataset
+    folder: Path
+    phases: Sequence[Phase]
+    progress: Progress
+    lock: TextIO
+    memory: Memory = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _stop: bool = False
+
+    def __post_init__(self) -> None:
+        self._checkpoints = Checkpoints(self.folder)
+        self._metrics = self.folder / "metrics.jsonl"
+        self._saved_at = time.monotonic()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return num_steps_per_epoch(self.recipe, self.data)
+
+    def go(self) -> Memory:
+        """Train what is left."""
+        with self.lock, self._stop_on_signal():
+            resumed = self._load()
+            first = resumed["phase"] if resumed else 0
+            for index in range(first, len(self.phases)):
+                inside = resumed["inside"] if resumed and index == first else None
+                self._train(index, inside)
+        return self.memory
+
+    def _train(self, index: int, inside: Mapping[str, Any] | None) -> None:
+        phase = self.phases[index]
+        learner = self._begin(phase)
+        if inside:
+            learner.load_state_dict(inside)
+        else:
+            self._announce(phase)
+        clock = time.monotonic() - learner.seconds
+        num_steps = phase.stage.epochs * self.steps_per_epoch
+        order = self._order(index, learner.step // self.steps_per_epoch)
+        learner.model.train()
+        while learner.step < num_steps:
+            epoch, position = divmod(learner.step, self.steps_per_epoch)
+            if position == 0:
+                order = self._order(index, epoch)
+            start = position * self.recipe.batch_size
+            self._step(phase.stage, learner, order[start : start + self.recipe.batch_size])
+            learner.seconds = time.monotonic() - clock
+            if self.progress.is_due:
+                self.progress.status(self._status(phase, learner, num_steps))
+            if position == self.steps_per_epoch - 1:
+                self._end_epoch(index, learner)
+            if self._stop:
+                self._save(index, learner)
+                raise Stopped(f"stopped in {phase.name} at step {learner.step:,} of {num_steps:,}")
+        phase.finish(self, learner)
+        self.memory.setdefault("seconds", {})[phase.name] = time.monotonic() - clock
+        self._save(index + 1, None)
+
+    def _begin(self, phase: Phase) -> Learner:
+        model = phase.start(self.recipe, self.memory).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        kernels = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        stage = phase.stage
+        optimizer = SGD(
+            [
+                {"params": kernels, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
+                {"params": others, "weight_decay": 0.0, "lr_factor": stage.bias_lr},
+            ],
+            lr=stage.lr,
+            momentum=stage.momentum,
+            nesterov=stage.nesterov,
+            fused=True,
+        )
+        return Learner(model, optimizer, phase.attach(self.recipe, model, optimizer))
+
+    def _announce(self, phase: Phase) -> None:
+        stage = phase.stage
+        self.progress.line(
+            f"{phase.name}: {stage.epochs} epochs of {self.steps_per_epoch} steps, batch {self.recipe.batch_size}, "
+            f"lr {stage.lr:g}, momentum {stage.momentum:g}, weight decay {stage.weight_decay:g}"
+        )
+
+    def _order(self, phase: int, epoch: int) -> Tensor:
+        seed = (self.recipe.seed * 1_000 + phase) * 1_000_000 + epoch
+        return torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(seed))
+
+    def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
+        lr = stage.learning_rate(learner.step, self.steps_per_epoch)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        images, labels = self.data.train_images[batch], self.data.train_labels[batch]
+        learner.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = learner.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        learner.optimizer.step()
+        learner.loss_sum += loss.detach()
+        learner.num_right += (logits.detach().argmax(1) == labels).sum()
+        learner.step += 1
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Accuracy on the test set in percent, in float32."""
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for start in range(0, len(self.data.test_labels), _EVAL_BATCH):
+                logits = model(self.data.test_images[start : start + _EVAL_BATCH])
+                right += int((logits.argmax(1) == self.data.test_labels[start : start + _EVAL_BATCH]).sum())
+        model.train()
+        return 100.0 * right / len(self.data.test_labels)
+
+    # What is told and kept
+
+    def _end_epoch(self, index: int, learner: Learner) -> None:
+        phase = self.phases[index]
+        epoch = learner.step // self.steps_per_epoch
+        row: dict[str, Any] = {
+            "stage": phase.name,
+            "epoch": epoch,
+            "step": learner.step,
+            "lr": learner.optimizer.param_groups[0]["lr"],
+            "loss": float(learner.loss_sum) / self.steps_per_epoch,
+            "train_accuracy": 100.0 * int(learner.num_right) / (self.steps_per_epoch * self.recipe.batch_size),
+        }
+        is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
+        if is_tested:
+            row["test_accuracy"] = self.evaluate(learner.model)
+        if learner.pruner and not learner.pruner.is_hardened:
+            row |= learner.pruner.metrics()
+            if is_tested:
+                row |= self._cut_now(learner.model, learner.pruner)
+        if not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
+            stage = phase.name if phase.name == "prune" else "base"
+            raise ValueError(f"{phase.name} diverged: weights are not finite after epoch {epoch}; lower {stage}.lr")
+        row["seconds"] = round(learner.seconds, 3)
+        self.rows.append(row)
+        self._append(row)
+        if is_tested:
+            self.progress.line(_describe(row, phase.stage.epochs))
+        learner.loss_sum.zero_()
+        learner.num_right.zero_()
+        if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
+            self._save(index, learner)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that counts it
+        except OSError as error:
+            raise OSError(error.errno, f"could not write {self._metrics}: {error.strerror}") from error
+
+    def _cut_now(self, model: nn.Module, pruner: Pruner) -> dict[str, Any]:
+        histogram = _histogram([p.detach() for p in pruner.parameters().values()])
+        with pruner.trial_cut() as cut:
+            return {
+                "accuracy_if_cut": self.evaluate(model),
+                "largest_cut": cut.largest_cut,
+                "kept": {layer.name: layer.nonzero for layer in cut.layers},
+                "histogram": histogram,
+            }
+
+    def _status(self, phase: Phase, learner: Learner, num_steps: int) -> str:
+        row = next(
+            (row for row in reversed(self.rows) if row["stage"] == phase.name), {"stage": phase.name, "epoch": 0}
+        )
+        left = learner.seconds / learner.step * (num_steps - learner.step)
+        return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {_describe(row, phase.stage.epochs)}"
+
+    def _save(self, index: int, learner: Learner | None) -> None:
+        """A checkpoint inside phase ``index``, or before its first step."""
+        done = sum(phase.stage.epochs * self.steps_per_epoch + 1 for phase in self.phases[:index])
+        state = {
+            "phase": index,
+            "inside": learner.state_dict() if learner else None,
+            "memory": self.memory,
+            "num_rows": len(self.rows),
+        }
+        self._checkpoints.save(state, done + (learner.step if learner else 0))
+        self._saved_at = time.monotonic()
+
+    def _load(self) -> dict[str, Any] | None:
+        found = self._checkpoints.load()
+        for message in self._checkpoints.damaged:
+            self.progress.line(f"WARNING: {message}")
+        if found is None:
+            self._metrics.unlink(missing_ok=True)
+            return None
+        state, _ = found
+        self.memory = state["memory"]
+        self.rows = read_rows(self._metrics)[: state["num_rows"]]
+        if len(self.rows) < state["num_rows"]:
+            self.progress.line(
+                f"WARNING: {self._metrics} has only {len(self.rows)} of {state['num_rows']} rows; the pictures and "
+                "the page will lack the others, the weights are not affected"
+            )
+        write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if state["phase"] < len(self.phases):
+            step = state["inside"]["step"] if state["inside"] else 0
+            self.progress.line(f"resuming {self.phases[state['phase']].name} after step {step:,}")
+        return state
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows that are whole: a full disk or a power cut may have cut off the last."""
+    rows = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+_COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
+    "lr": ("lr", ".2g"),
+    "loss": ("loss", ".4f"),
+    "train_accuracy": ("train", ".2f"),
+    "test_accuracy": ("test", ".2f"),
+    "accuracy_if_cut": ("if cut", ".2f"),
+    "largest_cut": ("largest cut", ".2g"),
+    "active": ("active", ",.0f"),
+    "decay_exponent": ("decay", ".2f"),
+}
+
+
+def _describe(row: Mapping[str, Any], epochs: int) -> str:
+    known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
+    return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
+
+
+def _histogram(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    low, high, bins = _HISTOGRAM
+    magnitudes = torch.cat([t.reshape(-1).abs() for t in tensors])
+    alive = magnitudes[magnitudes > 0].log10_().clamp_(low, high)
+    counts = torch.histc(alive, bins, low, high)
+    return {
+        "edges": [round(low + (high - low) * i / bins, 4) for i in range(bins + 1)],
+        "counts": [int(c) for c in counts],
+        "zeros": magnitudes.numel() - alive.numel(),
+    }
+
+
+def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
+    """Full batches only, as in the papers."""
+    steps = len(data.train_labels) // recipe.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is more than the {len(data.train_labels)} training examples of {data.name}"
+        )
+    return steps
+
+
+def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
+    """Whether the recipe's pruning stage can succeed, from its numbers alone."""
+    stage = recipe.prune
+    settings = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
+    return recipe.method.forecast([{**settings, "lr": lr} for lr in stage.learning_rates(steps_per_epoch)])
+
+
+def open_run(
+    command: str,
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    phases: Sequence[Phase],
+    *,
+    threads: int,
+    progress: Progress,
+) -> Run:
+    """Claim the folder for this run, or find that it is already its own."""
+    steps_per_epoch = num_steps_per_epoch(recipe, data)  # refuses before the folder is claimed
+    torch.set_num_threads(threads)
+    lock = _claim(
+        folder,
+        {
+            "command": command,
+            "recipe": recipe.to_dict(),
+            "data": data.description,
+            "checksum": data.checksum,
+            "threads": threads,
+        },
+    )
+    progress.line(f"{recipe.title} ({recipe.source}), seed {recipe.seed}, {threads} thread{'s' * (threads > 1)}")
+    progress.line(f"data: {data.description}")
+    progress.line(f"folder: {folder}")
+    diagnosis = diagnose(recipe, steps_per_epoch)
+    if diagnosis is not None:
+        progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
+    return Run(recipe, data, folder, phases, progress, lock)
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> TextIO:
+    """Make the folder this run's, or find that it is; returns the lock that is held on it."""
+    manifest = folder / "run.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            if any(path.name != f".{manifest.name}.tmp" for path in folder.iterdir()):  # left by a kill
+                raise FolderError(f"{folder} is not empty and holds no run; name another with --out")
+            write_atomically(manifest, json.dumps(identity, indent=2).encode())
+    except OSError as error:
+        raise FolderError(f"cannot write to {folder}: {error}; name another with --out") from None
+    if not os.access(folder, os.W_OK):
+        raise FolderError(f"cannot write to {folder}; name another with --out")
+    try:
+        there = _flatten(json.loads(manifest.read_text()))
+        del there["data"]  # names a folder, which may have moved; the checksum tells whether the data are the same
+    except (json.JSONDecodeError, AttributeError, KeyError) as error:
+        raise FolderError(f"{manifest} cannot be read: {error!r}; delete {folder} to start again") from None
+    here = _flatten(json.loads(json.dumps({key: value for key, value in identity.items() if key != "data"})))
+    different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if different:
+        lines = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in different[:4])
+        raise FolderError(f"{folder} belongs to another run: {lines}. Name another folder with --out, or delete it")
+    return _lock(manifest)
+
+
+def _lock(manifest: Path) -> TextIO:
+    """Held until closed or the process ends, however it ends; not on Windows, which has no such lock."""
+    lock = manifest.open()
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise FolderError(f"another process is running in {manifest.parent}; wait for it or end it") from None
+    return lock
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
