@@ -474,8 +474,13 @@ class Greedy(pomona.Method):
 def test_a_method_that_keeps_more_than_its_budget_is_found_out() -> None:
     model = net()
     pruner = Pruner(model, Adam(model.parameters()), Greedy())
-    assert pruner.harden().nonzero == 2
-    with pytest.raises(RuntimeError, match="2 weights survived, more than the budget of 1"):
+    with pytest.raises(RuntimeError, match="a budget of 1 weights, but its support has 2"):
+        pruner.harden()
+    state = pruner.state_dict()
+    pruner.load_state_dict(
+        state | {"is_hardened": True, "pruned": {name: p == 0 for name, p in pruner.parameters().items()}}
+    )
+    with pytest.raises(RuntimeError, match="72 weights survived, more than the budget of 1"):
         pruner.verify()
 
 
@@ -563,3 +568,19 @@ def test_harden_inside_a_trial_is_for_good_or_refused() -> None:
         assert pomona.report(model).nonzero == NUM_WEIGHTS
     else:
         assert pruner.verify().nonzero == KEPT
+
+
+@pytest.mark.parametrize(("promised", "match"), [(KEPT - 1, "a budget of 17 .* has 18"), (KEPT + 1, "a budget of 19")])
+def test_a_method_that_breaks_its_own_budget_cuts_nothing(promised: int, match: str) -> None:
+    class Careless(GSM):
+        def budget(self, total: int, step: int) -> int:
+            return promised
+
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
+    pruner = Pruner(model, optimizer, Careless(sparsity=0.75))
+    train(model, optimizer, batches(3))
+    before = bits(model.state_dict())
+    with pytest.raises(RuntimeError, match=match):
+        pruner.harden()
+    assert bits(model.state_dict()) == before

@@ -343,7 +343,7 @@ class Pruner:
             same_names(copy, self.parameters())
         if not self.is_hardened:
             masks = self._masks()
-            if any(bool(w.value[~m].any()) for w, m in zip(self._weights(with_grad=False), masks, strict=True)):
+            if self._loses_weights(masks):
                 self._warn_of_loss()
             before = float(evaluate()) if evaluate else None
             self._pruned, self._cuts = self._cut(masks)
@@ -379,7 +379,17 @@ class Pruner:
 
     @torch.no_grad()
     def _masks(self) -> list[Tensor]:
-        return self.method.support(self._weights(with_grad=False), self.num_steps)
+        """The method's support; it must be as large as promised, unless fewer weights are not zero already."""
+        weights = self._weights(with_grad=False)
+        masks = self.method.support(weights, self.num_steps)
+        budget = self.method.budget(sum(w.value.numel() for w in weights), self.num_steps)
+        kept = sum(int(mask.sum()) for mask in masks)
+        if budget is not None and (kept > budget or (kept < budget and self._loses_weights(masks))):
+            raise RuntimeError(f"{self.method} has a budget of {budget} weights, but its support has {kept}")
+        return masks
+
+    def _loses_weights(self, masks: list[Tensor]) -> bool:
+        return any(bool(p.detach()[~mask].any()) for p, mask in zip(self.parameters().values(), masks, strict=True))
 
     @torch.no_grad()
     def _cut(self, masks: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
