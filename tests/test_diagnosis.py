@@ -124,7 +124,7 @@ def test_seven_is_enough_and_less_is_not() -> None:
 def test_a_good_run_is_told_in_one_sentence() -> None:
     assert str(diagnosed(RESNET56, momentum=0.98, weight_decay=1e-4)) == (
         "decay exponent 7.98 over 468,600 steps: passive weights shrink to 0.034 % of their size; "
-        "enough for a cut without loss"
+        "enough for passive weights to vanish"
     )
 
 
@@ -155,7 +155,7 @@ def test_without_any_decay_there_are_no_numbers_to_suggest(momentum: float, weig
     diagnosis = diagnosed([lr] * 10, momentum=momentum, weight_decay=weight_decay)
     assert diagnosis.exponent == 0.0
     assert diagnosis.shrinkage == 1.0
-    assert diagnosis.remedy == "Momentum, weight decay and learning rate must all be above 0."
+    assert diagnosis.remedy == "Learning rate and weight decay must be above 0, and dampening below 1."
 
 
 # the remedies
@@ -163,14 +163,14 @@ def test_without_any_decay_there_are_no_numbers_to_suggest(momentum: float, weig
 NUMBER = r"([0-9.,]+(?:e[+-]?[0-9]+)?)"
 PATTERNS = {
     "momentum": rf"momentum {NUMBER} instead of",
-    "num_steps": rf"(?:of these is enough: |or ){NUMBER} steps",
+    "num_steps": rf"(?:would be: |or ){NUMBER} steps",
     "weight_decay": rf"weight_decay {NUMBER} instead of",
     "lr": rf"learning rates {NUMBER} times as high",
 }
 
 
 def suggestions(remedy: str) -> dict[str, float]:
-    assert remedy.startswith("One of these is enough: ")
+    assert remedy.startswith("Enough would be: ")
     found = {name: re.search(pattern, remedy) for name, pattern in PATTERNS.items()}
     return {name: float(match[1].rstrip(".,").replace(",", "")) for name, match in found.items() if match}
 

@@ -584,3 +584,43 @@ def test_a_method_that_breaks_its_own_budget_cuts_nothing(promised: int, match: 
     with pytest.raises(RuntimeError, match=match):
         pruner.harden()
     assert bits(model.state_dict()) == before
+
+
+def test_a_cut_in_the_middle_of_a_ramp_is_warned_of() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
+    pruner = Pruner(model, optimizer, GSM(sparsity=pomona.Linear(0.0, 0.75, steps=100)))
+    train(model, optimizer, batches(10))
+    with pytest.warns(UserWarning, match=r"sparsity is 0.075 at step 10 and goes to 0.75") as told:
+        pruner.harden()
+    assert all(warning.filename == __file__ for warning in told)  # names the user's line
+
+
+def test_training_inside_a_trial_is_refused() -> None:
+    model, optimizer, pruner = pruned()
+    before = bits(model.state_dict())
+    with pruner.trial_cut(), pytest.raises(RuntimeError, match=r"inside trial_cut\(\) would be undone"):
+        train(model, optimizer, batches(1))
+    assert bits(model.state_dict()) == before
+
+
+def test_hold_warns_of_layers_that_are_zero_throughout() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight.zero_()
+    with pytest.warns(UserWarning, match=r"2.weight is zero throughout and will stay so"):
+        pomona.hold(model, SGD(model.parameters(), lr=0.1))
+
+
+def test_a_state_that_lacks_a_part_changes_nothing() -> None:
+    _, _, pruner = pruned()
+    before = bits(pruner.state_dict())
+    state = pruner.state_dict() | {"num_steps": 99}
+    del state["accuracy"]
+    with pytest.raises(ValueError, match="the state lacks accuracy"):
+        pruner.load_state_dict(state)
+    state = pruner.state_dict() | {"num_steps": 99}
+    state["state"] = {name: {key: torch.zeros(3) for key in parts} for name, parts in state["state"].items()}
+    with pytest.raises(ValueError, match=r"has shape \(3,\) in the state"):
+        pruner.load_state_dict(state)
+    assert bits(pruner.state_dict()) == before

@@ -532,3 +532,21 @@ def test_a_run_does_not_depend_on_the_random_state_around_it(
     torch.manual_seed(time.time_ns())
     assert command_line(run_of(digits, tmp_path / "run")).status == 0
     assert_same_end(tmp_path / "run", finished.folder)
+
+
+def test_a_finished_run_keeps_the_commit_that_trained_it(
+    digits: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    monkeypatch.setattr("pomona.zoo.run.commit_of_source", lambda: "another")
+    done = command_line(run_of(digits, folder))
+    assert "this run has finished" in done.out
+    assert result_of(folder) == result_of(finished.folder)
+
+
+def test_a_resumed_run_names_both_commits(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit, batch in (("first", 36), ("second", 0)):
+        monkeypatch.setattr("pomona.zoo.run.commit_of_source", lambda commit=commit: commit)
+        monkeypatch.setitem(DATA, "mnist", signal_at(batch, signal.SIGINT))
+        command_line(run_of(digits, tmp_path / "run"))
+    assert result_of(tmp_path / "run")["commit"] == "first, second"

@@ -47,7 +47,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         verdict = (
-            "enough for a cut without loss"
+            "enough for passive weights to vanish"
             if self.is_enough
             else f"NOT enough (want {ENOUGH:g}): the final cut will cost accuracy. {self.remedy}"
         )
@@ -79,10 +79,12 @@ def diagnose_decay(exponent: float, num_steps: int, group: Mapping[str, Any]) ->
 
 
 def _remedy(exponent: float, num_steps: int, group: Mapping[str, Any]) -> str:
+    if num_steps == 0:
+        return "No step has been taken yet."
     if exponent <= 0.0:
-        return "Momentum, weight decay and learning rate must all be above 0."
+        return "Learning rate and weight decay must be above 0, and dampening below 1."
     missing = ENOUGH / exponent
-    ways = [f"{math.ceil(missing * num_steps):,} steps"]
+    ways = [f"{math.ceil(missing * num_steps):,} steps at the same average learning rate"]
     if num_steps * _fastest(group["momentum"]) > 2.0 * ENOUGH:
         ways += [
             f"weight_decay {_rounded_up(missing * group['weight_decay'])} instead of {group['weight_decay']:g}",
@@ -91,7 +93,7 @@ def _remedy(exponent: float, num_steps: int, group: Mapping[str, Any]) -> str:
     momentum = math.ceil(1e5 * (1.0 - (1.0 - group["momentum"]) / missing)) / 1e5
     if momentum < 1.0 and num_steps * _fastest(momentum) > 2.0 * ENOUGH:
         ways.insert(0, f"momentum {momentum:.5f} instead of {group['momentum']:g}")
-    return f"One of these is enough: {', or '.join(ways)}."
+    return f"Enough would be: {', or '.join(ways)}."
 
 
 def _rounded_up(number: float) -> str:

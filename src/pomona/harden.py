@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -82,8 +83,10 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     Returns:
         The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.
 
+    A tensor that is zero throughout, such as a head initialised to zero, will stay so: this is warned of.
+
     Raises:
-        ValueError: there is not one zero in scope.
+        ValueError: there is not one zero in scope. (When resuming, load the model's state first.)
 
     Example:
         >>> model = torch.nn.Linear(3, 1, bias=False)
@@ -100,5 +103,14 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     pruner = Pruner(model, optimizer, _Zeros(), scope=scope)
     if pruner.harden().nonzero == sum(p.numel() for p in pruner.parameters().values()):
         pruner.detach()
-        raise ValueError("hold() found no zero in the weights in scope; prune the model first, or widen the scope")
+        raise ValueError(
+            "hold() found no zero in the weights in scope; prune the model first (when "
+            "resuming: load its state first), or widen the scope"
+        )
+    empty = [name for name, p in pruner.parameters().items() if not p.detach().any()]
+    if empty:
+        warnings.warn(
+            f"{', '.join(empty)} is zero throughout and will stay so; Scope(exclude=[...]) lets it train",
+            stacklevel=2,
+        )
     return pruner

@@ -19,9 +19,23 @@ from pomona.diagnosis import Diagnosis, rehearse
 from pomona.harden import count_revived, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
 from pomona.report import Report, report_layer
+from pomona.schedule import Schedule
 from pomona.scope import Scope
 
 _FORMAT = 1  # of state_dict()
+_KEYS = {
+    "method",
+    "num_steps",
+    "num_skipped",
+    "hardened_at",
+    "accuracy",
+    "is_hardened",
+    "cuts",
+    "shapes",
+    "state",
+    "pruned",
+}
+_FAR_AWAY = 2**53  # a step at which every schedule has come to its end
 
 
 class Pruner:
@@ -104,6 +118,10 @@ class Pruner:
         self._mark()
         self._handles: list[RemovableHandle] = []
         self._attach()
+
+    def __repr__(self) -> str:
+        done = "hardened" if self.is_hardened else f"step {self.num_steps:,}"
+        return f"Pruner({self.method}, {len(self._places)} tensors, {done})"
 
     # What is pruned
 
@@ -202,6 +220,10 @@ class Pruner:
 
     @torch.no_grad()
     def _before_step(self) -> None:
+        if self._is_trying:
+            raise RuntimeError(
+                "optimizer.step() inside trial_cut() would be undone at the end of the block; step outside"
+            )
         if self._in_step is not None and self._masked == self._grad_versions():
             return  # a subclass that calls super().step() fires the hooks twice
         self._in_step = None
@@ -319,7 +341,6 @@ class Pruner:
         """Whether ``harden()`` has written the zeros."""
         return bool(self._pruned)
 
-    @torch.no_grad()
     def harden(self, *copies: nn.Module, evaluate: Callable[[], float] | None = None) -> Report:
         """Write exact zeros outside the method's support, and keep them from here on.
 
@@ -343,6 +364,7 @@ class Pruner:
             same_names(copy, self.parameters())
         if not self.is_hardened:
             masks = self._masks()
+            self._warn_of_ramps()
             if self._loses_weights(masks):
                 self._warn_of_loss()
             before = float(evaluate()) if evaluate else None
@@ -402,6 +424,21 @@ class Pruner:
             cuts[w.name] = float(lost.abs().max()) if lost.numel() else 0.0
             zero_(w.value, pruned[w.name])
         return pruned, cuts
+
+    def _warn_of_ramps(self) -> None:
+        """A schedule that has not come to its end prunes less than its user has in mind."""
+        hyper_parameters: Any = self.method
+        if not dataclasses.is_dataclass(hyper_parameters):
+            return
+        names = [field.name for field in dataclasses.fields(hyper_parameters)]
+        for name in names:
+            value = getattr(self.method, name)
+            if isinstance(value, Schedule) and value(self.num_steps) != value(_FAR_AWAY):
+                warnings.warn(
+                    f"harden() in the middle of a schedule: {name} is {value(self.num_steps):g} at step "
+                    f"{self.num_steps:,} and goes to {value(_FAR_AWAY):g} with {value}",
+                    stacklevel=3,
+                )
 
     def _warn_of_loss(self) -> None:
         diagnosis = self.method.diagnose(self._weights(with_grad=False), self.num_steps)
@@ -539,6 +576,9 @@ class Pruner:
                 f"this is not the state of a Pruner of this version (format {state.get('format')!r}, expected "
                 f"{_FORMAT})"
             )
+        missing = _KEYS - state.keys()
+        if missing:
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it was not made by state_dict()")
         mine, theirs = _describe(self.method), state["method"]
         if mine != theirs:
             raise ValueError(f"the state is of {theirs}, but this Pruner has {mine}; make it with the same method")
@@ -552,6 +592,9 @@ class Pruner:
         for name, tensors in self._state.items():
             if tensors.keys() != state["state"][name].keys():
                 raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(tensors)}")
+            for key, mine_now in tensors.items():
+                if mine_now.shape != state["state"][name][key].shape:
+                    raise ValueError(f"{key} of {name} has shape {tuple(state['state'][name][key].shape)} in the state")
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

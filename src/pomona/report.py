@@ -103,7 +103,7 @@ class Report:
 
     @property
     def largest_cut(self) -> float | None:
-        """Largest magnitude that the cut removed: near 0 if the cut was without loss."""
+        """Largest magnitude that the cut removed; far below ``smallest_kept`` if weights had parted in two kinds."""
         return max((cut for layer in self.layers if (cut := layer.largest_cut) is not None), default=None)
 
     @property

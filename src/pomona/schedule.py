@@ -57,7 +57,7 @@ def check_value(name: str, value: Value, *, low: float, high: float) -> None:
 
 def _hint(number: float, low: float, high: float) -> str:
     percent = number / 100
-    return f" (did you mean {percent:g}?)" if number > high and low <= percent < high else ""
+    return f" (did you mean {percent:g}?)" if number >= 10.0 * high and low <= percent < high else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import pomona
 from pomona.cli import diagnose, recipes, report, ticket, train
 
 _COMMANDS = (train, ticket, diagnose, report, recipes)
@@ -15,6 +16,7 @@ _COMMANDS = (train, ticket, diagnose, report, recipes)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="pomona", description="Prune a neural network while it trains.")
+    parser.add_argument("--version", action="version", version=f"pomona {pomona.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_to(commands)
@@ -23,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
         return status
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        sys.stdout = None
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -64,6 +64,9 @@ def _report_file(path: Path) -> Any:
     tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     layers = [report_layer(name, t) for name, t in tensors.items() if t.ndim >= 2 and t.is_floating_point()]
     if not layers:
-        raise ValueError(f"{path} holds no floating-point tensor of two or more dimensions (keys: {list(state)[:5]})")
+        raise ValueError(
+            f"{path} holds no floating-point tensor of two or more dimensions (keys: {list(state)[:5]}); save "
+            "the state dict of the model alone"
+        )
     inside = {layer.name for layer in layers}
     return Report(tuple(layers), {name: "fewer than 2 dimensions" for name in tensors if name not in inside})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options that all commands with runs share."""
     add_recipe_options(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run (default: runs/RECIPE-seedN)")
-    parser.add_argument("--threads", metavar="N", type=_positive, help="threads of torch (default: all cores, up to 4)")
+    parser.add_argument(
+        "--threads", metavar="N", type=_positive, help="threads of torch (default: its own choice, up to 4)"
+    )
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,9 @@ def threads_of(options: argparse.Namespace, folder: Path) -> int:
     try:
         return int(json.loads((folder / "run.json").read_text())["threads"])
     except (OSError, ValueError, KeyError):
-        return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+        import torch
+
+        return min(torch.get_num_threads(), 4)
 
 
 def until_stopped(
@@ -106,4 +109,7 @@ def _run(options: argparse.Namespace) -> int:
         f"{result['report']['compression']:.1f}x compression; accuracy {accuracy['base']:.2f} dense, "
         f"{accuracy['before_cut']:.2f} before the cut, {accuracy['after_cut']:.2f} after, on {result['data']}"
     )
+    published = (result["expected"] or {}).get("accuracy")
+    if published is not None:
+        print(f"published: {published:.2f} after the cut; here {accuracy['after_cut'] - published:+.2f}")
     return 0

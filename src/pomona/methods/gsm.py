@@ -132,7 +132,7 @@ class GSM(Method):
             return "emptied: none of its weights is above the one cut on |w| for all layers"
         if self.min_density > 0.0 and kept == math.ceil(round(self.min_density * total, 6)):
             return f"held at the floor min_density={self.min_density:g}"
-        return f"one cut on |w| for all layers: {kept / total / density:.2g}x the network's share"
+        return f"{kept / total / density:.2g}x the network's share, by one cut on |w|"
 
     def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis:
         exponent = sum(decay_per_step(group["lr"], group) for group in groups)

@@ -24,8 +24,9 @@ _CAPTIONS = {
     "layers": "Each bar is the share of its weights that a layer keeps, the dashed line the share of all layers "
     "together: a bar that ends to the right of it was spared, one that ends to the left gave more than its part.",
     "training": "Where the two curves have met, the cut loses nothing: the weights it would remove no longer matter.",
-    "magnitudes": "Colour counts the weights of each magnitude, epoch by epoch; pruning has done its work once "
-    "they have parted in two humps and the cut, the orange line, runs through the empty space between them.",
+    "magnitudes": "Colour counts the weights of each magnitude, epoch by epoch. Those that no gradient feeds fade and "
+    "part from the others. Where the cut, the orange line, runs through the upper hump, more weights took turns in "
+    "being active than may stay, and it removes some that are not small: accuracy before and after tells the price.",
 }
 
 
@@ -375,6 +376,7 @@ tfoot td { border-top: 2px solid var(--line); font-weight: 600; }
 .right { text-align: right; }
 td.right { white-space: nowrap; }
 td:last-child:not(.right) { min-width: 7rem; }
+@media (max-width: 40rem) { td:last-child:not(.right) { white-space: nowrap; } }
 figure { margin: 0 0 2rem; max-width: 46rem; break-inside: avoid; }
 img { display: block; width: 100%; height: auto; padding: 0.25rem 0; border-radius: 6px; background: #ffffff; }
 figcaption { margin-top: 0.5rem; font-size: 0.9rem; }

@@ -90,7 +90,7 @@ class Stage:
         _check("warmup_epochs", self.warmup_epochs, Interval(0, self.epochs, "[]"))
         if any(epoch >= later for epoch, later in pairwise((0, *self.lr_drops, self.epochs))):
             allowed = f"strictly increasing, in [1, {self.epochs - 1}]"
-            raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}")
+            raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}; set it together with epochs")
         if self.nesterov and self.momentum == 0:
             raise RecipeError("nesterov must be false where momentum is 0, got true")
 
@@ -269,6 +269,8 @@ def _read(hint: Any, value: object, key: str) -> Any:
         if kind in kinds:
             return _build(kind, _table(value, key), prefix=f"{key}.")
     allowed = [_PLAIN[kind] for kind in kinds if kind in _PLAIN]
+    if not allowed:
+        raise RecipeError(f"{key} is of a type that recipes cannot write; it takes its default")
     if not any(accepts(value) for _, accepts in allowed):
         raise RecipeError(f"{key} must be {' or '.join(name for name, _ in allowed)}, got {_written(value)}")
     return tuple(value) if isinstance(value, list) else value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,6 +119,7 @@ class Run:
     lock: TextIO
     memory: Memory = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    was_finished: bool = False  # already when it was opened
     _stop: bool = False
 
     def __post_init__(self) -> None:
@@ -134,6 +136,10 @@ class Run:
         with self.lock, self._stop_on_signal():
             resumed = self._load()
             first = resumed["phase"] if resumed else 0
+            self.was_finished = first == len(self.phases)
+            if not self.was_finished:
+                self.memory.setdefault("commits", [])
+                self.memory["commits"] = list(dict.fromkeys([*self.memory["commits"], commit_of_source()]))
             for index in range(first, len(self.phases)):
                 inside = resumed["inside"] if resumed and index == first else None
                 self._train(index, inside)
@@ -312,6 +318,10 @@ class Run:
         if state["phase"] < len(self.phases):
             step = state["inside"]["step"] if state["inside"] else 0
             self.progress.line(f"resuming {self.phases[state['phase']].name} after step {step:,}")
+        else:
+            self.progress.line(
+                f"this run has finished; to train again, delete {self.folder} or name another with --out"
+            )
         return state
 
     @contextmanager
@@ -328,6 +338,20 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def commit_of_source() -> str | None:
+    """The commit of the source tree this package runs from; "+" when files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:

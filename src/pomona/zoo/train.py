@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,14 +97,18 @@ def train(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress
 
 def conclude(run: Run, threads: int, more: Mapping[str, Any]) -> dict[str, Any]:
     """Write what a finished run leaves: ``result.json``, ``model.pt``, pictures and page."""
-    result = _result(run, threads) | dict(more)
-    write_atomically(run.folder / "result.json", json.dumps(result, indent=2).encode())
+    if run.was_finished and (run.folder / "result.json").exists():
+        result = read_run(run.folder)  # by the commit that trained it
+    else:
+        result = _result(run, threads) | dict(more)
+        write_atomically(run.folder / "result.json", json.dumps(result, indent=2).encode())
     weights = io.BytesIO()
     torch.save({name: t.contiguous() for name, t in run.memory["model"].items()}, weights)
     write_atomically(run.folder / "model.pt", weights.getvalue())
     run.progress.line(run.memory["table"])
-    for path in write_report(run.folder):
-        run.progress.line(str(path))
+    page, *pictures = write_report(run.folder)
+    run.progress.line(f"pictures: {', '.join(str(path) for path in pictures)}")
+    run.progress.line(f"page: {page}")
     return result
 
 
@@ -118,7 +121,11 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
     plain = recipe.to_dict()
     return {
         **_title(plain, run.data.description),
-        **environment(threads),
+        "pomona": pomona.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "threads": threads,
+        "commit": ", ".join(filter(None, memory["commits"])) or None,
         "seconds": sum(memory["seconds"].values()),
         "accuracy": memory["accuracy"],
         "expected": plain.get("expected"),
@@ -137,31 +144,6 @@ def _title(recipe: Mapping[str, Any], data: str) -> dict[str, Any]:
     """What is known of a run before it has finished."""
     known = {key: recipe[key] for key in ("title", "source", "seed")}
     return {**known, "recipe": dict(recipe), "data": data}
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """What a number depends on beside recipe, seed and data."""
-    return {
-        "pomona": pomona.__version__,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "threads": threads,
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree this package runs from; "+" when files differ from it."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", str(here)) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def read_run(folder: Path) -> dict[str, Any]:
