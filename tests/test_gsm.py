@@ -204,3 +204,22 @@ def test_sparsity_out_of_range_is_refused(sparsity: float, message: str) -> None
 def test_min_density_out_of_range_is_refused(min_density: float) -> None:
     with pytest.raises(ValueError, match=r"min_density must be in \[0, 1\]"):
         pomona.GSM(0.9, min_density)
+
+
+@pytest.mark.parametrize("min_density", ["0.1", None, True])
+def test_min_density_that_is_no_number_is_refused(min_density: object) -> None:
+    with pytest.raises(TypeError, match="min_density must be a number"):
+        pomona.GSM(0.9, min_density)  # type: ignore[arg-type]
+
+
+def test_dampening_that_leaves_no_decay_is_refused() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=1.0, weight_decay=0.1)
+    with pytest.raises(ValueError, match="GSM needs dampening < 1, got SGD"):
+        pomona.Pruner(model, optimizer, pomona.GSM(0.5))
+
+
+@pytest.mark.parametrize("k", [1.5, 2.0, True, "3"])
+def test_k_that_is_no_integer_is_refused(k: object) -> None:
+    with pytest.raises(TypeError, match="k must be an integer"):
+        pomona.global_top_k([torch.ones(4)], k)  # type: ignore[arg-type]

@@ -40,6 +40,8 @@ def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) 
         ValueError: ``k`` out of range, a NaN among the scores, or floors that together exceed ``k``.
     """
     sizes = [score.numel() for score in scores]
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an integer, got {k!r}")
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must be in [0, {sum(sizes)}], the number of scores, got {k}")
     if not 0.0 <= min_density <= 1.0:

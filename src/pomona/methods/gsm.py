@@ -68,6 +68,8 @@ class GSM(Method):
 
     def __post_init__(self) -> None:
         check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        if isinstance(self.min_density, bool) or not isinstance(self.min_density, (int, float)):
+            raise TypeError(f"min_density must be a number, got {self.min_density!r}")
         if not 0.0 <= self.min_density <= 1.0:
             raise ValueError(f"min_density must be in [0, 1], got {self.min_density}")
 
@@ -88,6 +90,8 @@ class GSM(Method):
                 )
             if not group["momentum"] > 0.0:
                 raise ValueError(f"GSM needs momentum > 0, got {name}(momentum={group['momentum']}); {way_out}")
+            if not group["dampening"] < 1.0:
+                raise ValueError(f"GSM needs dampening < 1, got {name}(dampening={group['dampening']}); {way_out}")
             if not group["weight_decay"] > 0.0:
                 raise ValueError(
                     f"GSM needs weight_decay > 0 for the pruned weights (nothing else moves passive weights to "
