@@ -17,7 +17,7 @@ from pomona.method import Method, Weight
 from pomona.methods import GSM, METHODS
 from pomona.pruner import Pruner
 from pomona.report import LayerReport, Report, report
-from pomona.schedule import Constant, Cosine, Cubic, Every, Linear, Schedule
+from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
 from pomona.scope import Scope
 from pomona.score import magnitude, saliency
 
@@ -31,6 +31,7 @@ __all__ = [
     "Cubic",
     "Diagnosis",
     "Every",
+    "Geometric",
     "LayerReport",
     "Linear",
     "Method",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pomona.schedule import check_value
+
+Allocation: TypeAlias = Literal["global", "uniform", "erk"]  # WHERE the budget goes
 
 _SAMPLE_STRIDE = 101  # prime, so that a sample does not fall on one column of a power-of-two layer
 
@@ -52,6 +55,74 @@ def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) 
     if min_density > 0.0:
         masks = _raise_to_floors(flat, masks, floors, k)
     return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
+
+
+def top_k(
+    scores: Sequence[Tensor], k: int, allocation: Allocation = "global", *, min_density: float = 0.0
+) -> list[Tensor]:
+    """Keep the ``k`` largest scores in all, dealt to the layers by ``allocation``.
+
+    Args:
+        scores: as of ``global_top_k``.
+        k: how many to keep in all.
+        allocation: ``"global"``: one ranking over all layers, ``global_top_k``. ``"uniform"``: the same share of every
+            layer. ``"erk"``: shares by ``erk``. The last two ignore ``min_density``, for no layer is empty by them.
+        min_density: as of ``global_top_k``.
+
+    Returns:
+        Boolean masks. Exactly ``k`` are kept, or fewer where scores are zero.
+    """
+    check_allocation(allocation)
+    if allocation == "global":
+        return global_top_k(scores, k, min_density=min_density)
+    counts = deal(allocation, [score.shape for score in scores], k)
+    return [global_top_k([score], count)[0] for score, count in zip(scores, counts, strict=True)]
+
+
+def check_allocation(allocation: str) -> None:
+    """ValueError unless it is a name that ``top_k`` knows."""
+    if allocation not in get_args(Allocation):
+        raise ValueError(f"allocation must be one of {', '.join(get_args(Allocation))}, got {allocation!r}")
+
+
+def deal(allocation: Literal["uniform", "erk"], shapes: Sequence[Sequence[int]], k: int) -> list[int]:
+    """How many of ``k`` each layer of these shapes may keep; they add up to ``k`` exactly."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if not 0 <= k <= sum(sizes):
+        raise ValueError(f"k must be in [0, {sum(sizes)}], the number of weights, got {k}")
+    densities = erk(shapes, k) if allocation == "erk" else [k / sum(sizes)] * len(sizes)
+    shares = [density * size for density, size in zip(densities, sizes, strict=True)]
+    counts = [math.floor(round(share, 6)) for share in shares]
+    left = k - sum(counts)
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - shares[i], i))
+    while left > 0:  # a second round only where the first layers are full
+        for i in by_remainder:
+            if left and counts[i] < sizes[i]:
+                counts[i] += 1
+                left -= 1
+    return counts
+
+
+def erk(shapes: Sequence[Sequence[int]], k: int) -> list[float]:
+    r"""Densities of layers by the Erdos-Renyi kernel rule (RigL, arXiv 1911.11134, section 3; SET for dense layers).
+
+    A layer of shape :math:`(n_1, n_2, \dots)` gets the density
+    :math:`\epsilon \, (n_1 + n_2 + \dots) / (n_1 n_2 \cdots)`, so that small layers stay denser than large ones.
+    Layers for which that exceeds 1 are kept whole, and :math:`\epsilon` is solved anew for the others until all
+    together keep ``k`` weights.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    whole: set[int] = set()
+    while True:
+        free = [i for i in range(len(shapes)) if i not in whole]
+        if not free:
+            return [1.0] * len(shapes)
+        epsilon = (k - sum(sizes[i] for i in whole)) / sum(sum(shapes[i]) for i in free)
+        densities = {i: epsilon * sum(shapes[i]) / sizes[i] for i in free}
+        densest = max(densities.values())
+        if densest <= 1.0:
+            return [1.0 if i in whole else densities[i] for i in range(len(shapes))]
+        whole |= {i for i in free if densities[i] == densest}
 
 
 def check_floors(sizes: Sequence[int], k: int, min_density: float) -> list[int]:

@@ -39,6 +39,8 @@ class Weight:
         group: the optimizer's parameter group that holds it, as it is now; read only.
         state: what ``init`` returned; edit in place; saved by the Pruner.
         moves: False in a step without a gradient for it: the optimizer passes it over, decay included.
+        buffers: what the optimizer itself remembers of each single weight, such as momentum or Adam's moments: tensors
+            of the same shape, none before its first step; edit in place.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Weight:
     group: Mapping[str, Any]
     state: dict[str, Tensor]
     moves: bool = True
+    buffers: tuple[Tensor, ...] = ()
 
     @property
     def lr(self) -> float:
@@ -66,7 +69,10 @@ class Method(ABC):
         """Raise ValueError if the method cannot prune these weights as it is set."""
 
     def init(self, w: Weight) -> dict[str, Tensor]:
-        """State of one weight. Tensors made by ``zeros_like(w.value)`` reshard by themselves."""
+        """State of one weight. Tensors made by ``zeros_like(w.value)`` reshard by themselves.
+
+        What depends on the weights' values is filled in at step 1, because they may be loaded after construction.
+        """
         return {}
 
     def before_step(self, weights: Sequence[Weight], step: int) -> None:

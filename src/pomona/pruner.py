@@ -155,9 +155,14 @@ class Pruner:
                     group=groups[self._group_of[name]],
                     state=self._state.get(name, {}),
                     moves=parameter.grad is not None,
+                    buffers=self._buffers(parameter),
                 )
             )
         return weights
+
+    def _buffers(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+        state = self.optimizer.state.get(parameter, {})
+        return tuple(t for t in state.values() if isinstance(t, Tensor) and t.shape == parameter.shape and t.ndim)
 
     # Around optimizer.step()
 

@@ -135,6 +135,22 @@ class Cosine(_Ramp):
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+class Geometric(_Ramp):
+    """By the same factor each step: ``start (end / start)^p``; both ends above 0."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        _Ramp.__post_init__(self)
+        if self.start <= 0 or self.end <= 0:
+            raise ValueError(f"Geometric needs start and end above 0, got {self.start} and {self.end}")
+
+    def _left(self, progress: float) -> float:
+        if self.start == self.end:
+            return 0.0
+        return ((self.end / self.start) ** progress * self.start - self.end) / (self.start - self.end)
+
+
 @dataclass(frozen=True, slots=True)
 class Every:
     """An event each ``n`` steps: true at ``start``, ``start + n``, ... up to and including ``end``.
