@@ -148,7 +148,8 @@ class Geometric(_Ramp):
     def _left(self, progress: float) -> float:
         if self.start == self.end:
             return 0.0
-        return ((self.end / self.start) ** progress * self.start - self.end) / (self.start - self.end)
+        value: float = self.start * (self.end / self.start) ** progress
+        return (value - self.end) / (self.start - self.end)
 
 
 @dataclass(frozen=True, slots=True)
