@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import pomona
 from pomona.zoo.data import DATA
 from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import builtin_recipes, load_recipe
@@ -118,7 +119,7 @@ def test_an_unknown_recipe_is_refused_with_the_closest(name: str) -> None:
 
 def test_a_mistake_in_a_recipes_file_is_refused_by_file_and_key(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    text = (Path(oracles.__file__).parents[1] / "src/pomona/zoo/recipes/demo.toml").read_text()
+    text = (Path(pomona.__file__).parent / "zoo" / "recipes/demo.toml").read_text()
     path.write_text(text.replace("momentum = 0.99", "momentun = 0.99"))
     assert f"{path}: unknown key prune.momentun (did you mean momentum" in refusal(["train", str(path)])
     path.write_text(text.replace("momentum = 0.99", "momentum = 1.5"))

@@ -58,7 +58,7 @@ RECIPE = Recipe(
     seed=3,
     base=Stage(epochs=2, lr=1),
     prune=Stage(epochs=10, lr=0.1, lr_drops=(4, 8), momentum=0.5, nesterov=True),
-    method=GSM(sparsity=0.75),
+    method={"name": "gsm", "compression": 4},
     expected=Expected(base_accuracy=99, accuracy=98.5, tolerance=0.5),
 )
 
@@ -134,7 +134,7 @@ def test_builtin_recipe_loads_and_comes_back_from_json(name: str) -> None:
     ],
 )
 def test_builtin_recipe_keeps_the_number_of_weights_of_its_row(name: str, total: int, kept: int) -> None:
-    method = load_recipe(name).method
+    method = load_recipe(name).make_method(1)
     assert isinstance(method, GSM)
     assert isinstance(method.sparsity, float)
     assert num_kept(method.sparsity, total) == kept
@@ -161,9 +161,9 @@ def test_overrides_of_keys_that_depend_on_each_other_come_in_any_order(file: Pat
 
 
 def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None:
-    assert load_recipe(file, ["method.sparsity=0.5"]).method == GSM(sparsity=0.5)
+    assert load_recipe(file, ["method.sparsity=0.5"]).make_method(1) == GSM(sparsity=0.5)
     file.write_text(TEXT.replace("compression = 4", "sparsity = 0.5"))
-    assert load_recipe(file, ["method.compression=4"]).method == GSM(sparsity=0.75)
+    assert load_recipe(file, ["method.compression=4"]).make_method(1) == GSM(sparsity=0.75)
 
 
 # Refusals. What a file and --set have in common is tried with --set, which is shorter.
@@ -220,7 +220,8 @@ def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None
         ("prune.lrr=1", "unknown key prune.lrr (did you mean lr or lr_drop?); known: epochs, lr, lr_drops, "),
         (
             "lr=1",
-            "unknown key lr; known: title, source, model, data, batch_size, seed, eval_every, precision, base, prune",
+            "unknown key lr; known: title, source, model, data, batch_size, seed, eval_every, validation, precision, base, "
+            "prune, retrain",
         ),
         (
             "method.min_densty=0",

@@ -134,9 +134,9 @@ def test_the_output_goes_from_the_recipe_to_the_result(finished: Finished) -> No
     told = [
         "LeNet-300-100 at 60x with GSM, small (after arXiv 1909.12778, Table 1), seed 0, 1 thread",
         "WARNING: decay exponent 1.00 over 40 steps",
-        "base: 2 epochs of 10 steps, batch 20, lr 0.02, momentum 0.9, weight decay 0.0005",
+        "base: 2 epochs of 10 steps, batch 20, sgd, lr 0.02, momentum 0.9, weight decay 0.0005",
         "base 2/2  lr",
-        "prune: 4 epochs of 10 steps, batch 20, lr 0.05, momentum 0.95, weight decay 0.3",
+        "prune: 4 epochs of 10 steps, batch 20, sgd, lr 0.05, momentum 0.95, weight decay 0.3",
         "prune 4/4  lr",
         "266,200    26,620  10.00 %",
         "10.0x compression; accuracy",

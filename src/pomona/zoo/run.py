@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pomona.diagnosis import Diagnosis
 from pomona.pruner import Pruner
@@ -52,7 +52,7 @@ class Learner:
     """A model in training, and how far it has come in its phase."""
 
     model: nn.Module
-    optimizer: SGD
+    optimizer: Optimizer
     pruner: Pruner | None
     step: int = 0
     seconds: float = 0.0
@@ -86,6 +86,7 @@ class Phase:
     Attributes:
         name: of the phase in metrics and messages.
         stage: learning rates and length.
+        order: distinguishes the order of its data from that of other phases.
         start: the model it starts with, from the recipe and what earlier phases left in memory.
         attach: what prunes, or holds, during it.
         finish: what it leaves in memory.
@@ -93,8 +94,9 @@ class Phase:
 
     name: str
     stage: Stage
+    order: int
     start: Callable[[Recipe, Memory], nn.Module]
-    attach: Callable[[Recipe, nn.Module, SGD], Pruner | None]
+    attach: Callable[[Recipe, nn.Module, Optimizer, int], Pruner | None]  # the last: steps per epoch
     finish: Callable[[Run, Learner], None]
 
 
@@ -154,12 +156,12 @@ class Run:
             self._announce(phase)
         clock = time.monotonic() - learner.seconds
         num_steps = phase.stage.epochs * self.steps_per_epoch
-        order = self._order(index, learner.step // self.steps_per_epoch)
+        order = self._order(phase, learner.step // self.steps_per_epoch)
         learner.model.train()
         while learner.step < num_steps:
             epoch, position = divmod(learner.step, self.steps_per_epoch)
             if position == 0:
-                order = self._order(index, epoch)
+                order = self._order(phase, epoch)
             start = position * self.recipe.batch_size
             self._step(phase.stage, learner, order[start : start + self.recipe.batch_size])
             learner.seconds = time.monotonic() - clock
@@ -176,30 +178,18 @@ class Run:
 
     def _begin(self, phase: Phase) -> Learner:
         model = phase.start(self.recipe, self.memory).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        kernels = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        stage = phase.stage
-        optimizer = SGD(
-            [
-                {"params": kernels, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
-                {"params": others, "weight_decay": 0.0, "lr_factor": stage.bias_lr},
-            ],
-            lr=stage.lr,
-            momentum=stage.momentum,
-            nesterov=stage.nesterov,
-            fused=True,
-        )
-        return Learner(model, optimizer, phase.attach(self.recipe, model, optimizer))
+        optimizer = _make_optimizer(model, phase.stage)
+        return Learner(model, optimizer, phase.attach(self.recipe, model, optimizer, self.steps_per_epoch))
 
     def _announce(self, phase: Phase) -> None:
         stage = phase.stage
         self.progress.line(
             f"{phase.name}: {stage.epochs} epochs of {self.steps_per_epoch} steps, batch {self.recipe.batch_size}, "
-            f"lr {stage.lr:g}, momentum {stage.momentum:g}, weight decay {stage.weight_decay:g}"
+            f"{stage.optimizer}, lr {stage.lr:g}, momentum {stage.momentum:g}, weight decay {stage.weight_decay:g}"
         )
 
-    def _order(self, phase: int, epoch: int) -> Tensor:
-        seed = (self.recipe.seed * 1_000 + phase) * 1_000_000 + epoch
+    def _order(self, phase: Phase, epoch: int) -> Tensor:
+        seed = (self.recipe.seed * 1_000 + phase.order) * 1_000_000 + epoch
         return torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(seed))
 
     def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
@@ -219,14 +209,7 @@ class Run:
 
     def evaluate(self, model: nn.Module) -> float:
         """Accuracy on the test set in percent, in float32."""
-        model.eval()
-        right = 0
-        with torch.no_grad():
-            for start in range(0, len(self.data.test_labels), _EVAL_BATCH):
-                logits = model(self.data.test_images[start : start + _EVAL_BATCH])
-                right += int((logits.argmax(1) == self.data.test_labels[start : start + _EVAL_BATCH]).sum())
-        model.train()
-        return 100.0 * right / len(self.data.test_labels)
+        return evaluate(model, self.data)
 
     # What is told and kept
 
@@ -249,7 +232,7 @@ class Run:
             if is_tested:
                 row |= self._cut_now(learner.model, learner.pruner)
         if not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
-            stage = phase.name if phase.name == "prune" else "base"
+            stage = phase.name if phase.name in ("prune", "retrain") else "base"
             raise ValueError(f"{phase.name} diverged: weights are not finite after epoch {epoch}; lower {stage}.lr")
         row["seconds"] = round(learner.seconds, 3)
         self.rows.append(row)
@@ -340,6 +323,30 @@ class Run:
                 signal.signal(number, handler)
 
 
+def evaluate(model: nn.Module, data: Dataset) -> float:
+    """Accuracy on the test set in percent, in float32; leaves the model in training mode."""
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(data.test_labels), _EVAL_BATCH):
+            logits = model(data.test_images[start : start + _EVAL_BATCH])
+            right += int((logits.argmax(1) == data.test_labels[start : start + _EVAL_BATCH]).sum())
+    model.train()
+    return 100.0 * right / len(data.test_labels)
+
+
+def _make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
+        {"params": others, "weight_decay": 0.0, "lr_factor": stage.bias_lr},
+    ]
+    if stage.optimizer == "sgd":
+        return SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.nesterov, fused=True)
+    return (Adam if stage.optimizer == "adam" else AdamW)(groups, lr=stage.lr, fused=True)
+
+
 def commit_of_source() -> str | None:
     """The commit of the source tree this package runs from; "+" when files differ from it."""
     here = Path(__file__).parent
@@ -377,8 +384,12 @@ _COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
 }
 
 
+_UNTOLD = {"stage", "epoch", "step", "seconds", "kept", "histogram"}
+
+
 def _describe(row: Mapping[str, Any], epochs: int) -> str:
     known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
+    known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_UNTOLD}]
     return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
 
 
@@ -408,7 +419,9 @@ def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
     """Whether the recipe's pruning stage can succeed, from its numbers alone."""
     stage = recipe.prune
     settings = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
-    return recipe.method.forecast([{**settings, "lr": lr} for lr in stage.learning_rates(steps_per_epoch)])
+    return recipe.make_method(steps_per_epoch).forecast(
+        [{**settings, "lr": lr} for lr in stage.learning_rates(steps_per_epoch)]
+    )
 
 
 def open_run(
@@ -420,30 +433,39 @@ def open_run(
     *,
     threads: int,
     progress: Progress,
+    base: Mapping[str, str] | None = None,
 ) -> Run:
-    """Claim the folder for this run, or find that it is already its own."""
+    """Claim the folder for this run, or find that it is already its own; ``base`` names a network to start from."""
+    if recipe.validation:
+        data = data.hold_out(recipe.validation)
     steps_per_epoch = num_steps_per_epoch(recipe, data)  # refuses before the folder is claimed
     torch.set_num_threads(threads)
-    lock = _claim(
-        folder,
-        {
-            "command": command,
-            "recipe": recipe.to_dict(),
-            "data": data.description,
-            "checksum": data.checksum,
-            "threads": threads,
-        },
-    )
-    progress.line(f"{recipe.title} ({recipe.source}), seed {recipe.seed}, {threads} thread{'s' * (threads > 1)}")
+    lock = claim(folder, identity_of(command, recipe, data, threads) | ({"base": dict(base)} if base else {}))
+    title = f"dense {recipe.model}" if command == "base" else f"{recipe.title} ({recipe.source})"
+    progress.line(f"{title}, seed {recipe.seed}, {threads} thread{'s' * (threads > 1)}")
     progress.line(f"data: {data.description}")
     progress.line(f"folder: {folder}")
-    diagnosis = diagnose(recipe, steps_per_epoch)
+    diagnosis = diagnose(recipe, steps_per_epoch) if command != "base" else None
     if diagnosis is not None:
         progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
     return Run(recipe, data, folder, phases, progress, lock)
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> TextIO:
+def identity_of(command: str, recipe: Recipe, data: Dataset, threads: int) -> dict[str, Any]:
+    """What makes a run repeatable bit for bit, for its manifest."""
+    told = recipe.to_dict()
+    if command == "base":  # shared by all recipes whose dense networks are equal
+        told = {key: told[key] for key in ("model", "data", "batch_size", "seed", "validation", "precision", "base")}
+    return {
+        "command": command,
+        "recipe": told,
+        "data": data.description,
+        "checksum": data.checksum,
+        "threads": threads,
+    }
+
+
+def claim(folder: Path, identity: dict[str, Any]) -> TextIO:
     """Make the folder this run's, or find that it is; returns the lock that is held on it."""
     manifest = folder / "run.json"
     try:

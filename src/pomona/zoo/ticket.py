@@ -7,6 +7,7 @@ Each is put on the *initial* weights, and what is left is trained like the dense
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 from pomona.zoo.progress import Progress
 from pomona.zoo.recipe import Recipe
-from pomona.zoo.run import Learner, Memory, Phase, Run, open_run
+from pomona.zoo.run import Learner, Memory, Phase, Run, num_steps_per_epoch, open_run
 from pomona.zoo.train import conclude, hold_zeros, train_phases
 
 _MASKS = ("method", "magnitude")  # in the order in which their tickets are trained
@@ -28,11 +29,14 @@ _MASKS = ("method", "magnitude")  # in the order in which their tickets are trai
 
 def ticket_phases(recipe: Recipe) -> list[Phase]:
     """Dense training, pruning, and a training of the initial weights under each mask."""
+    if recipe.base is None or recipe.retrain is not None or recipe.scope:
+        raise ValueError("tickets need a recipe with a [base] stage, no [retrain] stage and the default scope")
     base, prune = train_phases(recipe)
     tickets = [
-        Phase(f"ticket by {mask}", recipe.base, _initial(mask), hold_zeros, _finish_ticket(mask)) for mask in _MASKS
+        Phase(f"ticket by {mask}", recipe.base, order, _initial(mask), hold_zeros, _finish_ticket(mask))
+        for order, mask in enumerate(_MASKS, start=2)
     ]
-    return [base, Phase("prune", prune.stage, prune.start, prune.attach, _finish_prune(prune)), *tickets]
+    return [base, replace(prune, finish=_finish_prune(prune)), *tickets]
 
 
 def _finish_prune(prune: Phase) -> Callable[[Run, Learner], None]:
@@ -87,7 +91,7 @@ def train_tickets(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, 
         The content of ``result.json``; ``tickets`` in it has accuracy, count and per-layer counts for each mask.
     """
     total = sum(p.numel() for p in _kernels(build_model(recipe.model, seed=recipe.seed)).values())
-    if recipe.method.budget(total, 0) == total:
+    if recipe.make_method(num_steps_per_epoch(recipe, data)).budget(total, 0) == total:
         raise ValueError("method.compression must leave out at least one weight, or there is no ticket to train")
     run = open_run("ticket", recipe, data, folder, ticket_phases(recipe), threads=threads, progress=progress)
     memory = run.go()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import SGD
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import pomona
 from pomona.harden import hold
@@ -26,30 +28,50 @@ from pomona.zoo.recipe import Recipe
 from pomona.zoo.run import FolderError, Learner, Memory, Phase, Run, diagnose, open_run, read_rows
 
 
-def _fresh(recipe: Recipe, memory: Memory) -> nn.Module:
+@dataclass(frozen=True)
+class Base:
+    """A trained network to start from.
+
+    Attributes:
+        model: its state dict.
+        accuracy: on the test set, in percent.
+        identity: what tells it from others, for the manifest of runs that start from it.
+    """
+
+    model: Mapping[str, Tensor]
+    accuracy: float | None
+    identity: Mapping[str, str]
+
+
+def fresh(recipe: Recipe, memory: Memory) -> nn.Module:
+    """The initial weights."""
     return build_model(recipe.model, seed=recipe.seed)
 
 
-def _trained(recipe: Recipe, memory: Memory) -> nn.Module:
+def trained(recipe: Recipe, memory: Memory) -> nn.Module:
+    """What the phases before left."""
     model = build_model(recipe.model, seed=recipe.seed)
     model.load_state_dict(memory["model"])
     return model
 
 
-def _nothing(recipe: Recipe, model: nn.Module, optimizer: SGD) -> None:
+def attach_nothing(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> None:
+    """Dense training."""
     return None
 
 
-def _method(recipe: Recipe, model: nn.Module, optimizer: SGD) -> Pruner:
-    return Pruner(model, optimizer, recipe.method)
+def attach_method(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Pruner:
+    """Prune by the recipe's method."""
+    return Pruner(model, optimizer, recipe.make_method(steps_per_epoch), scope=recipe.make_scope())
 
 
-def hold_zeros(recipe: Recipe, model: nn.Module, optimizer: SGD) -> Pruner:
+def hold_zeros(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Pruner:
     """Keep what is zero in the model."""
-    return hold(model, optimizer)
+    return hold(model, optimizer, scope=recipe.make_scope())
 
 
-def _finish_base(run: Run, learner: Learner) -> None:
+def finish_base(run: Run, learner: Learner) -> None:
+    """Keep the dense network."""
     run.memory["model"] = learner.model.state_dict()
     run.memory["accuracy"] = {"base": run.evaluate(learner.model)}
 
@@ -59,20 +81,69 @@ def _finish_prune(run: Run, learner: Learner) -> None:
     report = learner.pruner.harden(evaluate=lambda: run.evaluate(learner.model))
     learner.pruner.verify()
     run.memory["model"] = learner.model.state_dict()
+    run.memory.setdefault("accuracy", {"base": None})
     run.memory["accuracy"] |= {"before_cut": report.accuracy_before, "after_cut": report.accuracy_after}
     run.memory["report"] = report.to_dict()
     run.memory["table"] = str(report)
+    run.memory["method"] = str(learner.pruner.method)
 
 
-def train_phases(recipe: Recipe) -> list[Phase]:
-    """Dense training, then pruning."""
-    return [
-        Phase("base", recipe.base, _fresh, _nothing, _finish_base),
-        Phase("prune", recipe.prune, _trained, _method, _finish_prune),
-    ]
+def _finish_retrain(run: Run, learner: Learner) -> None:
+    assert learner.pruner is not None
+    learner.pruner.verify()
+    run.memory["model"] = learner.model.state_dict()
+    run.memory["accuracy"] |= {"retrained": run.evaluate(learner.model)}
 
 
-def train(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress: Progress) -> dict[str, Any]:
+def train_phases(recipe: Recipe, base: Base | None = None) -> list[Phase]:
+    """Dense training, pruning, retraining: what the recipe has of them; with ``base`` without the first."""
+    start = _from(base) if base else trained if recipe.base else fresh
+    phases = [Phase("prune", recipe.prune, 1, start, attach_method, _finish_prune)]
+    if recipe.base and not base:
+        phases.insert(0, Phase("base", recipe.base, 0, fresh, attach_nothing, finish_base))
+    if recipe.retrain:
+        phases.append(Phase("retrain", recipe.retrain, 4, trained, hold_zeros, _finish_retrain))
+    return phases
+
+
+def _from(base: Base) -> Callable[[Recipe, Memory], nn.Module]:
+    def start(recipe: Recipe, memory: Memory) -> nn.Module:
+        memory["accuracy"] = {"base": base.accuracy}
+        return trained(recipe, {"model": base.model})
+
+    return start
+
+
+def train_base(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress: Progress) -> Base:
+    """Only the dense network of a recipe, for several runs to start from; arguments and errors as of ``train``.
+
+    A run from it ends with the same bits as one that trains its own.
+    """
+    if recipe.base is None:
+        raise ValueError(f"{recipe.title!r} has no [base] stage, it prunes from the initial weights")
+    run = open_run("base", recipe, data, folder, train_phases(recipe)[:1], threads=threads, progress=progress)
+    memory = run.go()
+    return make_base(memory["model"], memory["accuracy"]["base"], folder.name)
+
+
+def make_base(model: Mapping[str, Tensor], accuracy: float | None, name: str) -> Base:
+    """A network to start from, known by its name and the checksum of its weights."""
+    digest = hashlib.sha256()
+    for tensor in model.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return Base(model, accuracy, {"name": name, "checksum": digest.hexdigest()[:16]})
+
+
+def train(
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    *,
+    threads: int,
+    progress: Progress,
+    base: Base | None = None,
+    pictures: bool = True,
+) -> dict[str, Any]:
     """Train and prune by a recipe; a folder with an unfinished run of it is resumed.
 
     Args:
@@ -82,6 +153,8 @@ def train(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress
             state dict), pictures and ``report.html``.
         threads: of torch; part of what makes a run repeatable bit for bit.
         progress: where to tell of it.
+        base: a network to start from in place of the recipe's ``base`` stage.
+        pictures: whether to draw them, and write the page.
 
     Returns:
         The content of ``result.json``.
@@ -90,12 +163,14 @@ def train(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress
         FolderError: the folder cannot be written, or belongs to another run.
         Stopped: by SIGINT or SIGTERM, after a checkpoint.
     """
-    run = open_run("train", recipe, data, folder, train_phases(recipe), threads=threads, progress=progress)
+    phases = train_phases(recipe, base)
+    identity = base.identity if base else None
+    run = open_run("train", recipe, data, folder, phases, threads=threads, progress=progress, base=identity)
     run.go()
-    return conclude(run, threads, {})
+    return conclude(run, threads, {"base": dict(base.identity)} if base else {}, pictures=pictures)
 
 
-def conclude(run: Run, threads: int, more: Mapping[str, Any]) -> dict[str, Any]:
+def conclude(run: Run, threads: int, more: Mapping[str, Any], *, pictures: bool = True) -> dict[str, Any]:
     """Write what a finished run leaves: ``result.json``, ``model.pt``, pictures and page."""
     if run.was_finished and (run.folder / "result.json").exists():
         result = read_run(run.folder)  # by the commit that trained it
@@ -106,14 +181,15 @@ def conclude(run: Run, threads: int, more: Mapping[str, Any]) -> dict[str, Any]:
     torch.save({name: t.contiguous() for name, t in run.memory["model"].items()}, weights)
     write_atomically(run.folder / "model.pt", weights.getvalue())
     run.progress.line(run.memory["table"])
-    page, *pictures = write_report(run.folder)
-    run.progress.line(f"pictures: {', '.join(str(path) for path in pictures)}")
-    run.progress.line(f"page: {page}")
+    if pictures:
+        page, *drawn = write_report(run.folder)
+        run.progress.line(f"pictures: {', '.join(str(path) for path in drawn)}")
+        run.progress.line(f"page: {page}")
     return result
 
 
 def _result(run: Run, threads: int) -> dict[str, Any]:
-    recipe, memory = run.recipe, run.memory
+    recipe, memory, accuracy = run.recipe, run.memory, run.memory["accuracy"]
     diagnosis = diagnose(recipe, run.steps_per_epoch)
     sizes = {name: p.numel() for name, p in build_model(recipe.model, seed=recipe.seed).named_parameters()}
     report = memory["report"]
@@ -127,7 +203,8 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
         "threads": threads,
         "commit": ", ".join(filter(None, memory["commits"])) or None,
         "seconds": sum(memory["seconds"].values()),
-        "accuracy": memory["accuracy"],
+        "method": memory["method"],
+        "accuracy": accuracy | {"final": accuracy.get("retrained", accuracy["after_cut"])},
         "expected": plain.get("expected"),
         "diagnosis": diagnosis
         and {
