@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,3 +130,23 @@ def wiring(layer: nn.Linear) -> list[list[int]]:
     """The inputs that each living output of ``layer`` reads, sorted."""
     rows = [row.nonzero().view(-1).tolist() for row in layer.weight.detach()]
     return sorted(row for row in rows if row)
+
+
+class Tensors(nn.Module):
+    """Bare parameters, so that a test can hand out gradients of its own."""
+
+    def __init__(self, values: list[np.ndarray]) -> None:
+        super().__init__()
+        self.w = nn.ParameterList([nn.Parameter(torch.tensor(v)) for v in values])
+
+    def give(self, grads: list[np.ndarray]) -> None:
+        for p, g in zip(self.w, grads, strict=True):
+            p.grad = torch.tensor(g)
+
+    def numpy(self) -> list[np.ndarray]:
+        return [p.detach().numpy().copy() for p in self.w]
+
+
+def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """The largest difference between entries of two lists of arrays."""
+    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))

@@ -9,23 +9,9 @@ from torch import nn
 
 import pomona
 from tests import oracles
+from tests.problems import Tensors, distance
 
 SHAPES = [(6, 4), (3, 6), (2, 3, 2, 2)]
-
-
-class Tensors(nn.Module):
-    """Bare parameters, so that a test can hand out gradients of its own."""
-
-    def __init__(self, values: list[np.ndarray]) -> None:
-        super().__init__()
-        self.w = nn.ParameterList([nn.Parameter(torch.tensor(v)) for v in values])
-
-    def give(self, grads: list[np.ndarray]) -> None:
-        for p, g in zip(self.w, grads, strict=True):
-            p.grad = torch.tensor(g)
-
-    def numpy(self) -> list[np.ndarray]:
-        return [p.detach().numpy().copy() for p in self.w]
 
 
 def draw(seed: int, *, scales: tuple[float, ...] = (1.0, 0.2, 3.0)) -> list[np.ndarray]:
@@ -77,10 +63,6 @@ def train(
             variant=variant,
         )
     return model.numpy(), weights
-
-
-def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("q", [1, 8, 20, 50])

@@ -14,7 +14,8 @@ from pomona.budget import global_top_k
 from pomona.diagnosis import Diagnosis
 from pomona.harden import hold
 from pomona.method import Method, Weight
-from pomona.methods import GSM, METHODS
+from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
+from pomona.progressive import Candidate, progressive
 from pomona.pruner import Pruner
 from pomona.report import LayerReport, Report, report
 from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
@@ -24,8 +25,12 @@ from pomona.score import magnitude, saliency
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMM",
+    "GRDA",
     "GSM",
     "METHODS",
+    "SET",
+    "Candidate",
     "Constant",
     "Cosine",
     "Cubic",
@@ -34,15 +39,19 @@ __all__ = [
     "Geometric",
     "LayerReport",
     "Linear",
+    "Magnitude",
     "Method",
     "Pruner",
     "Report",
+    "RigL",
     "Schedule",
     "Scope",
     "Weight",
+    "WeightMom",
     "global_top_k",
     "hold",
     "magnitude",
+    "progressive",
     "report",
     "saliency",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
@@ -66,7 +67,7 @@ def top_k(
         scores: as of ``global_top_k``.
         k: how many to keep in all.
         allocation: ``"global"``: one ranking over all layers, ``global_top_k``. ``"uniform"``: the same share of every
-            layer. ``"erk"``: shares by ``erk``. The last two ignore ``min_density``, for no layer is empty by them.
+            layer. ``"erk"``: shares by ``erk``. The last two ignore ``min_density``, for they empty no layer.
         min_density: as of ``global_top_k``.
 
     Returns:
@@ -86,20 +87,29 @@ def check_allocation(allocation: str) -> None:
 
 
 def deal(allocation: Literal["uniform", "erk"], shapes: Sequence[Sequence[int]], k: int) -> list[int]:
-    """How many of ``k`` each layer of these shapes may keep; they add up to ``k`` exactly."""
+    """How many of ``k`` each layer of these shapes keeps: its share by the allocation, rounded.
+
+    First one for each layer, so that none is empty if ``k`` suffices; the rest rounded to the nearest with a common
+    factor, as seats of a parliament are by Webster's method. The counts add up to ``k`` exactly, and with a smaller
+    ``k`` no layer keeps more, which largest remainders do not ensure.
+    """
     sizes = [math.prod(shape) for shape in shapes]
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must be in [0, {sum(sizes)}], the number of weights, got {k}")
-    densities = erk(shapes, k) if allocation == "erk" else [k / sum(sizes)] * len(sizes)
-    shares = [density * size for density, size in zip(densities, sizes, strict=True)]
-    counts = [math.floor(round(share, 6)) for share in shares]
-    left = k - sum(counts)
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - shares[i], i))
-    while left > 0:  # a second round only where the first layers are full
-        for i in by_remainder:
-            if left and counts[i] < sizes[i]:
-                counts[i] += 1
-                left -= 1
+    rates = [_erk_rate(shape) for shape in shapes] if allocation == "erk" else sizes
+    # Rounding adds at most 1 to each of n shares: what k - n gives is a lower bound, and few more are to be dealt.
+    counts = [math.floor(share) for share in _shares(rates, sizes, max(k - len(sizes), 0))]
+
+    def turn(i: int) -> tuple[float, int]:
+        return (2 * counts[i] + 1) / rates[i] if counts[i] else 0.0, i
+
+    turns = [turn(i) for i in range(len(sizes)) if counts[i] < sizes[i]]
+    heapq.heapify(turns)
+    for _ in range(k - sum(counts)):
+        _, i = heapq.heappop(turns)
+        counts[i] += 1
+        if counts[i] < sizes[i]:
+            heapq.heappush(turns, turn(i))
     return counts
 
 
@@ -112,17 +122,35 @@ def erk(shapes: Sequence[Sequence[int]], k: int) -> list[float]:
     together keep ``k`` weights.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    whole: set[int] = set()
-    while True:
-        free = [i for i in range(len(shapes)) if i not in whole]
-        if not free:
-            return [1.0] * len(shapes)
-        epsilon = (k - sum(sizes[i] for i in whole)) / sum(sum(shapes[i]) for i in free)
-        densities = {i: epsilon * sum(shapes[i]) / sizes[i] for i in free}
-        densest = max(densities.values())
-        if densest <= 1.0:
-            return [1.0 if i in whole else densities[i] for i in range(len(shapes))]
-        whole |= {i for i in free if densities[i] == densest}
+    shares = _shares([_erk_rate(shape) for shape in shapes], sizes, k)
+    return [share / size if size else 1.0 for share, size in zip(shares, sizes, strict=True)]
+
+
+def _erk_rate(shape: Sequence[int]) -> int:
+    return sum(shape) or 1  # of a scalar, whose shape is empty
+
+
+def _shares(rates: Sequence[int], sizes: Sequence[int], k: int) -> list[float]:
+    """``min(size, epsilon rate)`` of each layer, with the ``epsilon`` for which they add up to ``k``."""
+    shares = [float(size) for size in sizes]
+    free = {i for i, size in enumerate(sizes) if size}
+    while free:
+        epsilon = k / sum(rates[i] for i in free)
+        whole = {i for i in free if epsilon * rates[i] > sizes[i]}
+        if not whole:
+            for i in free:
+                shares[i] = epsilon * rates[i]
+            break
+        free -= whole
+        k -= sum(sizes[i] for i in whole)
+    return shares
+
+
+def tell_share(total: int, kept: int, density: float, allocation: Allocation) -> str:
+    """One clause for ``Method.why``: how a layer came to keep ``kept`` of ``total`` by an allocation."""
+    if kept == 0:
+        return f"emptied by allocation={allocation!r}"
+    return f"{kept / total / density:.2g}x the network's share, by allocation={allocation!r}"
 
 
 def check_floors(sizes: Sequence[int], k: int, min_density: float) -> list[int]:

@@ -1,8 +1,9 @@
-"""Operations on tensors that more than one method is made of."""
+"""What more than one method is made of: operations on tensors, and the check of a count."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ from pomona.method import Weight
 def soft_threshold(v: Tensor, threshold: float) -> Tensor:
     """``sign(v) max(|v| - threshold, 0)``, a new tensor: the proximal operator of ``threshold |v|``.
 
-    Exact zeros (+0.0) wherever ``|v| <= threshold``; ``threshold >= 0``.
+    Exact zeros (+0.0) wherever ``|v| <= threshold``; a NaN stays one. ``threshold >= 0``, and 0 copies ``v``.
     """
     if threshold == 0.0:
         return v.clone()
-    return torch.where(v.abs() > threshold, v - threshold * v.sign(), 0.0)
+    return torch.where(v.abs() <= threshold, 0.0, v - threshold * v.sign())
 
 
 def drop_gradients_(weights: Sequence[Weight], masks: Sequence[Tensor]) -> None:
@@ -32,7 +33,49 @@ def drop_weights_(weights: Sequence[Weight], masks: Sequence[Tensor]) -> None:
         w.value.masked_fill_(~mask, 0.0)
 
 
-def generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Random numbers that follow from seed and step alone, so that a resumed run draws the same ones."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) % 2**63
-    return torch.Generator(device).manual_seed(mixed)
+def drop_buffers_(weights: Sequence[Weight], masks: Sequence[Tensor]) -> None:
+    """Zero what the optimizer remembers of the weights outside the masks, such as momentum or Adam's moments."""
+    for w, mask in zip(weights, masks, strict=True):
+        for buffer in w.buffers:
+            buffer.masked_fill_(~mask, 0.0)
+
+
+def masks_of(weights: Sequence[Weight]) -> list[Tensor]:
+    """The masks in the weights' states."""
+    return [w.state["mask"] for w in weights]
+
+
+def sparsity_of(masks: Sequence[Tensor]) -> float:
+    """Fraction of all weights outside the masks."""
+    return 1.0 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def among(score: Tensor, mask: Tensor) -> Tensor:
+    """``score`` to rank by inside ``mask`` only, a new tensor: zero outside, and above zero inside.
+
+    A selection never keeps a zero, so it keeps nothing from outside, and from inside as many as it is asked for, be
+    their scores zero.
+    """
+    return score.clamp(min=torch.finfo(score.dtype).tiny).masked_fill_(~mask, 0.0)
+
+
+def random_scores(weights: Sequence[Weight], seed: int, step: int) -> Iterator[Tensor]:
+    """For each weight scores in (0, 1], which follow from ``seed``, ``step`` and its place among the weights."""
+    for i, w in enumerate(weights):
+        device = w.value.device
+        yield 1.0 - torch.rand(w.value.shape, generator=generator(seed, step, device, layer=i), device=device)
+
+
+def generator(seed: int, step: int, device: torch.device, *, layer: int = 0) -> torch.Generator:
+    """Random numbers that follow from seed, step and layer alone, so that a resumed run draws the same ones."""
+    # Hashed, because on a CPU torch uses the low 32 bits only: 2^32 would be the seed 0.
+    digest = hashlib.sha256(f"{seed}, {step}, {layer}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def check_count(name: str, count: int, *, low: int = 1) -> None:
+    """Refuse a count, such as a number of steps, that is no integer or below ``low``."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an integer, got {count!r}")
+    if count < low:
+        raise ValueError(f"{name} must be >= {low}, got {count}")

@@ -1,20 +1,66 @@
-"""The two networks of the pruning papers, small enough to read.
+"""The networks of the pruning papers, small enough to read.
 
 References:
     LeCun, Bottou, Bengio and Haffner, Gradient-based learning applied to document recognition, 1998.
     Han, Pool, Tran and Dally, Learning both weights and connections for efficient neural networks,
     2015 (arXiv:1506.02626): the forms below, which later pruning papers share.
+    Simonyan and Zisserman, Very deep convolutional networks for large-scale image recognition, 2014 (arXiv:1409.1556).
+    He, Zhang, Ren and Sun, Deep residual learning for image recognition, 2015 (arXiv:1512.03385), section 4.2.
+    Zagoruyko and Komodakis, Wide residual networks, 2016 (arXiv:1605.07146).
+    Chao, Wang, Xing and Cheng, Directional pruning of deep neural networks, 2020 (arXiv:2006.09358), and its code:
+    the forms of VGG16 and of the wide network below.
 """
 
 import difflib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class LeNet300100(nn.Module):
+class Network(nn.Module):
+    """A model that can draw its own initial weights."""
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Xavier-uniform kernels, zero biases."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter, generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
+    """What has a kernel."""
+    return (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+
+
+def _normal(layer: nn.Conv2d | nn.Linear, fan: int, generator: torch.Generator) -> None:
+    """Normal kernels of variance ``2 / fan``, zero biases (arXiv:1502.01852)."""
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / fan), generator=generator)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _uniform(layer: nn.Conv2d | nn.Linear, generator: torch.Generator) -> None:
+    """Kernels and biases uniform within ``fan_in^-1/2``: torch's default."""
+    bound = layer.weight[0].numel() ** -0.5
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+def _stage(
+    block: Callable[[int, int, int], nn.Module], width: int, planes: int, num_blocks: int, *, stride: int
+) -> nn.Sequential:
+    """Blocks in a row; the first takes ``width`` channels and strides."""
+    first = block(width, planes, stride)
+    return nn.Sequential(first, *(block(planes, planes, 1) for _ in range(num_blocks - 1)))
+
+
+class LeNet300100(Network):
     """Two hidden layers, 784-300-100-10: 266,200 kernel weights."""
 
     def __init__(self) -> None:
@@ -29,7 +75,7 @@ class LeNet300100(nn.Module):
         return self.fc3(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class LeNet5(nn.Module):
+class LeNet5(Network):
     """Two convolutions and two dense layers: 430,500 kernel weights.
 
     This is the 20-50-500-10 network which ships with Caffe and which pruning papers call LeNet-5, not
@@ -51,13 +97,149 @@ class LeNet5(nn.Module):
         return self.fc2(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"lenet-300-100": LeNet300100, "lenet-5": LeNet5}
+class VGG16(Network):
+    """Thirteen convolutions, a 512-512-10 head with dropout, no batch norm: 15,245,130 parameters.
+
+    The form of gRDA's experiments on CIFAR-10.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        features: list[nn.Module] = []
+        width = 3
+        for planes, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(depth):
+                features += [nn.Conv2d(width, planes, 3, padding=1), nn.ReLU(inplace=True)]
+                width = planes
+            features += [nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*features)
+        self.fc1 = nn.Linear(512, 512)
+        self.fc2 = nn.Linear(512, 512)
+        self.fc3 = nn.Linear(512, 10)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Convolutions normal with variance ``2 / (9 out_channels)``, their biases zero; the head as torch does it."""
+        for layer in _layers(self):
+            if isinstance(layer, nn.Conv2d):
+                _normal(layer, 9 * layer.out_channels, generator)
+            else:
+                _uniform(layer, generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, 3, 32, 32] -> [n, 10], logits
+        x = self.features(x).flatten(1)
+        x = F.relu(self.fc1(F.dropout(x, training=self.training)))
+        x = F.relu(self.fc2(F.dropout(x, training=self.training)))
+        return self.fc3(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-def build_model(name: str, *, seed: int) -> nn.Module:
+class _WideBlock(nn.Module):
+    """Norm and ReLU come first; the shortcut takes the input as it is."""
+
+    def __init__(self, width: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, planes, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1)
+        is_same = stride == 1 and width == planes
+        self.shortcut = nn.Identity() if is_same else nn.Conv2d(width, planes, 1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        return out + self.shortcut(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+class WideResNet(Network):
+    """WRN-28-10, three stages of four wide blocks: 36,489,290 parameters.
+
+    The form of gRDA's experiments on CIFAR-10: convolutions have biases, there is no dropout, a block strides in its
+    second convolution (the paper's do in the first), and the last norm has a momentum of 0.9.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.layer1 = _stage(_WideBlock, 16, 160, 4, stride=1)
+        self.layer2 = _stage(_WideBlock, 160, 320, 4, stride=2)
+        self.layer3 = _stage(_WideBlock, 320, 640, 4, stride=2)
+        self.bn1 = nn.BatchNorm2d(640, momentum=0.9)
+        self.linear = nn.Linear(640, 10)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """As torch does it."""
+        for layer in _layers(self):
+            _uniform(layer, generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, 3, 32, 32] -> [n, 10], logits
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        x = F.relu(self.bn1(x)).mean(dim=(2, 3))
+        return self.linear(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+class _Block(nn.Module):
+    """Norm and ReLU come last; where the shape changes, the shortcut drops pixels and adds channels of zeros."""
+
+    def __init__(self, width: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if out.shape != x.shape:
+            half = (out.shape[1] - x.shape[1]) // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+        return F.relu(out + x)
+
+
+class ResNet(Network):
+    """The CIFAR form of He et al. with shortcuts of option A, which have no parameters.
+
+    Names of parameters are those of the pretrained models that are often used with it
+    (github.com/akamaster/pytorch_resnet_cifar10), so that their state dicts load.
+
+    Args:
+        depth: number of layers with kernels, 6 n + 2; the paper has 20, 32, 44, 56.
+    """
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        num_blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(_Block, 16, 16, num_blocks, stride=1)
+        self.layer2 = _stage(_Block, 16, 32, num_blocks, stride=2)
+        self.layer3 = _stage(_Block, 32, 64, num_blocks, stride=2)
+        self.linear = nn.Linear(64, 10)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Normal kernels of variance ``2 / fan_in``, zero bias."""
+        for layer in _layers(self):
+            _normal(layer, layer.weight[0].numel(), generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, 3, 32, 32] -> [n, 10], logits
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3))
+        return self.linear(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+MODELS: dict[str, Callable[[], Network]] = {
+    "lenet-300-100": LeNet300100,
+    "lenet-5": LeNet5,
+    "vgg16-cifar": VGG16,
+    "wrn-28-10": WideResNet,
+    **{f"resnet-{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56)},
+}
+
+
+def build_model(name: str, *, seed: int) -> Network:
     """Build a model of the zoo on the CPU, its weights a function of the seed alone.
 
-    Kernels are Xavier-uniform, biases zero. The global random state is left as it was.
+    The initialisation is the model's own, see `reset` there. The global random state is left as it was.
 
     Args:
         name: a key of `MODELS`.
@@ -73,10 +255,5 @@ def build_model(name: str, *, seed: int) -> nn.Module:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}{hint}")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # constructors draw weights, here in vain
         model = MODELS[name]()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter, generator=generator)
-        else:
-            nn.init.zeros_(parameter)
+    model.reset(torch.Generator().manual_seed(seed))
     return model

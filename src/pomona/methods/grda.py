@@ -1,0 +1,203 @@
+"""gRDA, directional pruning: generalised regularised dual averaging (Chao et al., NeurIPS 2020, arXiv 2006.09358)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pomona.budget import _kth_largest, global_top_k, num_kept
+from pomona.method import Method, Weight
+from pomona.ops import soft_threshold
+from pomona.schedule import check_value
+from pomona.score import magnitude
+
+# What torch.optim.SGD can do and gRDA cannot go along with. (Nesterov needs momentum.)
+_REFUSED = {
+    "momentum": "its theory and the growth of its threshold are for plain SGD; dual averaging has no velocity",
+    "dampening": "it belongs to momentum, which dual averaging does not have",
+    "weight_decay": "it would act on w, while v, which decides, does not see it",
+    "maximize": "its accumulators descend; negate the loss instead",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GRDA(Method):
+    r"""SGD moves a hidden copy of the weights; the network sees it soft-thresholded, by a threshold that grows.
+
+    With the accumulators :math:`v`, at first a copy of the weights :math:`w`, and a threshold :math:`\tau`, at first 0,
+    the n-th step is
+
+    .. math::
+        v &\leftarrow v - \gamma \, \partial L / \partial w \\
+        \tau &\leftarrow \tau + c \, \gamma^{\mu + 1/2} \, (n^\mu - (n - 1)^\mu) \\
+        w &\leftarrow \operatorname{sign}(v) \max(|v| - \tau, 0)
+
+    with the learning rate :math:`\gamma` of that step. While it is constant, :math:`\tau = c \, \gamma^{1/2}
+    (n \gamma)^\mu`; when it drops, :math:`\tau` grows more slowly and never falls. Zero weights are not masked: their
+    :math:`v` goes on collecting gradients, and they come back once :math:`|v| > \tau`. How sparse the network becomes
+    is an outcome of :math:`c`, :math:`\mu`, the learning rates and the length of the run. ``c=0`` is plain SGD, bit
+    for bit.
+
+    Needs of the optimizer: ``torch.optim.SGD`` without momentum and weight decay, for the weights in scope. Memory:
+    one float32 copy, v, as much as a momentum buffer. Exact zeros: by itself, after every step, so that ``harden``
+    removes nothing (but before step T, see below); from then on plain SGD trains what is left.
+
+    The authors prune and count all parameters, biases and norms too: ``Pruner(..., scope=Scope(min_ndim=1))``. The
+    default scope leaves these dense. They train from random weights; trained ones are a valid start, but neither theory
+    nor results are about them. After the first step v decides: edits of the weights by hand are overwritten.
+
+    A target instead of ``c`` (ours, not the paper's): with ``sparsity`` and ``steps=T`` the threshold has the same
+    shape and ends where only ``floor((1 - sparsity) N)`` weights exceed it. Let :math:`q` be the largest :math:`|v|`
+    that is to become zero, over all weights in scope. At step n the n-th share of the rest of the way is taken,
+
+    .. math::
+        \tau \leftarrow \tau + \max(0, q - \tau) \frac{n^\mu - (n - 1)^\mu}{T^\mu - (n - 1)^\mu}
+
+    so that :math:`\tau` follows :math:`n^\mu` while :math:`q` stays, and is :math:`q` at :math:`n = T`. From then on it
+    follows :math:`q` upwards only. One threshold serves all parameter groups, whatever their learning rates. ``harden``
+    keeps the largest :math:`|w|` within the budget, which cuts only before step T. All this takes one selection over
+    all of v a step, and waits for the device.
+
+    Differences from the authors' code: v is float32 under half-precision weights too (float64 under float64), and the
+    threshold is float64. As there, each tensor has its own n and threshold, so that one without a gradient in a step
+    keeps both, and its v.
+
+    Args:
+        c: strength >= 0. Paper: 0 < c < 0.005, the largest that does not cost accuracy in the first epochs. Either
+            this or ``sparsity``.
+        mu: exponent in (0, 1); a larger one prunes more, and more of it late. Paper: in (0.5, 1), recommended 0.501,
+            0.51 and 0.55.
+        sparsity: fraction of zeros in [0, 1) of the weights in scope, reached at step ``steps`` and not left again
+            (ties may zero more).
+        steps: optimizer steps until then, >= 1; with ``sparsity`` only.
+
+    Example:
+        >>> model = nn.Linear(100, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = pomona.Pruner(model, optimizer, GRDA(c=1e-3, mu=0.501), scope=pomona.Scope(min_ndim=1))
+
+    References:
+        Chao, Wang, Xing, Cheng: Directional Pruning of Deep Neural Networks. NeurIPS 2020, arXiv 2006.09358.
+    """
+
+    c: float | None = None
+    mu: float = 0.51
+    _: KW_ONLY
+    sparsity: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.c is None) == (self.sparsity is None):
+            got = "neither" if self.c is None else "both"
+            raise ValueError(
+                f"GRDA takes either c or sparsity, got {got}; e.g. GRDA(c=1e-3) or GRDA(sparsity=0.9, steps=10_000)"
+            )
+        for name in ("c", "mu", "sparsity"):
+            number = getattr(self, name)
+            is_left_out = number is None and name != "mu"
+            if not is_left_out and (isinstance(number, bool) or not isinstance(number, (int, float))):
+                raise TypeError(f"{name} must be a number, got {number!r}")
+        if not 0.0 < self.mu < 1.0:
+            raise ValueError(f"mu must be in (0, 1), got {self.mu}; the paper recommends 0.501, 0.51 and 0.55")
+        if self.c is not None:
+            check_value("c", self.c, low=0.0, high=math.inf)
+        if self.sparsity is None:
+            if self.steps is not None:
+                raise ValueError(f"steps is for sparsity only, which c does not aim at, got steps={self.steps}")
+            return
+        check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        if self.steps is None:
+            raise ValueError(f"steps must be given with sparsity={self.sparsity:g}: the step at which it is reached")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
+            raise TypeError(f"steps must be a whole number of steps, got {self.steps!r}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+
+    def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+        name = type(optimizer).__name__
+        if name != "SGD":
+            raise ValueError(
+                f"GRDA cannot prune with {name}: it is plain SGD on its accumulators, and would discard {name}'s own "
+                f"steps; use torch.optim.SGD(..., lr=...), or a method that works with {name}, such as Magnitude"
+            )
+        for group in groups:
+            for key, reason in _REFUSED.items():
+                if group.get(key):
+                    raise ValueError(
+                        f"GRDA cannot go along with SGD({key}={group[key]}): {reason}; leave {key} out for the weights "
+                        f"in scope"
+                    )
+
+    def init(self, w: Weight) -> dict[str, Tensor]:
+        # Half precision would not do: 1e-5 added to 0.7 is 0.7 there, however often.
+        dtype = torch.promote_types(w.value.dtype, torch.float32)
+        return {
+            "v": torch.zeros_like(w.value, dtype=dtype),
+            "threshold": torch.zeros((), dtype=torch.float64),
+            "n": torch.zeros((), dtype=torch.int64),
+        }
+
+    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+        moving = [w for w in weights if w.moves]
+        for w in weights if step == 1 else ():
+            w.state["v"].copy_(w.value)
+        for w in moving:
+            w.state["v"].add_(w.grad, alpha=-w.lr)
+            w.state["n"] += 1
+        if self.c is not None:
+            for w in moving:
+                n = int(w.state["n"])
+                w.state["threshold"] += self.c * w.lr ** (self.mu + 0.5) * (n**self.mu - (n - 1) ** self.mu)
+        else:
+            threshold = self._approach(weights, step)
+            for w in moving:
+                w.state["threshold"].fill_(threshold)
+
+    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+        for w in weights:
+            if w.moves:
+                w.value.copy_(soft_threshold(w.state["v"], float(w.state["threshold"])))
+
+    def _approach(self, weights: Sequence[Weight], step: int) -> float:
+        """The one threshold of a run with a target, at ``step``."""
+        assert self.sparsity is not None and self.steps is not None
+        v = torch.cat([w.state["v"].reshape(-1) for w in weights]).abs_()
+        rank = num_kept(self.sparsity, v.numel()) + 1
+        q = _kth_largest(v, rank) if rank <= v.numel() else 0.0
+        threshold = _highest_threshold(weights)
+        left = 0.0  # of the way, after this step
+        if step < self.steps:
+            whole = self.steps**self.mu
+            left = (whole - step**self.mu) / (whole - (step - 1) ** self.mu)
+        return max(threshold, q - (q - threshold) * left)  # written so that it is q exactly where nothing is left
+
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        if self.sparsity is None:
+            return [w.value != 0 for w in weights]
+        k = num_kept(self.sparsity, sum(w.value.numel() for w in weights))
+        return global_top_k([magnitude(w.value) for w in weights], k)
+
+    def budget(self, total: int, step: int) -> int | None:
+        return None if self.sparsity is None else num_kept(self.sparsity, total)
+
+    def why(self, total: int, kept: int, density: float) -> str:
+        if kept == 0:
+            return "emptied: none of its |v| is above the threshold"
+        return f"{kept / total / density:.2g}x the network's share, by the threshold on |v|"
+
+    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+        num_zeros = sum(int((w.value == 0).sum()) for w in weights)
+        return {
+            "threshold": _highest_threshold(weights),
+            "sparsity": num_zeros / max(1, sum(w.value.numel() for w in weights)),
+        }
+
+
+def _highest_threshold(weights: Sequence[Weight]) -> float:
+    return max(float(w.state["threshold"]) for w in weights)

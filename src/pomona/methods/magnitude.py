@@ -1,0 +1,130 @@
+"""Magnitude pruning, at once or gradually (Zhu & Gupta 2017, arXiv 1710.01878)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from pomona.budget import Allocation, check_allocation, check_floors, num_kept, tell_share, top_k
+from pomona.method import Method, Weight
+from pomona.ops import (
+    among,
+    check_count,
+    drop_buffers_,
+    drop_gradients_,
+    drop_weights_,
+    masks_of,
+    sparsity_of,
+)
+from pomona.schedule import Every, Value, check_value, highest, value_at
+from pomona.score import magnitude
+
+_FAR_AWAY = 2**53  # a step at which every schedule has come to its end
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude(Method):
+    r"""Every so often the smallest of the remaining weights are cut for good, and the others train on.
+
+    With the weights :math:`w`, their masks :math:`m`, all 1 at first, and the sparsity :math:`s_t`, after the steps
+    :math:`t = t_0, t_0 + \Delta t, t_0 + 2 \Delta t, \dots`
+
+    .. math::
+        m \leftarrow 1 \text{ for the } \lfloor (1 - s_t) N \rfloor \text{ largest } m |w|, \text{ else } 0
+
+    and at every step :math:`\partial L / \partial w \leftarrow m \, \partial L / \partial w` before it and
+    :math:`w \leftarrow m w` after it. With a plain number for the sparsity there is one cut, after step ``begin``, and
+    what follows is fine-tuning. With ``Cubic(0.0, s_f, steps=n, begin=t_0)`` it is the paper's gradual pruning,
+    :math:`s_t = s_f + (s_i - s_f) (1 - (t - t_0) / n)^3`.
+
+    Needs of the optimizer: none. Memory: one byte a weight. Exact zeros: after every step from the first cut on.
+
+    Differences from the authors' code: theirs cuts each layer to the same sparsity (``allocation="uniform"``), ours
+    ranks all layers together by default; ours cuts to an exact count, ties broken by position; a cut weight never
+    returns, where theirs keeps its value behind the mask and may be chosen again later; what the optimizer remembers
+    of a cut weight is cleared.
+
+    Args:
+        sparsity: fraction of zeros in [0, 1) of the weights in scope, or a schedule of it that never falls. Paper:
+            cubic, from 0 to between 0.5 and 0.975.
+        every: steps from one cut to the next, >= 1. Paper: 100 to 1,000.
+        begin: the step after which the first cut is made, >= 1.
+        allocation: ``"global"``: one ranking of all layers together; ``"uniform"``: the same sparsity in each layer;
+            ``"erk"``: by the Erdos-Renyi kernel rule, :func:`pomona.budget.erk`. Paper: ``"uniform"``.
+        min_density: least share that stays of each layer when all are ranked together, in [0, 1]. Paper: none.
+
+    Example:
+        >>> model = torch.nn.Linear(100, 10)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> pruner = pomona.Pruner(model, optimizer, Magnitude(pomona.Cubic(0.0, 0.9, steps=1000)))
+
+    References:
+        Zhu, Gupta: To prune, or not to prune: exploring the efficacy of pruning for model compression. 2017,
+        arXiv 1710.01878. Of the single cut with fine-tuning: Han, Pool, Tran, Dally: Learning both Weights and
+        Connections for Efficient Neural Networks. NeurIPS 2015, arXiv 1506.02626.
+    """
+
+    sparsity: Value
+    _: KW_ONLY
+    every: int = 100
+    begin: int = 1
+    allocation: Allocation = "global"
+    min_density: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        first, last = value_at(self.sparsity, 0), value_at(self.sparsity, _FAR_AWAY)
+        if first > last:
+            raise ValueError(
+                f"sparsity must not fall, because a cut weight never returns, got {self.sparsity}, from {first:g} to "
+                f"{last:g}; swap its ends, or use RigL or SET, whose weights return"
+            )
+        check_count("every", self.every)
+        check_count("begin", self.begin)
+        check_allocation(self.allocation)
+        if isinstance(self.min_density, bool) or not isinstance(self.min_density, (int, float)):
+            raise TypeError(f"min_density must be a number, got {self.min_density!r}")
+        if not 0.0 <= self.min_density <= 1.0:
+            raise ValueError(f"min_density must be in [0, 1], got {self.min_density}")
+
+    def check_weights(self, weights: Sequence[Weight]) -> None:
+        sizes = [w.value.numel() for w in weights]
+        check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
+
+    def init(self, w: Weight) -> dict[str, Tensor]:
+        return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
+
+    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+        drop_gradients_(weights, masks_of(weights))
+        if self._cuts_after(step - 1):
+            drop_buffers_(weights, masks_of(weights))
+
+    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+        if self._cuts_after(step):
+            for w, mask in zip(weights, self.support(weights, step), strict=True):
+                w.state["mask"].copy_(mask)
+        drop_weights_(weights, masks_of(weights))
+
+    def _cuts_after(self, step: int) -> bool:
+        return Every(self.every, start=self.begin)(step)
+
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        scores = [among(magnitude(w.value), w.state["mask"]) for w in weights]  # m |w|
+        k = self.budget(sum(score.numel() for score in scores), step)
+        return top_k(scores, k, self.allocation, min_density=self.min_density)
+
+    def budget(self, total: int, step: int) -> int:
+        return num_kept(value_at(self.sparsity, step), total)
+
+    def why(self, total: int, kept: int, density: float) -> str:
+        floor = math.ceil(round(self.min_density * total, 6))
+        if self.allocation == "global" and 0 < kept == floor:
+            return f"held at the floor min_density={self.min_density:g}"
+        return tell_share(total, kept, density, self.allocation)
+
+    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+        return {"sparsity": sparsity_of(masks_of(weights))}

@@ -1,0 +1,103 @@
+"""SET: Sparse Evolutionary Training (Mocanu et al., Nature Communications 2018, arXiv 1707.04780)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from pomona.budget import num_kept, tell_share, top_k
+from pomona.method import Method, Weight
+from pomona.methods.rigl import Distribution, budget_of, check_layers, check_settings, draw_masks_, drop_and_grow_
+from pomona.ops import drop_gradients_, drop_weights_, masks_of, random_scores, sparsity_of
+from pomona.schedule import Every
+from pomona.score import magnitude
+
+
+@dataclass(frozen=True, slots=True)
+class SET(Method):
+    r"""A sparse network from the first step on, whose weakest weights are replaced by random ones after every epoch.
+
+    At step 1 each layer gets a random mask with its share of the budget. At the steps :math:`t = \Delta T, 2 \Delta T,
+    \dots`, in each layer with :math:`n` active weights,
+
+    .. math::
+        \text{drop} &: \text{the } \lfloor \zeta n \rfloor \text{ active weights with the smallest } |w| \\
+        \text{grow} &: \text{as many weights, not among the remaining, at random}
+
+    and grown weights start at zero. Gradients outside the mask are always dropped, so the number of active weights is
+    the same in each layer at every step. It is :class:`RigL` with random growth and a constant fraction.
+
+    Needs of the optimizer: none. Memory: one byte a weight. Exact zeros: after every step.
+
+    Differences from the paper: it drops the fraction :math:`\zeta` of the smallest positive and of the largest negative
+    weights, which ours takes together by :math:`|w|`; its new weights start at small random values, ours at zero and
+    with what the optimizer remembers of them cleared; its first masks are random in number too, ours have exact
+    counts; it makes no update after the last epoch, ours none after ``end``. A weight that is dropped and grown at once
+    keeps its value. The gradients of step 1 are those of the dense network, because the masks are drawn at that step.
+
+    Args:
+        sparsity: fraction of zeros in [0, 1) of the weights in scope, at every step. The paper gives it as
+            :math:`\epsilon`, with :math:`\epsilon (n_1 + n_2)` weights in a layer of shape :math:`(n_1, n_2)`.
+        every: steps :math:`\Delta T` from one update to the next, >= 1. Paper: an epoch, ``len(loader)``.
+        end: last step at which there may be an update, >= ``every``; None: there is no last one. Paper: all but the
+            last epoch.
+        drop: fraction :math:`\zeta` of each layer's active weights that an update replaces, in [0, 1); 0 keeps the
+            first masks. Paper: 0.3.
+        allocation: ``"erk"``: small layers denser, the paper's rule for dense layers, :func:`pomona.budget.erk`;
+            ``"uniform"``: the same sparsity in each layer.
+        seed: of masks and growth, >= 0.
+
+    Example:
+        >>> model = torch.nn.Linear(100, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        >>> pruner = pomona.Pruner(model, optimizer, SET(sparsity=0.9, every=500))
+
+    References:
+        Mocanu, Mocanu, Stone, Nguyen, Gibescu, Liotta: Scalable training of artificial neural networks with adaptive
+        sparse connectivity inspired by network science. Nature Communications 2018, arXiv 1707.04780.
+    """
+
+    sparsity: float
+    _: KW_ONLY
+    every: int = 100
+    end: int | None = None
+    drop: float = 0.3
+    allocation: Distribution = "erk"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self.sparsity, self.every, self.end, self.drop, self.allocation, self.seed)
+
+    def check_weights(self, weights: Sequence[Weight]) -> None:
+        check_layers(weights, self.sparsity)
+
+    def init(self, w: Weight) -> dict[str, Tensor]:
+        return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
+
+    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+        if step == 1:
+            draw_masks_(weights, self.sparsity, self.allocation, self.seed)
+        elif Every(self.every, start=self.every, end=self.end)(step):
+            for w, growth in zip(weights, random_scores(weights, self.seed, step), strict=True):
+                drop_and_grow_(w, self.drop, growth)
+        drop_gradients_(weights, masks_of(weights))
+
+    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+        drop_weights_(weights, masks_of(weights))
+
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        if step == 0:  # no masks are drawn yet
+            return top_k([magnitude(w.value) for w in weights], budget_of(weights, self.sparsity), self.allocation)
+        return masks_of(weights)
+
+    def budget(self, total: int, step: int) -> int:
+        return num_kept(self.sparsity, total)
+
+    def why(self, total: int, kept: int, density: float) -> str:
+        return tell_share(total, kept, density, self.allocation)
+
+    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+        return {"sparsity": sparsity_of(masks_of(weights))}

@@ -1,0 +1,228 @@
+"""WeightMom: pruning by the momentum of |w| (after Johnson, Tang, Samudrala, arXiv 2208.05970; a reading of ours)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from pomona.budget import check_floors, global_top_k, num_kept
+from pomona.method import Method, Weight
+from pomona.ops import among, check_count, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of
+from pomona.schedule import Value, check_value, highest, value_at
+from pomona.score import magnitude
+
+Importance: TypeAlias = Literal["sparsity", "position", "none"]
+
+_FAR_AWAY = 2**53  # a step at which every schedule has come to its end
+_TINY = torch.finfo(torch.float32).tiny  # in place of the mean of a layer that is zero throughout
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMom(Method):
+    r"""Weights go whose magnitude stays small for long: the momentum of :math:`|w|` below a threshold, many times over.
+
+    Every ``every`` optimizer steps is an update, meant to be once an epoch. At the :math:`e`-th one, in each layer
+    :math:`l` with the mask :math:`B` of live weights,
+
+    .. math::
+        m &\leftarrow \beta m + (1 - \beta) |w|, \qquad \beta = 1 - 1 / \text{window},
+            \qquad \hat m = m / (1 - \beta^e) \\
+        s &= I_l \, \hat m / \text{mean}_{B_l}(\hat m) \\
+        k &\leftarrow k + 1 \text{ where } s < \theta, \text{ else } 0 \\
+        B &\leftarrow 0 \text{ where } k \ge \text{patience}, \text{ once } e \ge \text{window}
+
+    and at each step :math:`w \leftarrow B w`: pruned weights stay zero for good, survivors train on.
+    :math:`s < \theta` says that :math:`\hat m` is below the layer's threshold
+    :math:`\theta \, \text{mean}_{B_l}(\hat m) / I_l`, which is relative: weight decay that shrinks all weights alike
+    prunes none. The importance is :math:`I_l = D / d_l`, with the density :math:`d_l` of the layer and :math:`D` of
+    the network: a layer that is sparser than the others is spared.
+
+    :math:`\theta` is either given, ``threshold=0.3``, and then pruning goes on until nothing stays below it or
+    ``min_density`` stops it; or it follows from a target, ``sparsity=0.9`` or a schedule of it: at each update it
+    is the value below which lie as many of all weights (the pruned ones counted in) as are then to be zero. So the
+    pruned share follows the target ``patience`` updates later and never runs ahead of it, and ``harden`` cuts what
+    is left by :math:`s` (not by :math:`|w|`) to exactly :math:`\lfloor (1 - \text{sparsity}) N \rfloor`. A run
+    should go on for ``window + patience`` updates at least, and for ``patience`` after a ramp has ended; where it
+    does not, ``harden`` does the rest at once, by the history there is, or by :math:`|w|` before the first update.
+
+    **Known of the paper, and from where.** We had its abstract (arXiv, and a preprint copy, DOI
+    10.22541/au.166012145.54796793) but neither full text nor code. The abstract says: weights are pruned gradually,
+    by their momentum over previous iterations; each layer has an importance value from its relative sparsity,
+    followed by the magnitude of the weight in previous iterations. A secondary summary says: the momentum is that of
+    magnitudes over the last 15 epochs; a weight that stays below a threshold for 10 to 15 epochs is removed; the
+    importance comes from the layer's position and its number of parameters.
+
+    **Ours:** every formula above, the form of the average (exponential), ``every``, the normalisation by the layer's
+    mean, both modes of :math:`\theta`, the final cut and ``min_density``. No claim is made to match the paper.
+
+    Needs of the optimizer: none, any that the Pruner takes. Memory: 6 bytes a weight (float32 average, count, mask).
+    Exact zeros: by themselves, from the update on that prunes; ``harden`` adds those that are missing.
+
+    Args:
+        sparsity: target, the fraction of zeros in [0, 1) of the weights in scope, or a schedule of it. Exactly one of
+            ``sparsity`` and ``threshold`` is given.
+        threshold: theta, > 0, relative to the layer's mean magnitude. Paper: unknown.
+        every: optimizer steps between two updates, >= 1; an epoch is ``len(loader)``. Paper: an epoch (secondary).
+        window: updates that the average remembers, >= 1; none is pruned before that many. Paper: 15 (secondary).
+        patience: updates in a row that a weight must be low before it goes, in [1, 255]. Paper: 10 to 15 (secondary).
+        importance: of a layer. ``"sparsity"`` (abstract): :math:`D / d_l`. ``"position"`` (secondary, formula
+            unknown, this one ours): :math:`(l \, n_l)^{-1/4}` for the :math:`l`-th layer, counted from 1 in the order
+            of ``model.named_parameters()``, of :math:`n_l` weights, divided by the geometric mean of all layers, so
+            that early and small layers are spared. ``"none"``: 1.
+        min_density: least share that stays of each layer, in [0, 1]: the ``ceil(min_density n)`` largest :math:`m` of
+            a layer of n weights are never counted as low. Paper: unknown.
+
+    Example:
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> pruner = pomona.Pruner(model, optimizer, WeightMom(0.9, every=1))
+        >>> for _ in range(40):
+        ...     model(torch.randn(8, 10)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> int(model.weight.count_nonzero()), pruner.harden().nonzero
+        (10, 10)
+
+    References:
+        Johnson, Tang, Samudrala: WeightMom: Learning Sparse Networks using Iterative Momentum-based pruning.
+        2022, arXiv 2208.05970.
+    """
+
+    sparsity: Value | None = None
+    _: KW_ONLY
+    threshold: float | None = None
+    every: int
+    window: int = 15
+    patience: int = 10
+    importance: Importance = "sparsity"
+    min_density: float = 0.01
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.threshold is None):
+            raise ValueError(
+                f"WeightMom needs either a target, sparsity=0.9, or a fixed threshold=0.3, got "
+                f"sparsity={self.sparsity} and threshold={self.threshold}"
+            )
+        if self.sparsity is not None:
+            check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+            first, last = value_at(self.sparsity, 0), value_at(self.sparsity, _FAR_AWAY)
+            if first > last:
+                raise ValueError(
+                    f"sparsity must not fall, because a pruned weight never returns, got {self.sparsity}, from "
+                    f"{first:g} to {last:g}; swap its ends, or use RigL or SET, whose weights return"
+                )
+        if self.threshold is not None:
+            _check_number("threshold", self.threshold)
+            if not 0.0 < self.threshold < math.inf:
+                raise ValueError(
+                    f"threshold must be > 0 and finite (a share of the layer's mean magnitude), got {self.threshold}"
+                )
+        check_count("every", self.every)
+        check_count("window", self.window)
+        check_count("patience", self.patience)
+        if self.patience > 255:
+            raise ValueError(f"patience must be in [1, 255], got {self.patience}; update less often (every) instead")
+        if self.importance not in get_args(Importance):
+            raise ValueError(f"importance must be one of {', '.join(get_args(Importance))}, got {self.importance!r}")
+        _check_number("min_density", self.min_density)
+        if not 0.0 <= self.min_density <= 1.0:
+            raise ValueError(f"min_density must be in [0, 1], got {self.min_density}")
+
+    def check_weights(self, weights: Sequence[Weight]) -> None:
+        if self.sparsity is not None:
+            sizes = [w.value.numel() for w in weights]
+            check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
+
+    def init(self, w: Weight) -> dict[str, Tensor]:
+        return {
+            "m": torch.zeros_like(w.value, dtype=torch.float32),
+            "count": torch.zeros_like(w.value, dtype=torch.uint8),
+            "mask": torch.ones_like(w.value, dtype=torch.bool),
+            "updates": torch.zeros((), dtype=torch.int64),
+        }
+
+    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+        drop_gradients_(weights, masks_of(weights))
+
+    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+        if step % self.every == 0:
+            self._update(weights, step)
+        drop_weights_(weights, masks_of(weights))
+
+    def _update(self, weights: Sequence[Weight], step: int) -> None:
+        for w in weights:
+            w.state["updates"] += 1
+            w.state["m"].lerp_(magnitude(w.value), 1.0 / self.window)
+        for w, stays in zip(weights, self._stays(weights, step), strict=True):
+            count, mask = w.state["count"], w.state["mask"]  # k, B
+            count.add_(count < 255).mul_(mask & ~stays)  # uint8
+            if int(w.state["updates"]) >= self.window:
+                mask.logical_and_(count < self.patience)
+                count.mul_(mask)
+        drop_buffers_(weights, masks_of(weights))
+
+    def _stays(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        """Which weights are not low now."""
+        scores = self._scores(weights)
+        sizes = [score.numel() for score in scores]
+        if self.sparsity is not None:
+            k = num_kept(value_at(self.sparsity, step), sum(sizes))
+            return global_top_k(scores, k, min_density=self.min_density)
+        assert self.threshold is not None  # one of the two is given
+        floors = check_floors(sizes, sum(sizes), self.min_density)
+        return [(s >= self.threshold) | global_top_k([s], floor)[0] for s, floor in zip(scores, floors, strict=True)]
+
+    def _scores(self, weights: Sequence[Weight]) -> list[Tensor]:
+        """s of live weights, above 0, and 0 for pruned ones."""
+        scores = []
+        for w, importance in zip(weights, self._importance(weights), strict=True):
+            mask = w.state["mask"]
+            # m for m_hat: 1 / (1 - beta^e) is the same for all weights of a layer and cancels in s.
+            m = w.state["m"] if int(w.state["updates"]) else magnitude(w.value)
+            mean = (m * mask).sum() / mask.sum().clamp(min=1)
+            s = (m / mean.clamp(min=_TINY)).mul_(importance)
+            scores.append(among(s, mask))
+        return scores
+
+    def _importance(self, weights: Sequence[Weight]) -> list[float]:
+        """I of each layer."""
+        sizes = torch.tensor([w.value.numel() for w in weights], dtype=torch.float64)
+        if self.importance == "sparsity":
+            live = torch.tensor([int(mask.sum()) for mask in masks_of(weights)], dtype=torch.float64)
+            importance = live.sum() / sizes.sum() / (live / sizes)  # infinite for an empty layer, which has no scores
+        elif self.importance == "position":
+            raw = (torch.arange(1, len(weights) + 1) * sizes) ** -0.25
+            importance = raw / raw.log().mean().exp()
+        else:
+            importance = torch.ones_like(sizes)
+        return [float(i) for i in importance]
+
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        return masks_of(weights) if self.sparsity is None else self._stays(weights, step)
+
+    def budget(self, total: int, step: int) -> int | None:
+        return None if self.sparsity is None else num_kept(value_at(self.sparsity, step), total)
+
+    def why(self, total: int, kept: int, density: float) -> str:
+        if kept == 0:
+            return "emptied: the running mean of |w| of all its weights stayed low"
+        if self.min_density > 0.0 and [kept] == check_floors([total], total, self.min_density):
+            return f"held at the floor min_density={self.min_density:g}"
+        return f"{kept / total / density:.2g}x the network's share, by the running mean of |w|"
+
+    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+        return {
+            "sparsity": sparsity_of(masks_of(weights)),
+            "waiting": float(sum(int(w.state["count"].count_nonzero()) for w in weights)),
+            "updates": float(weights[0].state["updates"]),
+        }
+
+
+def _check_number(name: str, number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number, got {number!r}")
