@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +15,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pomona.budget import _SAMPLE_STRIDE, _kth_largest, global_top_k, num_kept
+from pomona.budget import (
+    _SAMPLE_STRIDE,
+    Allocation,
+    _kth_largest,
+    check_allocation,
+    deal,
+    erk,
+    global_top_k,
+    num_kept,
+    tell_share,
+    top_k,
+)
 from pomona.score import saliency
 from tests import oracles
 
@@ -490,3 +503,172 @@ def test_a_gpu_keeps_the_same(draw: Callable[[torch.Generator], Tensor]) -> None
     for k in (0, 1, 100, 1_000, NUM):
         masks = global_top_k([score.cuda() for score in scores], k, min_density=0.0)
         assert lists([mask.cpu() for mask in masks]) == lists(global_top_k(scores, k))
+
+
+# allocations
+
+
+def test_uniform_gives_each_layer_its_share() -> None:
+    assert deal("uniform", [(10, 10), (20, 10), (5, 2, 2, 5)], 40) == [10, 20, 10]
+    assert deal("uniform", [(3,), (3,), (3,)], 4) == [2, 1, 1]  # thirds are equal: the first in order
+
+
+# LeNet-300-100: epsilon (784 + 300) + epsilon (300 + 100) + epsilon (100 + 10) = 26,620 gives the last layer 1,837 of
+# its 1,000 weights; it is kept whole, and epsilon = 25,620 / 1,484 for the others: 18,714.34 and 6,905.66 weights.
+LENET300 = [(300, 784), (100, 300), (10, 100)]
+
+
+def test_erk_of_lenet_300_100_by_hand() -> None:
+    assert deal("erk", LENET300, 26_620) == [18_714, 6_906, 1_000]
+    epsilon = 25_620 / 1_484
+    assert erk(LENET300, 26_620) == pytest.approx([epsilon * 1_084 / 235_200, epsilon * 400 / 30_000, 1.0], rel=1e-12)
+
+
+def test_erk_of_convolutions_adds_up_all_four_dimensions() -> None:
+    shapes = [(8, 4, 3, 3), (8, 8, 3, 3)]  # 18 of 288 and 22 of 576 times epsilon = 2
+    assert erk(shapes, 80) == pytest.approx([36 / 288, 44 / 576], rel=1e-15)
+    assert deal("erk", shapes, 80) == [36, 44]
+
+
+def test_erk_keeps_several_layers_whole_one_after_the_other() -> None:
+    # 300 of 10,000 + 100 + 25 + 4: epsilon = 300 / 234 makes the last whole, for 5.1 > 4; then 296 / 230 the third,
+    # 12.9 of 25, is not; at 700, 700 / 234 makes 12 and 29.9 whole, then 671 / 220 the second 61
+    shapes = [(100, 100), (10, 10), (5, 5), (2, 2)]
+    assert deal("erk", shapes, 300) == [257, 26, 13, 4]  # 257.4, 25.7, 12.9
+    assert deal("erk", shapes, 700) == [610, 61, 25, 4]
+    assert erk(shapes, 700)[2:] == [1.0, 1.0]
+
+
+def test_erk_of_vectors_scalars_and_nothing() -> None:
+    shapes = [(50, 50), (7,), (), (0, 3)]
+    assert deal("erk", shapes, 100) == [93, 6, 1, 0]  # epsilon = 100 / 108 gives 92.6, 6.5 and 0.9
+    assert deal("uniform", shapes, 2508) == [2500, 7, 1, 0]
+    assert erk(shapes, 2508) == [1.0] * 4
+    assert deal("erk", [], 0) == deal("uniform", [], 0) == []
+    assert deal("erk", [(0, 3)], 0) == [0]
+
+
+def test_with_less_budget_no_layer_gets_more() -> None:
+    """Largest remainders deal 10 as 4, 4, 2 but 11 as 5, 5, 1: a layer pruned before would have to grow again."""
+    dealt = [deal("uniform", [(6,), (6,), (2,)], k) for k in (10, 11, 12)]
+    assert dealt == [[5, 4, 1], [5, 5, 1], [5, 5, 2]]
+
+
+def test_no_layer_is_empty_while_the_budget_suffices() -> None:
+    shapes = [(1000, 1000), (3, 3), (2, 1)]
+    assert deal("uniform", shapes, 100) == [98, 1, 1]
+    assert deal("uniform", shapes, 3) == [1, 1, 1]
+    assert deal("uniform", shapes, 2) == [1, 1, 0]
+
+
+SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=4).map(tuple), min_size=1, max_size=6)
+each_rule = pytest.mark.parametrize("allocation", ["uniform", "erk"])
+
+
+@each_rule
+@given(SHAPES, st.data())
+@settings(deadline=None, max_examples=300)
+def test_counts_add_up_and_fit_and_grow_with_the_budget(
+    allocation: Literal["uniform", "erk"], shapes: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    sizes = [math.prod(shape) for shape in shapes]
+    k = data.draw(st.integers(0, sum(sizes)), label="k")
+    counts = deal(allocation, shapes, k)
+    assert sum(counts) == k
+    assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    if k >= sum(size > 0 for size in sizes):
+        assert all(count > 0 for count, size in zip(counts, sizes, strict=True) if size)
+    if k < sum(sizes):
+        more = deal(allocation, shapes, k + 1)
+        assert sorted(b - a for a, b in zip(counts, more, strict=True)) == [0] * (len(shapes) - 1) + [1]
+
+
+@each_rule
+@given(SHAPES, st.data())
+@settings(deadline=None, max_examples=150)
+def test_counts_are_those_of_dealing_one_by_one(
+    allocation: Literal["uniform", "erk"], shapes: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    """In turn to the layer with the least (2 count + 1) / rate, empty ones first: Webster's rule, in fractions."""
+    sizes = [math.prod(shape) for shape in shapes]
+    rates = [sum(shape) if shape else 1 for shape in shapes] if allocation == "erk" else sizes
+    k = data.draw(st.integers(0, sum(sizes)), label="k")
+    counts = [0] * len(sizes)
+    for _ in range(k):
+        turns = {
+            i: Fraction(2 * counts[i] + 1, rates[i]) if counts[i] else Fraction(0)
+            for i in range(len(sizes))
+            if counts[i] < sizes[i]
+        }
+        counts[min(turns, key=lambda i: (turns[i], i))] += 1
+    assert deal(allocation, shapes, k) == counts
+
+
+@given(SHAPES, st.data())
+@fast
+def test_erk_densities_keep_the_budget_and_the_order_of_the_rule(
+    shapes: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    shapes = [shape for shape in shapes if math.prod(shape)]
+    sizes = [math.prod(shape) for shape in shapes]
+    k = data.draw(st.integers(0, sum(sizes)), label="k")
+    densities = erk(shapes, k)
+    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(k, rel=1e-12, abs=1e-12)
+    assert all(0.0 <= density <= 1.0 for density in densities)
+    free = [d * n / (sum(s) or 1) for d, n, s in zip(densities, sizes, shapes, strict=True) if d < 1.0]
+    assert free == pytest.approx([free[0]] * len(free), rel=1e-12) if free else True  # one epsilon for all
+    whole = [n / (sum(s) or 1) for d, n, s in zip(densities, sizes, shapes, strict=True) if d == 1.0]
+    assert max(whole, default=0.0) <= min(free, default=INF) * (1 + 1e-12)
+
+
+@each_rule
+def test_top_k_keeps_the_largest_of_each_layer(allocation: Literal["uniform", "erk"]) -> None:
+    scores = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 30.0], [20.0, 40.0], [5.0, 6.0]])]
+    # 5 of 10 are 2 and 3; by the kernel rule 4 and 5 ninths of 5, that is 2.2 and 2.8
+    expected = [[[False, False], [True, True]], [[False, True], [True, True], [False, False]]]
+    assert lists(top_k(scores, 5, allocation)) == expected
+
+
+def test_top_k_over_all_layers_is_global_top_k() -> None:
+    scores = tensors([[1.0, 2.0, 3.0], [10.0, 30.0, 20.0]])
+    for min_density in (0.0, 1 / 3):
+        expected = lists(global_top_k(scores, 3, min_density=min_density))
+        assert lists(top_k(scores, 3, min_density=min_density)) == expected
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+def test_top_k_by_layer_keeps_no_zero_and_gives_none_away(allocation: Literal["uniform", "erk"]) -> None:
+    scores = [torch.tensor([[0.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])]
+    assert [int(mask.sum()) for mask in top_k(scores, 4, allocation)] == [1, 2]
+
+
+@pytest.mark.parametrize("k", [-1, 11])
+def test_a_budget_out_of_range_is_told_with_the_range(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"^k must be in \[0, 10\], the number of weights, got {k}$"):
+        deal("erk", [(2, 2), (3, 2)], k)
+
+
+def test_a_broken_budget_is_refused() -> None:
+    with pytest.raises(TypeError):
+        deal("uniform", [(2, 2)], 1.5)  # type: ignore[arg-type]
+
+
+def test_an_unknown_allocation_is_told_with_those_there_are() -> None:
+    told = "allocation must be one of global, uniform, erk, got 'ERK'"
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        check_allocation("ERK")
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        top_k([torch.ones(2)], 1, "ERK")  # type: ignore[arg-type]
+    assert [check_allocation(name) for name in get_args(Allocation)] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("total", "kept", "told"),
+    [
+        (100, 40, "2x the network's share, by allocation='erk'"),
+        (300, 20, "0.33x the network's share, by allocation='erk'"),
+        (300, 0, "emptied by allocation='erk'"),
+    ],
+)
+def test_how_a_layer_came_to_its_count_is_told(total: int, kept: int, told: str) -> None:
+    assert tell_share(total, kept, 0.2, "erk") == told

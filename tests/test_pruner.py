@@ -6,7 +6,8 @@ import copy
 import math
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1066,3 +1067,66 @@ def test_the_worst_group_is_the_diagnosis() -> None:
 def test_a_method_that_cannot_tell_gives_no_diagnosis() -> None:
     model = sparse_net()
     assert pomona.hold(model, AdamW(model.parameters())).diagnose(20) is None
+
+
+# What a method sees of the optimizer's memory
+
+
+class Watching(pomona.Method):
+    """Notes how many buffers each weight has before and after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, list[int]]] = []
+        self.weights: list[pomona.Weight] = []
+
+    def before_step(self, weights: Sequence[pomona.Weight], step: int) -> None:
+        self.weights = list(weights)
+        self.seen.append(("before", step, [len(w.buffers) for w in weights]))
+
+    def support(self, weights: Sequence[pomona.Weight], step: int) -> list[Tensor]:
+        self.weights = list(weights)
+        return [torch.ones_like(w.value, dtype=torch.bool) for w in weights]
+
+
+BUFFERS: dict[str, tuple[Callable[..., Optimizer], list[str]]] = {
+    "sgd": (partial(SGD, lr=0.1), []),
+    "momentum": (partial(SGD, lr=0.1, momentum=0.9), ["momentum_buffer"]),
+    "adam": (partial(Adam, lr=0.1), ["exp_avg", "exp_avg_sq"]),
+    "amsgrad": (partial(AdamW, lr=0.1, amsgrad=True), ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
+    "fused": (partial(AdamW, lr=0.1, fused=True), ["exp_avg", "exp_avg_sq"]),
+    "rmsprop": (partial(torch.optim.RMSprop, lr=0.1, momentum=0.9), ["square_avg", "momentum_buffer"]),
+    "adagrad": (partial(torch.optim.Adagrad, lr=0.1), ["sum"]),
+    "adafactor": (partial(torch.optim.Adafactor, lr=0.1), []),  # its moments are of rows and columns
+}
+
+
+@pytest.mark.parametrize(("make", "names"), BUFFERS.values(), ids=BUFFERS)
+def test_a_method_sees_the_live_buffers_of_each_single_weight(make: Callable[..., Optimizer], names: list[str]) -> None:
+    model, method = net(), Watching()
+    optimizer = make(model.parameters())
+    pruner = Pruner(model, optimizer, method)
+    train(model, optimizer, batches(3))
+    num_first = len(names) if "sum" in names else 0  # Adagrad makes its sums at construction
+    num = len(names)
+    assert method.seen == [("before", 1, [num_first] * 2), ("before", 2, [num] * 2), ("before", 3, [num] * 2)]
+    for w, p in zip(method.weights, pruner.parameters().values(), strict=True):
+        state = optimizer.state[p]
+        assert [b.data_ptr() for b in w.buffers] == [state[name].data_ptr() for name in state if name in names]
+        for buffer in w.buffers:
+            buffer.fill_(7.0)
+        assert [state[name].unique().tolist() for name in names] == [[7.0]] * num
+
+
+def test_buffers_are_seen_after_a_resume_and_at_harden() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, batches(2))
+    other, method = net(), Watching()
+    again = SGD(other.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruner(other, again, method)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(other, again, batches(1))
+    assert method.seen == [("before", 1, [1, 1])]
+    pruner.harden()
+    for w, p in zip(method.weights, pruner.parameters().values(), strict=True):
+        assert [b.data_ptr() for b in w.buffers] == [again.state[p]["momentum_buffer"].data_ptr()]

@@ -1,4 +1,4 @@
-"""The command line: ``pomona train | ticket | diagnose | report | recipes``."""
+"""The command line: ``pomona train | compare | sweep | ticket | valley | diagnose | report | recipes``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Sequence
 
 import pomona
-from pomona.cli import diagnose, recipes, report, ticket, train
+from pomona.cli import compare, diagnose, recipes, report, sweep, ticket, train, valley
 
-_COMMANDS = (train, ticket, diagnose, report, recipes)
+_COMMANDS = (train, compare, sweep, ticket, valley, diagnose, report, recipes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

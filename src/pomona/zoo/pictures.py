@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 Row = dict[str, Any]
@@ -19,6 +20,7 @@ Result = dict[str, Any]
 
 # From the palette of Okabe and Ito, whose colours stay apart in every common form of colour blindness.
 _BLUE, _VERMILLION, _GREY, _FAINT, _INK = "#0072B2", "#D55E00", "#8a8a8a", "#e4e4e4", "#222222"
+_COLOURS = (_BLUE, _VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _WIDTH, _DPI = 7.0, 200  # inches and dots per inch: 1400 px, of which a phone still shows the letters
 _LEAST_ERROR = 0.01  # percent; 100 % accuracy has no logarithm
 
@@ -117,6 +119,47 @@ def draw_training(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path
     axes[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.align_ylabels(axes)
     return _save(figure, path)
+
+
+def draw_comparison(entries: Sequence[Result], path: Path, *, caption: str = "") -> Path:
+    """Draw accuracy over compression for each method: the mean over seeds, with one standard deviation."""
+    names = list(dict.fromkeys(entry["name"] for entry in entries))
+    figure = _figure(5.2, "Accuracy at equal cost", caption)
+    ax = figure.add_subplot()
+    for name, (marker, colour) in zip(names, product("osD", _COLOURS), strict=False):
+        points = []
+        for asked in sorted({entry["asked"] for entry in entries if entry["name"] == name}):
+            found = [e["accuracy"] for e in entries if e["name"] == name and e["asked"] == asked]
+            points.append((asked, mean(found), stdev(found) if len(found) > 1 else 0.0))
+        x, y, error = zip(*points, strict=True)
+        ax.errorbar(x, y, yerr=error, color=colour, marker=marker, markersize=4, linewidth=1.4, capsize=2, label=name)
+    ax.set_xscale("log")
+    ax.set_xticks(sorted({entry["asked"] for entry in entries}))
+    ax.minorticks_off()
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    highest, lowest = max(e["accuracy"] for e in entries), min(e["accuracy"] for e in entries)
+    if highest - lowest > 5:  # percent wrong, on a logarithmic axis, upside down: differences near the top show
+        ax.set_yscale("function", functions=(_wrongness, _accuracy_of))
+        ticks = [t for t in (10, 50, 80, 90, 95, 97, 98, 98.5, 99, 99.2, 99.4) if lowest - 3 <= t <= highest + 0.3]
+        ax.set_yticks(ticks)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("compression: weights over non-zero weights (logarithmic)")
+    ax.set_ylabel("test accuracy (%)")
+    ax.legend(frameon=False, fontsize=8.5, ncols=2, loc="lower left")
+    _quiet(ax)
+    return _save(figure, path)
+
+
+def _wrongness(accuracy: Any) -> Any:
+    import numpy as np
+
+    return -np.log10(np.maximum(100.0 - np.asarray(accuracy), _LEAST_ERROR))
+
+
+def _accuracy_of(wrongness: Any) -> Any:
+    import numpy as np
+
+    return 100.0 - 10.0 ** -np.asarray(wrongness)
 
 
 def draw_magnitudes(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path | None:

@@ -1,0 +1,68 @@
+"""``pomona compare``: methods side by side at equal cost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pomona.cli.train import positive
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="compare methods: same network, data, epochs and seeds; a table and a picture",
+        description="Train every recipe at every compression with every seed, several runs at once, the dense networks "
+        "shared. All recipes must have the same network, data and total epochs. Given again, it goes on where it was; "
+        "given with more recipes, compressions or seeds and the same --out, it adds to the table.",
+    )
+    parser.add_argument("recipes", metavar="RECIPE", nargs="+", help="a TOML file, or a name of `pomona recipes`")
+    parser.add_argument("--compressions", metavar="C", type=float, nargs="+", required=True, help="e.g. 10 30 100")
+    add_job_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """The options that commands with many runs share."""
+    parser.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--jobs", metavar="N", type=positive, help="runs at once (default: one a core)")
+    parser.add_argument("--threads", metavar="N", type=positive, default=1, help="threads of torch a run (default: 1)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="change all recipes"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
+
+
+def execute(jobs: Sequence[Any], options: argparse.Namespace) -> dict[Path, str]:
+    """Run jobs as the options say; the failed ones and why. A stop by a signal exits with 130."""
+    from pomona.zoo.compare import run_jobs
+    from pomona.zoo.progress import Progress
+
+    progress = Progress()
+    at_once = options.jobs or max(1, (os.cpu_count() or 1) // options.threads)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_jobs(jobs, data_dir=options.data_dir, threads=options.threads, at_once=at_once, progress=progress)
+    except KeyboardInterrupt:
+        progress.line(f"stopped; give the same command again to go on. What is done is in {options.out}")
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pomona.zoo.compare import conclude, plan
+
+    jobs = plan(options.recipes, options.compressions, options.seeds, options.overrides, options.out)
+    failed = execute(jobs, options)
+    print(conclude(options.out))
+    print(f"picture: {options.out / 'compare.png'}")
+    for folder, why in failed.items():
+        print(f"FAILED: {folder.name}: {why}")
+    return 1 if failed else 0

@@ -1,0 +1,69 @@
+"""``pomona sweep``: how sparse can I go?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pomona.cli.compare import add_job_options, execute
+from pomona.cli.train import positive
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="find the highest compression within an allowed loss of accuracy",
+        description="Bisect for the highest compression at which a recipe loses no more accuracy than allowed against "
+        "the dense network it starts from, tested on part of the training data; then train once more at that "
+        "compression on all of it, and test. Given again, it goes on where it was.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name of `pomona recipes`; with [base]")
+    parser.add_argument("--loss", metavar="POINTS", type=float, required=True, help="allowed, in percentage points")
+    parser.add_argument("--low", metavar="C", type=float, default=2.0, help="least compression (default: 2)")
+    parser.add_argument("--high", metavar="C", type=float, default=500.0, help="highest compression (default: 500)")
+    parser.add_argument(
+        "--resolution", metavar="R", type=float, default=1.1, help="stop when bad / good is below this (default: 1.1)"
+    )
+    parser.add_argument(
+        "--validation", metavar="N", type=positive, help="training examples to test on (default: a sixth of them)"
+    )
+    add_job_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pomona.zoo.compare import plan
+    from pomona.zoo.data import DATA
+    from pomona.zoo.recipe import load_recipe
+    from pomona.zoo.sweep import lost_by, sweep
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.base is None:
+        raise ValueError(f"{options.recipe} has no [base] stage, so there is no dense network to lose accuracy against")
+    count = options.validation or len(DATA[recipe.data](options.data_dir).train_labels) // 6
+
+    def lost(compression: float, *overrides: str) -> float:
+        changes = [*options.overrides, *overrides]
+        jobs = plan([options.recipe], [compression], options.seeds, changes, folder)
+        for failed, why in execute(jobs, options).items():
+            raise ValueError(f"{failed.name} failed, {why}")
+        return lost_by(jobs)
+
+    def tell(compression: float) -> float:
+        points = lost(compression, f"validation={count}")
+        print(f"{compression:g}x loses {points:.2f} on {count:,} held out examples", flush=True)
+        return points
+
+    folder = options.out / "validation"
+    found = sweep(tell, allowed=options.loss, low=options.low, high=options.high, resolution=options.resolution)
+    if found.best is None:
+        print(f"no compression: {found.limit:g}x, the least asked for, already loses more than {options.loss:g}")
+        return 1
+    folder = options.out / "test"
+    points = lost(found.best)
+    bound = f"{found.limit:g}x loses more" if found.limit else "the highest asked for"
+    print(
+        f"highest compression within {options.loss:g} points: {found.best:g}x ({bound}), found on held out examples; "
+        f"trained on all, it loses {points:.2f} on the test set ({len(options.seeds)} seeds)"
+    )
+    return 0

@@ -1,0 +1,123 @@
+"""``pomona valley``: do two trained networks lie in the same flat valley?"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pomona.cli.train import threads_of
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "valley",
+        help="do two runs lie in the same flat valley? paths between them, and the curvature along their difference",
+        description="Compare the networks of two finished runs of the same model on the same data, A the unpruned one: "
+        "the loss along the segment and along a trained curve from A to B, and how much of B - A lies in the "
+        "directions in which the loss at A bends most. Writes valley.json and valley.png.",
+    )
+    parser.add_argument("a", metavar="A", type=Path, help="folder of a run, as the unpruned network's")
+    parser.add_argument("b", metavar="B", type=Path, help="folder of another, as the pruned network's")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the result (default: beside B)")
+    parser.add_argument(
+        "--points", metavar="N", type=_whole(3), default=21, help="on each path, both ends included (default: 21)"
+    )
+    parser.add_argument(
+        "--examples", metavar="N", type=_whole(1), help="training examples of the loss (default: 10,000, or all)"
+    )
+    parser.add_argument(
+        "--hessian", metavar="K", type=_whole(1), default=10, help="top eigenvectors of the Hessian (default: 10)"
+    )
+    parser.add_argument(
+        "--curve-epochs", metavar="N", type=_whole(1), default=5, help="length of the curve's training (default: 5)"
+    )
+    parser.add_argument("--curve-lr", metavar="LR", type=_positive, default=0.05, help="its rate (default: 0.05)")
+    parser.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of all random choices (default: 0)")
+    parser.add_argument("--threads", metavar="N", type=_whole(1), help="threads of torch (default: as B was trained)")
+    parser.set_defaults(run=_run)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be >= {least}, got {value}")
+        return value
+
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pomona.zoo.progress import Progress
+    from pomona.zoo.valley import Options, survey
+
+    a, b = options.a, options.b
+    out = options.out or b.resolve().with_name(f"valley-{a.resolve().name}-{b.resolve().name}")
+    look = Options(
+        points=options.points,
+        examples=options.examples,
+        hessian=options.hessian,
+        curve_epochs=options.curve_epochs,
+        curve_lr=options.curve_lr,
+        seed=options.seed,
+    )
+    progress = Progress()
+    try:
+        result = survey(a, b, out, look, data_dir=options.data_dir, threads=threads_of(options, b), progress=progress)
+    finally:
+        progress.clear()
+    print(_described(result))
+    print(f"{out / 'valley.json'}\n{out / 'valley.png'}")
+    return 0
+
+
+def _described(result: dict[str, Any]) -> str:
+    """Two tables, and what they say in words."""
+    k, size, random = len(result["hessian"]["values"]), result["parameters"], result["random_projection"]
+    lines = [
+        f"A has {100 * result['A']['sparsity']:.2f} % zeros, B {100 * result['B']['sparsity']:.2f} %; "
+        f"{size:,} parameters, |B - A| = {result['distance']:.4g}",
+        f"{'path from A to B':26}{'loss at A':>11}{'at B':>11}{'barrier':>11}{'at t':>7}{'accuracy lost':>15}",
+    ]
+    for name in ("segment", "curve"):
+        path = result[name]
+        ends = (path["loss"][path["t"].index(t)] for t in (0.0, 1.0))
+        lines.append(
+            f"{name:26}" + "".join(f"{loss:>11.4g}" for loss in ends) + f"{path['barrier']:>11.4g}"
+            f"{path['barrier_at']:>7.3g}{path['test_accuracy_dip']:>15.2f}"
+        )
+    lines.append(
+        f"{'direction from A':26}{'length':>11}{f'in top {k}':>11}{'x random':>11}{'curvature':>11}{'loss there':>11}"
+    )
+    for name, way in result["directions"].items():
+        lines.append(
+            f"{'to ' + name:26}{way['length']:>11.4g}{way['projection']:>11.4g}{way['projection'] / random:>11.3g}"
+            f"{way['curvature']:>11.4g}{way['loss']:>11.4g}"
+        )
+    lines.append(f"{'random':26}{'':>11}{random:>11.4g}{1:>11}")
+    segment, curve, way = result["segment"], result["curve"], result["directions"]["B"]
+    lines += [
+        f"On the segment the training loss rises {segment['barrier']:.4g} above the larger end, on the curve "
+        f"{curve['barrier']:.4g}; test accuracy falls {segment['test_accuracy_dip']:.2f} and "
+        f"{curve['test_accuracy_dip']:.2f} points below the lower end.",
+        f"The {k} sharpest directions at A hold {100 * way['projection'] ** 2:.3g} % of the squared length of B - A; "
+        f"of a random direction they hold {100 * random**2:.3g} %. The curvature along B - A is "
+        f"{way['curvature']:.4g}, the largest there is {result['hessian']['values'][0]:.4g}.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Progressive pruning by a recipe: every candidate of every round is a run in a folder of its own.
+
+The search asks for its candidates in the same order each time, and a finished one answers at once, so that a search that
+was killed goes on in the middle of the candidate it was at.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pomona.progressive import Candidate, progressive
+from pomona.zoo.checkpoint import write_atomically
+from pomona.zoo.data import Dataset
+from pomona.zoo.models import build_model
+from pomona.zoo.progress import Progress
+from pomona.zoo.recipe import Recipe
+from pomona.zoo.run import claim, evaluate, identity_of
+from pomona.zoo.train import Base, make_base, read_run, train, train_base
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A network of the search: what it is worth, and where it lies."""
+
+    base: Base
+    accuracy: float
+    compression: float
+    name: str
+    result: dict[str, Any]
+
+
+def train_progressive(
+    recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress: Progress, base: Path | None = None
+) -> dict[str, Any]:
+    """Train a recipe with ``[progressive]``; arguments, files and errors as of ``train``.
+
+    Args:
+        base: folder of the dense network; default: in ``folder``.
+
+    Returns:
+        The content of ``result.json``: that of the last round's best candidate, and ``rounds``, all that was tried. If
+        candidates were chosen by held out examples, its ``final`` accuracy is the one on the test set.
+    """
+    plan = recipe.progressive
+    assert plan is not None
+    with claim(folder, identity_of("progressive", recipe, data, threads)):
+        single = replace(recipe, progressive=None, expected=None, validation=plan.validation)
+        how: dict[str, Any] = {"threads": threads, "progress": progress}
+        start = train_base(single, data, base or folder / "dense", **how)
+        assert start.accuracy is not None
+        dense = _Model(start, start.accuracy, 1.0, "dense", {})
+
+        def prune(parent: _Model, compression: float) -> _Model:
+            name = f"{compression:g}x-from-{parent.name}"
+            method = {**recipe.method, "compression": compression, "hold_zeros": parent is not dense}
+            child = replace(single, title=f"{recipe.title}: {compression:g}x from {parent.name}", method=method)
+            result = train(child, data, folder / name, base=parent.base, pictures=False, **how)
+            weights = torch.load(folder / name / "model.pt", weights_only=True)
+            accuracy: float = result["accuracy"]["final"]
+            return _Model(make_base(weights, accuracy, name), accuracy, compression, f"{compression:g}x", result)
+
+        tried = progressive(dense, [*plan.compressions, recipe.method["compression"]], prune, width=plan.width)
+        best = [candidate for candidate in tried if candidate.kept][-1]
+        return _conclude(recipe, data, folder, dense, tried, best)
+
+
+def _conclude(
+    recipe: Recipe, data: Dataset, folder: Path, dense: _Model, tried: list[Candidate[_Model]], best: Candidate[_Model]
+) -> dict[str, Any]:
+    model = build_model(recipe.model, seed=recipe.seed)
+    model.load_state_dict(dict(best.node.base.model))
+    plain = recipe.to_dict()
+    told = {
+        "recipe": plain,
+        "data": data.description,
+        "expected": plain.get("expected"),
+        "accuracy": best.node.result["accuracy"] | {"base": dense.accuracy, "final": evaluate(model, data)},
+        "rounds": [
+            {
+                "round": candidate.round,
+                "path": list(candidate.path),
+                "accuracy": candidate.node.accuracy,
+                "before_cut": candidate.node.result["accuracy"]["before_cut"],
+                "after_cut": candidate.node.result["accuracy"]["after_cut"],
+                "kept": candidate.kept,
+            }
+            for candidate in tried
+        ],
+        "seconds": sum(candidate.node.result["seconds"] for candidate in tried),
+    }
+    result = best.node.result | told
+    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
+    weights = io.BytesIO()
+    torch.save(dict(best.node.base.model), weights)
+    write_atomically(folder / "model.pt", weights.getvalue())
+    return read_run(folder)

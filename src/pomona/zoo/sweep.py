@@ -1,0 +1,64 @@
+"""How sparse can I go? The highest compression within an allowed loss of accuracy, by bisection."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pomona.zoo.compare import Job
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What ``pomona sweep`` found.
+
+    Attributes:
+        tried: compression -> mean accuracy lost against the dense networks, in percentage points.
+        best: the highest compression within the allowed loss; None if even the lowest is not.
+        limit: the lowest that lost too much; None if even the highest did not.
+    """
+
+    tried: dict[float, float]
+    best: float | None
+    limit: float | None
+
+
+def sweep(lost: Callable[[float], float], *, allowed: float, low: float, high: float, resolution: float = 1.1) -> Sweep:
+    """Bisect the logarithm of the compression for the highest at which no more than ``allowed`` is lost.
+
+    Args:
+        lost: compression -> accuracy lost; taken to rise with it (seeds blur this near the answer).
+        allowed: percentage points.
+        low: where to start, and what to fall back on.
+        high: where to end.
+        resolution: stop when the lowest bad compression is less than this times the highest good one.
+
+    Example:
+        >>> found = sweep(lambda c: c / 100, allowed=0.5, low=1, high=1000)
+        >>> found.best <= 50 < found.limit
+        True
+    """
+    tried: dict[float, float] = {}
+
+    def is_good(compression: float) -> bool:
+        tried[compression] = lost(compression)
+        return tried[compression] <= allowed
+
+    if not is_good(low):
+        return Sweep(tried, None, low)
+    if is_good(high):
+        return Sweep(tried, high, None)
+    while high / low > resolution:
+        middle = float(f"{(low * high) ** 0.5:.3g}")
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if is_good(middle) else (low, middle)
+    return Sweep(tried, low, high)
+
+
+def lost_by(jobs: Sequence[Job]) -> float:
+    """Mean accuracy that these finished runs lost, each against the dense network it started from."""
+    results = [json.loads((job.folder / "result.json").read_text())["accuracy"] for job in jobs]
+    return float(statistics.mean(accuracy["base"] - accuracy["final"] for accuracy in results))

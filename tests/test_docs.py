@@ -1,0 +1,35 @@
+"""The code in the docs runs, their links lead somewhere, and every method has a page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pomona.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+@each_page
+def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(code, {})
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert [t for t in targets if not t.startswith("https://") and not (page.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_page_with_the_same_sections(name: str) -> None:
+    text = (ROOT / f"docs/methods/{name}.md").read_text(encoding="utf-8")
+    for heading in ("## When it shines", "## When not", "## What matters", "## Cost"):
+        assert heading in text, heading
+    assert "```python" in text
