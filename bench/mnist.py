@@ -70,8 +70,8 @@ def print_tables(results: list[dict[str, Any]]) -> None:
     for result in results:
         recipe = {key: value for key, value in result["recipe"].items() if key not in ("seed", "eval_every")}
         rows.setdefault(json.dumps([recipe, result["data"]], sort_keys=True), []).append(result)
-    print("\n| run | seeds | compression | base | before cut | after cut | published | largest cut |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| run | seeds | compression | base | before cut | after cut | at the end | published | largest cut |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for group in rows.values():
         first, accuracy = group[0], [result["accuracy"] for result in group]
         cells = [
@@ -79,6 +79,7 @@ def print_tables(results: list[dict[str, Any]]) -> None:
             str(len(group)),
             f"{first['report']['compression']:.1f}x",
             *(spread(a[key] for a in accuracy) for key in ("base", "before_cut", "after_cut")),
+            spread(a.get("final", a["after_cut"]) for a in accuracy),
             published(first, "accuracy"),
             spread((result["report"]["largest_cut"] for result in group), digits=3),
         ]
@@ -95,8 +96,10 @@ def print_tables(results: list[dict[str, Any]]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def spread(values: Iterable[float], digits: int = 2) -> str:
-    known = list(values)
+def spread(values: Iterable[float | None], digits: int = 2) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
     if len(known) == 1:
         return f"{known[0]:.{digits}f}"
     return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
