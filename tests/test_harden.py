@@ -570,18 +570,17 @@ def test_harden_inside_a_trial_is_for_good_or_refused() -> None:
         assert pruner.verify().nonzero == KEPT
 
 
-@pytest.mark.parametrize(("promised", "match"), [(KEPT - 1, "a budget of 17 .* has 18"), (KEPT + 1, "a budget of 19")])
-def test_a_method_that_breaks_its_own_budget_cuts_nothing(promised: int, match: str) -> None:
+def test_a_method_that_breaks_its_own_budget_cuts_nothing() -> None:
     class Careless(GSM):
         def budget(self, total: int, step: int) -> int:
-            return promised
+            return KEPT - 1
 
     model = net()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
     pruner = Pruner(model, optimizer, Careless(sparsity=0.75))
     train(model, optimizer, batches(3))
     before = bits(model.state_dict())
-    with pytest.raises(RuntimeError, match=match):
+    with pytest.raises(RuntimeError, match="a budget of 17 .* has 18"):
         pruner.harden()
     assert bits(model.state_dict()) == before
 

@@ -108,10 +108,10 @@ class Scope:
         """Why the parameter with these names, and the modules that own it, is not pruned; "" if it is."""
         if self.types and not any(isinstance(module, tuple(self.types)) for module in modules.values()):
             return f"of {type(next(iter(modules.values()))).__name__}, not in types"
-        if self.include and not any(_matches(name, pattern) for name in modules for pattern in self.include):
+        if self.include and not any(matches(name, pattern) for name in modules for pattern in self.include):
             return "not in include"
         for pattern in self.exclude:
-            if any(_matches(name, pattern) for name in modules):
+            if any(matches(name, pattern) for name in modules):
                 return f"excluded by {pattern!r}"
         if is_lazy(parameter):
             raise ValueError(f"{next(iter(modules))} has no shape yet; run one forward pass before pruning")
@@ -124,7 +124,7 @@ class Scope:
     def _check_patterns(self, names: list[str]) -> None:
         for which in ("include", "exclude"):
             for pattern in getattr(self, which):
-                if any(_matches(name, pattern) for name in names):
+                if any(matches(name, pattern) for name in names):
                     continue
                 known = sorted({*names, *(name.rpartition(".")[0] for name in names)} - {""})
                 if not known:
@@ -144,7 +144,8 @@ class Scope:
                 )
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern fits the parameter of this full name, or the module that owns it."""
     owner = name.rpartition(".")[0]
     return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
 

@@ -13,7 +13,7 @@ from pomona.budget import Allocation, check_allocation, check_floors, deal, glob
 from pomona.method import Method, Weight
 from pomona.ops import check_count, drop_gradients_, drop_weights_
 from pomona.schedule import Schedule, Value, check_value, value_at
-from pomona.scope import _matches
+from pomona.scope import matches
 from pomona.score import magnitude
 
 
@@ -234,7 +234,7 @@ def _check_densities(densities: Mapping[str, float]) -> dict[str, float]:
 
 def _check_patterns(densities: Mapping[str, float], names: Sequence[str]) -> None:
     for name in names:
-        found = [pattern for pattern in densities if _matches(name, pattern)]
+        found = [pattern for pattern in densities if matches(name, pattern)]
         if len(found) != 1:
             those = f"{len(found)} patterns of densities ({', '.join(found)})" if found else "no pattern of densities"
             raise ValueError(
@@ -242,12 +242,12 @@ def _check_patterns(densities: Mapping[str, float], names: Sequence[str]) -> Non
                 f"densities={{{name!r}: 1.0, ...}}, or leave it out: Scope(exclude=[{name!r}])"
             )
     for pattern in densities:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise ValueError(f"densities[{pattern!r}] matches no weight in scope; these are {', '.join(names)}")
 
 
 def _find(densities: Mapping[str, float], name: str) -> float:
-    return next(density for pattern, density in densities.items() if _matches(name, pattern))
+    return next(density for pattern, density in densities.items() if matches(name, pattern))
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
