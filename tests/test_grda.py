@@ -324,20 +324,6 @@ def test_a_weight_that_rested_takes_the_common_threshold_when_it_moves_again(res
     assert [w.tolist() for w in model.w] == [[0.0, 2.0], [0.0, 1.0]]
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_threshold_ends_on_the_largest_accumulator_that_goes_to_the_last_bit(seed: int) -> None:
-    """In float64 a threshold that is rounded once too often would let that one through."""
-    values = np.random.default_rng(seed).normal(size=20)
-    model = Tensors([values])
-    optimizer = SGD(model.parameters(), lr=1.0)
-    pruner = pomona.Pruner(model, optimizer, GRDA(sparsity=0.5, steps=7), scope=EVERYTHING)
-    model.give([np.zeros(20)])
-    for _ in range(7):
-        optimizer.step()
-    assert threshold_of(pruner) == np.sort(np.abs(values))[9]
-    assert num_nonzero(model) == 10
-
-
 def test_ties_at_the_threshold_all_go() -> None:
     model, optimizer, pruner = tensors(GRDA(sparsity=0.5, steps=1), [1.0, 2.0, -2.0, 4.0])
     model.give([np.zeros(4, dtype=np.float32)])
@@ -404,8 +390,8 @@ def test_values_out_of_range_are_refused(arguments: dict[str, Any], message: str
         ({"c": True}, "c must be a number, got True"),
         ({"c": 0.1, "mu": None}, "mu must be a number, got None"),
         ({"sparsity": pomona.Cubic(0.0, 0.9, steps=9), "steps": 9}, r"sparsity must be a number, got Cubic\("),
-        ({"sparsity": 0.5, "steps": 10.0}, "steps must be a whole number of steps, got 10.0"),
-        ({"sparsity": 0.5, "steps": True}, "steps must be a whole number of steps, got True"),
+        ({"sparsity": 0.5, "steps": 10.0}, "steps must be an integer, got 10.0"),
+        ({"sparsity": 0.5, "steps": True}, "steps must be an integer, got True"),
     ],
 )
 def test_what_is_no_number_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -1,9 +1,12 @@
 """The zoo's networks: their sizes, their layers, and where their weights come from."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from pomona.zoo.models import MODELS, LeNet5, LeNet300100, build_model
@@ -17,6 +20,11 @@ KERNELS = {
         "fc2.weight": (10, 500),
     },
 }
+CIFAR = [name for name in MODELS if name not in KERNELS]
+
+
+def kernels(model):
+    return {key: value for key, value in model.named_parameters() if value.ndim > 1}
 
 
 @pytest.fixture
@@ -24,15 +32,36 @@ def digits():
     return torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.fixture
+def photos():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_have_the_names_and_shapes_of_the_papers(name):
-    parameters = build_model(name, seed=0).named_parameters()
-    assert {key: tuple(value.shape) for key, value in parameters if value.ndim > 1} == KERNELS[name]
+    assert {key: tuple(value.shape) for key, value in kernels(build_model(name, seed=0)).items()} == KERNELS[name]
 
 
 @pytest.mark.parametrize(("name", "count"), [("lenet-300-100", 266_200), ("lenet-5", 430_500)])
 def test_kernel_weights_count(name, count):
-    assert sum(p.numel() for p in build_model(name, seed=0).parameters() if p.ndim > 1) == count
+    assert sum(p.numel() for p in kernels(build_model(name, seed=0)).values()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "num_kernels"),
+    [
+        ("vgg16-cifar", 15_245_130, 16),  # gRDA's logs
+        ("wrn-28-10", 36_489_290, 28 + 1),  # the same; 28 convolutions, three of them shortcuts, and the dense layer
+        ("resnet-20", 269_722, 20),  # the pretrained models
+        ("resnet-32", 464_154, 32),
+        ("resnet-44", 658_586, 44),
+        ("resnet-56", 853_018, 56),
+    ],
+)
+def test_parameters_of_the_cifar_networks_count_as_published(name, count, num_kernels):
+    model = build_model(name, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert len(kernels(model)) == num_kernels
 
 
 def test_lenet_300_100_is_its_formula(digits):
@@ -53,13 +82,114 @@ def test_lenet_5_is_its_formula(digits):
     torch.testing.assert_close(model(digits), x @ w2.T + b2)  # default tolerance: a fused product
 
 
+def test_vgg16_is_its_formula(photos):
+    model = build_model("vgg16-cifar", seed=0).eval()
+    parameters = iter(model.parameters())
+    x = photos
+    for depth in (2, 2, 3, 3, 3):
+        for _ in range(depth):
+            x = F.conv2d(x, next(parameters), next(parameters), padding=1).clamp(min=0)
+        n, c, h, w = x.shape
+        x = x.view(n, c, h // 2, 2, w // 2, 2).amax(dim=(3, 5))
+    w1, b1, w2, b2, w3, b3 = parameters
+    hidden = torch.relu(torch.relu(x.view(2, 512) @ w1.T + b1) @ w2.T + b2)
+    torch.testing.assert_close(model(photos), hidden @ w3.T + b3)  # default tolerance: a fused product
+
+
+def test_vgg16_drops_half_of_the_inputs_of_two_dense_layers_in_training(photos):
+    model = build_model("vgg16-cifar", seed=0)
+    seen = {}
+    for name in ("fc1", "fc2", "fc3"):
+        getattr(model, name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
+    for layer in (model.features[-3], model.fc1, model.fc2):
+        nn.init.zeros_(layer.weight)
+        nn.init.ones_(layer.bias)  # so that ReLU makes no zeros
+    model(photos)
+    shares = {name: float((x == 0).float().mean()) for name, x in seen.items()}
+    # 1,024 draws: five standard errors
+    assert shares == {"fc1": pytest.approx(0.5, abs=0.08), "fc2": pytest.approx(0.5, abs=0.08), "fc3": 0.0}
+
+
+@torch.no_grad()
+def test_resnet_shortcuts_carry_every_second_pixel_to_the_middle_channels(photos):
+    model = build_model("resnet-20", seed=0).eval()
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for block in stage:
+            nn.init.zeros_(block.bn2.weight)  # shuts the branch, so that the shortcuts are all there is
+    x = F.conv2d(photos, model.conv1.weight, padding=1).clamp(min=0) / math.sqrt(1 + model.bn1.eps)
+    features = torch.zeros(2, 64)
+    features[:, 24:40] = x[:, :, ::4, ::4].mean(dim=(2, 3))  # 16 channels, with 8 and then 16 of zeros on each side
+    torch.testing.assert_close(model(photos), features @ model.linear.weight.T + model.linear.bias)
+
+
+@torch.no_grad()
+def test_a_resnet_branch_is_two_convolutions_with_norms():
+    block = build_model("resnet-20", seed=0).layer2[0]
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    inner = F.conv2d(x, block.conv1.weight, stride=2, padding=1)
+    inner = F.conv2d(F.batch_norm(inner, None, None, training=True).relu(), block.conv2.weight, padding=1)
+    shortcut = torch.zeros(2, 32, 4, 4)
+    shortcut[:, 8:24] = x[:, :, ::2, ::2]
+    expected = (F.batch_norm(inner, None, None, training=True) + shortcut).relu()
+    torch.testing.assert_close(block(x), expected)
+
+
+@torch.no_grad()
+def test_wide_resnet_shortcuts_are_convolutions_of_the_raw_input(photos):
+    model = build_model("wrn-28-10", seed=0).eval()
+    x = F.conv2d(photos, model.conv1.weight, model.conv1.bias, padding=1)
+    for stage, stride in ((model.layer1, 1), (model.layer2, 2), (model.layer3, 2)):
+        for block in stage:
+            nn.init.zeros_(block.conv2.weight)  # shuts the branch but for its bias
+            if block is stage[0]:
+                x = F.conv2d(x, block.shortcut.weight, block.shortcut.bias, stride=stride)
+            x = x + block.conv2.bias.view(1, -1, 1, 1)
+    features = (x.clamp(min=0) / math.sqrt(1 + 1e-5)).mean(dim=(2, 3))
+    torch.testing.assert_close(model(photos), features @ model.linear.weight.T + model.linear.bias)
+
+
+@torch.no_grad()
+def test_a_wide_branch_begins_with_its_norm_and_strides_in_its_second_convolution():
+    block = build_model("wrn-28-10", seed=0).layer2[0]
+    x = torch.randn(2, 160, 4, 4, generator=torch.Generator().manual_seed(0))
+    inner = F.batch_norm(x, None, None, training=True).relu()
+    inner = F.conv2d(inner, block.conv1.weight, block.conv1.bias, padding=1)
+    inner = F.batch_norm(inner, None, None, training=True).relu()
+    inner = F.conv2d(inner, block.conv2.weight, block.conv2.bias, padding=1, stride=2)
+    expected = inner + F.conv2d(x, block.shortcut.weight, block.shortcut.bias, stride=2)
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_every_parameter_of_the_cifar_networks_gets_a_gradient(name, photos):
+    model = build_model(name, seed=0)
+    logits = model(photos)
+    assert logits.shape == (2, 10)
+    F.cross_entropy(logits, torch.tensor([3, 5])).backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56])
+def test_pretrained_resnets_load_by_name(depth):
+    """The folder of the .th files of github.com/akamaster/pytorch_resnet_cifar10 is given by POMONA_CIFAR_MODELS."""
+    folder = os.environ.get("POMONA_CIFAR_MODELS")
+    files = sorted(Path(folder).glob(f"resnet{depth}-*.th")) if folder else []
+    if not files:
+        pytest.skip("no pretrained models: POMONA_CIFAR_MODELS is not set, or has none of this depth")
+    saved = torch.load(files[0], map_location="cpu", weights_only=True)["state_dict"]
+    model = build_model(f"resnet-{depth}", seed=0)
+    model.load_state_dict({key.removeprefix("module."): value for key, value in saved.items()})
+    assert torch.equal(model.linear.weight, saved["module.linear.weight"])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_seed_decides_every_bit(name):
     first = build_model(name, seed=7).state_dict()
     torch.rand(3)  # the global state has moved on
     again, other = build_model(name, seed=7).state_dict(), build_model(name, seed=8).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert not any(torch.equal(first[key], other[key]) for key in KERNELS[name])
+    drawn = [key for key, value in first.items() if value.ndim > 1]
+    assert not any(torch.equal(first[key], other[key]) for key in drawn)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,7 +199,7 @@ def test_the_global_random_state_is_untouched(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_are_xavier_uniform_and_biases_zero(name):
     for parameter in build_model(name, seed=0).parameters():
         if parameter.ndim == 1:
@@ -81,8 +211,55 @@ def test_kernels_are_xavier_uniform_and_biases_zero(name):
         assert 0.9 * bound < parameter.abs().max() <= bound
 
 
+def assert_normal(kernel, fan):
+    std = math.sqrt(2 / fan)
+    # Standard errors of the estimates, five of them.
+    assert float(kernel.mean()) == pytest.approx(0.0, abs=5 * std / math.sqrt(kernel.numel()))
+    assert float(kernel.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * kernel.numel()))
+    assert kernel.abs().max() > math.sqrt(3) * std  # which a uniform one of this spread cannot reach
+
+
+def assert_uniform(layer):
+    bound = layer.weight[0].numel() ** -0.5
+    for parameter in (layer.weight, layer.bias):
+        # Of ten or more uniform draws all miss the last half of the range with probability below 1e-3.
+        assert 0.5 * bound < parameter.abs().max() <= bound
+    assert float(layer.weight.std()) == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(2 * layer.weight.numel()))
+
+
+def layers(model, *kinds):
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+@torch.no_grad()
+def test_vgg16_is_initialised_as_in_grdas_experiments():
+    model = build_model("vgg16-cifar", seed=0)
+    for layer in layers(model, nn.Conv2d):
+        assert_normal(layer.weight, 9 * layer.out_channels)
+        assert not layer.bias.any()
+    for layer in layers(model, nn.Linear):
+        assert_uniform(layer)
+
+
+@torch.no_grad()
+def test_wide_resnet_is_initialised_as_torch_does_it():
+    model = build_model("wrn-28-10", seed=0)
+    for layer in layers(model, nn.Conv2d, nn.Linear):
+        assert_uniform(layer)
+    for layer in layers(model, nn.BatchNorm2d):
+        assert bool((layer.weight == 1).all()) and not layer.bias.any()
+
+
+@torch.no_grad()
+def test_resnets_are_initialised_by_the_fan_in():
+    model = build_model("resnet-56", seed=0)
+    for layer in layers(model, nn.Conv2d, nn.Linear):
+        assert_normal(layer.weight, layer.weight[0].numel())
+    assert not model.linear.bias.any()
+
+
 def test_an_unknown_model_names_the_known_and_the_closest():
-    with pytest.raises(ValueError, match=r"lenet-300-100, lenet-5, got 'lenet5' \(did you mean 'lenet-5'\?\)"):
+    with pytest.raises(ValueError, match=r"resnet-44, resnet-56, got 'lenet5' \(did you mean 'lenet-5'\?\)"):
         build_model("lenet5", seed=0)
-    with pytest.raises(ValueError, match=r"one of lenet-300-100, lenet-5, got 'transformer'$"):
+    with pytest.raises(ValueError, match=r"one of lenet-300-100, lenet-5, vgg16-cifar, .*, got 'transformer'$"):
         build_model("transformer", seed=0)

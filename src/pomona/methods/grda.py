@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pomona.budget import _kth_largest, global_top_k, num_kept
 from pomona.method import Method, Weight
-from pomona.ops import soft_threshold
+from pomona.ops import check_count, soft_threshold
 from pomona.schedule import check_value
 from pomona.score import magnitude
 
@@ -114,10 +114,7 @@ class GRDA(Method):
         check_value("sparsity", self.sparsity, low=0.0, high=1.0)
         if self.steps is None:
             raise ValueError(f"steps must be given with sparsity={self.sparsity:g}: the step at which it is reached")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
-            raise TypeError(f"steps must be a whole number of steps, got {self.steps!r}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        check_count("steps", self.steps)
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         name = type(optimizer).__name__
@@ -139,8 +136,8 @@ class GRDA(Method):
         dtype = torch.promote_types(w.value.dtype, torch.float32)
         return {
             "v": torch.zeros_like(w.value, dtype=dtype),
-            "threshold": torch.zeros((), dtype=torch.float64),
-            "n": torch.zeros((), dtype=torch.int64),
+            "threshold": torch.zeros((), dtype=torch.float64, device="cpu"),
+            "n": torch.zeros((), dtype=torch.int64, device="cpu"),
         }
 
     def before_step(self, weights: Sequence[Weight], step: int) -> None:
@@ -175,7 +172,7 @@ class GRDA(Method):
         if step < self.steps:
             whole = self.steps**self.mu
             left = (whole - step**self.mu) / (whole - (step - 1) ** self.mu)
-        return max(threshold, q - (q - threshold) * left)  # written so that it is q exactly where nothing is left
+        return max(threshold, q - (q - threshold) * left)  # exactly q where nothing is left
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         if self.sparsity is None:
