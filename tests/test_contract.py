@@ -26,6 +26,7 @@ STEPS = 20
 # These runs are far too short for passive weights to vanish, which is not what they are about.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed"),
+    pytest.mark.filterwarnings("ignore:harden.. at step .* comes early"),
 ]
 
 

@@ -21,6 +21,9 @@ from pomona.ops import soft_threshold
 from pomona.zoo.models import build_model
 from tests.problems import NUM_WEIGHTS, Batch, Tensors, batches, bits, loss_of, net, train
 
+# Most runs here are too short for the method to have done all.
+pytestmark = pytest.mark.filterwarnings("ignore:harden.. at step .* comes early")
+
 EVERYTHING = pomona.Scope(min_ndim=1)
 
 

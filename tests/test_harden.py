@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -580,7 +581,7 @@ def test_a_method_that_breaks_its_own_budget_cuts_nothing() -> None:
     pruner = Pruner(model, optimizer, Careless(sparsity=0.75))
     train(model, optimizer, batches(3))
     before = bits(model.state_dict())
-    with pytest.raises(RuntimeError, match="a budget of 17 .* has 18"):
+    with pytest.raises(RuntimeError, match=r"a budget of 17 .* has 18"):
         pruner.harden()
     assert bits(model.state_dict()) == before
 
@@ -623,3 +624,22 @@ def test_a_state_that_lacks_a_part_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"has shape \(3,\) in the state"):
         pruner.load_state_dict(state)
     assert bits(pruner.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (pomona.GRDA(sparsity=0.75, steps=10), "GRDA reaches sparsity=0.75 at step 10, and what is"),
+        (pomona.WeightMom(sparsity=0.75, every=2, window=3, patience=2), "WeightMom needs window . patience = 5"),
+    ],
+)
+def test_a_cut_before_the_method_is_done_is_warned_of(method: pomona.Method, message: str) -> None:
+    for num_steps, early in ((9, True), (10, False)):
+        model = net()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        pruner = Pruner(model, optimizer, method)
+        train(model, optimizer, batches(num_steps))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert pruner.harden().nonzero == KEPT
+        assert [bool(re.search(message, str(warning.message))) for warning in caught] == [True] * early

@@ -22,6 +22,9 @@ import pomona
 from pomona.methods.weightmom import WeightMom
 from tests.problems import NUM_WEIGHTS, batches, bits, net, train
 
+# Most runs here are too short for the method to have done all.
+pytestmark = pytest.mark.filterwarnings("ignore:harden.. at step .* comes early")
+
 Layers = Sequence[Sequence[float]]
 
 

@@ -189,7 +189,7 @@ def _top_k(flat: list[Tensor], k: int) -> list[Tensor]:
     joined = torch.cat(flat)
     if joined.numel() and bool(joined.max().isnan()):
         raise ValueError("a score is NaN; check the gradients before selecting")
-    threshold = _kth_largest(joined, k) if k else math.inf
+    threshold = kth_largest(joined, k) if k else math.inf
     kept = joined >= threshold if threshold > 0.0 else joined > 0.0
     if k:
         surplus = int(kept.sum()) - k
@@ -201,7 +201,7 @@ def _top_k(flat: list[Tensor], k: int) -> list[Tensor]:
     return list(torch.split(kept, [t.numel() for t in flat]))
 
 
-def _kth_largest(joined: Tensor, k: int) -> float:
+def kth_largest(joined: Tensor, k: int) -> float:
     """The k-th largest value, 1 <= k <= n, exactly.
 
     On a CPU a sample first gives a bound that about 2k scores exceed; only those are then partitioned. When the

@@ -97,6 +97,10 @@ class Method(ABC):
         """Whether a run with these settings, one a step, can succeed; None if the method cannot tell."""
         return None
 
+    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+        """Why ``harden()`` at ``step`` comes before the method is done, as a sentence; empty if it does not."""
+        return ""
+
     def diagnose(self, weights: Sequence[Weight], step: int) -> Diagnosis | None:
         """Whether the run up to here lets ``harden()`` cut without loss; None if the method cannot tell."""
         return None

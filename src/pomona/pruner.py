@@ -369,7 +369,7 @@ class Pruner:
             same_names(copy, self.parameters())
         if not self.is_hardened:
             masks = self._masks()
-            self._warn_of_ramps()
+            self._warn_of_haste()
             if self._loses_weights(masks):
                 self._warn_of_loss()
             before = float(evaluate()) if evaluate else None
@@ -430,8 +430,11 @@ class Pruner:
             zero_(w.value, pruned[w.name])
         return pruned, cuts
 
-    def _warn_of_ramps(self) -> None:
-        """A schedule that has not come to its end prunes less than its user has in mind."""
+    def _warn_of_haste(self) -> None:
+        """A method that is not done, or a schedule that has not come to its end, prunes other than its user thinks."""
+        why = self.method.unfinished(self._weights(with_grad=False), self.num_steps)
+        if why:
+            warnings.warn(f"harden() at step {self.num_steps:,} comes early: {why}", stacklevel=3)
         hyper_parameters: Any = self.method
         if not dataclasses.is_dataclass(hyper_parameters):
             return

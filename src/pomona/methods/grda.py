@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import _kth_largest, global_top_k, num_kept
+from pomona.budget import global_top_k, kth_largest, num_kept
 from pomona.method import Method, Weight
 from pomona.ops import check_count, soft_threshold
 from pomona.schedule import check_value
@@ -166,7 +166,7 @@ class GRDA(Method):
         assert self.sparsity is not None and self.steps is not None
         v = torch.cat([w.state["v"].reshape(-1) for w in weights]).abs_()
         rank = num_kept(self.sparsity, v.numel()) + 1
-        q = _kth_largest(v, rank) if rank <= v.numel() else 0.0
+        q = kth_largest(v, rank) if rank <= v.numel() else 0.0
         threshold = _highest_threshold(weights)
         left = 0.0  # of the way, after this step
         if step < self.steps:
@@ -182,6 +182,11 @@ class GRDA(Method):
 
     def budget(self, total: int, step: int) -> int | None:
         return None if self.sparsity is None else num_kept(self.sparsity, total)
+
+    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+        if self.steps is None or step >= self.steps:
+            return ""
+        return f"GRDA reaches sparsity={self.sparsity:g} at step {self.steps:,}, and what is missing is cut off"
 
     def why(self, total: int, kept: int, density: float) -> str:
         if kept == 0:

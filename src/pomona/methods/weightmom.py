@@ -208,6 +208,13 @@ class WeightMom(Method):
     def budget(self, total: int, step: int) -> int | None:
         return None if self.sparsity is None else num_kept(value_at(self.sparsity, step), total)
 
+    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+        num = int(weights[0].state["updates"])
+        if num >= self.window + self.patience:
+            return ""
+        wanted = f"window + patience = {self.window + self.patience} updates, one each {self.every:,} steps"
+        return f"WeightMom needs {wanted}, and has made {num}; the final cut does the rest at once"
+
     def why(self, total: int, kept: int, density: float) -> str:
         if kept == 0:
             return "emptied: the running mean of |w| of all its weights stayed low"
