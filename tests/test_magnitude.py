@@ -245,7 +245,7 @@ def test_the_optimizer_forgets_what_is_cut(optimizer: Callable[..., Optimizer]) 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @given(start=st.floats(0.0, 0.9), way=st.floats(0.0, 1.0), every=st.integers(1, 4), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_counts_are_exact_and_masks_nested(
     allocation: Allocation, start: float, way: float, every: int, seed: int
 ) -> None:

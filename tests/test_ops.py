@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from pomona.budget import global_top_k
 from pomona.method import Weight
 from pomona.ops import (
     among,
-    check_count,
     drop_buffers_,
     drop_gradients_,
     drop_weights_,
@@ -208,27 +206,3 @@ def test_scores_of_a_layer_do_not_depend_on_the_sizes_of_the_others() -> None:
     _, after_small = random_scores([weight(torch.ones(2)), weight(torch.ones(9))], 0, 1)
     _, after_large = random_scores([weight(torch.ones(5000)), weight(torch.ones(9))], 0, 1)
     assert torch.equal(after_small, after_large)
-
-
-# counts
-
-
-@pytest.mark.parametrize(("count", "low"), [(1, 1), (0, 0), (10**12, 1)])
-def test_a_count_passes(count: int, low: int) -> None:
-    check_count("every", count, low=low)
-
-
-@pytest.mark.parametrize(
-    ("count", "error", "told"),
-    [
-        (0, ValueError, "every must be >= 1, got 0"),
-        (-5, ValueError, "every must be >= 1, got -5"),
-        (1.0, TypeError, "every must be an integer, got 1.0"),
-        (True, TypeError, "every must be an integer, got True"),
-        (None, TypeError, "every must be an integer, got None"),
-        ("10", TypeError, "every must be an integer, got '10'"),
-    ],
-)
-def test_what_is_no_count_is_refused(count: int, error: type[Exception], told: str) -> None:
-    with pytest.raises(error, match=f"^{re.escape(told)}$"):
-        check_count("every", count)

@@ -25,6 +25,7 @@ from pomona.schedule import (
     Linear,
     Schedule,
     Value,
+    check_count,
     check_value,
     highest,
     value_at,
@@ -166,12 +167,10 @@ def test_geometric_moves_one_way_between_its_ends(start: float, end: float, step
     assert all(after >= before - slack for before, after in pairwise(rising))
 
 
-@pytest.mark.xfail(strict=True, reason="computed as start * (end / start), which is rounded")
 def test_the_end_of_geometric_is_exactly_its_end() -> None:
     assert Geometric(1e-06, 956022.7097860768, 5)(5) == 956022.7097860768
 
 
-@pytest.mark.xfail(strict=True, reason="computed as a way between the ends, which cancels near the smaller one")
 def test_geometric_is_accurate_over_twelve_decades() -> None:
     assert Geometric(1e-12, 1.0, 12)(1) == pytest.approx(1e-11, rel=1e-12, abs=0.0)
 
@@ -343,3 +342,27 @@ def test_a_constant_out_of_range_is_refused_like_the_number(value: float) -> Non
 def test_one_is_not_mistaken_for_one_percent() -> None:
     with pytest.raises(ValueError, match=r"got 1\.0$"):
         check_value("sparsity", 1.0, low=0.0, high=1.0)
+
+
+# counts
+
+
+@pytest.mark.parametrize(("count", "low"), [(1, 1), (0, 0), (10**12, 1)])
+def test_a_count_passes(count: int, low: int) -> None:
+    check_count("every", count, low=low)
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "told"),
+    [
+        (0, ValueError, "every must be >= 1, got 0"),
+        (-5, ValueError, "every must be >= 1, got -5"),
+        (1.0, TypeError, "every must be an integer, got 1.0"),
+        (True, TypeError, "every must be an integer, got True"),
+        (None, TypeError, "every must be an integer, got None"),
+        ("10", TypeError, "every must be an integer, got '10'"),
+    ],
+)
+def test_what_is_no_count_is_refused(count: int, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(told)}$"):
+        check_count("every", count)

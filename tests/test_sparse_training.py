@@ -185,7 +185,7 @@ def test_the_fraction_is_rounded_down_but_not_by_a_rounding_error(fraction: floa
     length=st.integers(0, 8),
     seed=st.integers(0, 2**33),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_each_layer_has_its_count_at_every_step(
     kind: type[RigL | SET],
     allocation: Distribution,
@@ -478,6 +478,28 @@ def test_the_optimizer_forgets_a_dense_past(kind: type[RigL | SET]) -> None:
     for p, mask in zip(pruner.parameters().values(), masks(pruner), strict=True):
         assert not optimizer.state[p]["momentum_buffer"][~mask].any()
         assert bool(optimizer.state[p]["momentum_buffer"][mask].all())
+
+
+class Restless(Optimizer):
+    """Moves every weight, also one whose gradient is zero, as optimizers do that mix the gradients of a layer."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.1 * (p.grad + 1.0))
+
+
+@both
+def test_zeros_are_held_against_any_optimizer(kind: type[RigL | SET]) -> None:
+    model, optimizer, pruner = pruned(kind(0.5, every=2, drop=0.5), Restless)
+    for seed in range(1, 6):
+        step(model, optimizer, seed)
+        for p, mask in zip(model.w, masks(pruner), strict=True):
+            assert not p.detach()[~mask].any()
+            assert bool(p.detach()[mask].all())
 
 
 # outcome

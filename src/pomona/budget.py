@@ -48,8 +48,7 @@ def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) 
         raise TypeError(f"k must be an integer, got {k!r}")
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must be in [0, {sum(sizes)}], the number of scores, got {k}")
-    if not 0.0 <= min_density <= 1.0:
-        raise ValueError(f"min_density must be in [0, 1], got {min_density}")
+    check_min_density(min_density)
     floors = check_floors(sizes, k, min_density)
     flat = [score.detach().reshape(-1).float() for score in scores]
     masks = _top_k(flat, k)
@@ -151,6 +150,14 @@ def tell_share(total: int, kept: int, density: float, allocation: Allocation) ->
     if kept == 0:
         return f"emptied by allocation={allocation!r}"
     return f"{kept / total / density:.2g}x the network's share, by allocation={allocation!r}"
+
+
+def check_min_density(min_density: float) -> None:
+    """Refuse what is no number in [0, 1]."""
+    if isinstance(min_density, bool) or not isinstance(min_density, (int, float)):
+        raise TypeError(f"min_density must be a number, got {min_density!r}")
+    if not 0.0 <= min_density <= 1.0:
+        raise ValueError(f"min_density must be in [0, 1], got {min_density}")
 
 
 def check_floors(sizes: Sequence[int], k: int, min_density: float) -> list[int]:

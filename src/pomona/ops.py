@@ -1,4 +1,4 @@
-"""What more than one method is made of: operations on tensors, and the check of a count."""
+"""Operations on tensors that more than one method is made of."""
 
 from __future__ import annotations
 
@@ -71,11 +71,3 @@ def generator(seed: int, step: int, device: torch.device, *, layer: int = 0) -> 
     # Hashed, because on a CPU torch uses the low 32 bits only: 2^32 would be the seed 0.
     digest = hashlib.sha256(f"{seed}, {step}, {layer}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def check_count(name: str, count: int, *, low: int = 1) -> None:
-    """Refuse a count, such as a number of steps, that is no integer or below ``low``."""
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name} must be an integer, got {count!r}")
-    if count < low:
-        raise ValueError(f"{name} must be >= {low}, got {count}")

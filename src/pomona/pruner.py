@@ -19,7 +19,7 @@ from pomona.diagnosis import Diagnosis, rehearse
 from pomona.harden import count_revived, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
 from pomona.report import Report, report_layer
-from pomona.schedule import Schedule
+from pomona.schedule import FAR_AWAY, Schedule
 from pomona.scope import Scope
 
 _FORMAT = 1  # of state_dict()
@@ -35,7 +35,6 @@ _KEYS = {
     "state",
     "pruned",
 }
-_FAR_AWAY = 2**53  # a step at which every schedule has come to its end
 
 
 class Pruner:
@@ -441,10 +440,10 @@ class Pruner:
         names = [field.name for field in dataclasses.fields(hyper_parameters)]
         for name in names:
             value = getattr(self.method, name)
-            if isinstance(value, Schedule) and value(self.num_steps) != value(_FAR_AWAY):
+            if isinstance(value, Schedule) and value(self.num_steps) != value(FAR_AWAY):
                 warnings.warn(
                     f"harden() in the middle of a schedule: {name} is {value(self.num_steps):g} at step "
-                    f"{self.num_steps:,} and goes to {value(_FAR_AWAY):g} with {value}",
+                    f"{self.num_steps:,} and goes to {value(FAR_AWAY):g} with {value}",
                     stacklevel=3,
                 )
 

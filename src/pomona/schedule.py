@@ -21,6 +21,7 @@ class Schedule(ABC):
 
 
 Value: TypeAlias = float | Schedule
+FAR_AWAY = 2**53  # a step at which every schedule has come to its end
 
 
 def value_at(value: Value, step: int) -> float:
@@ -53,6 +54,24 @@ def check_value(name: str, value: Value, *, low: float, high: float) -> None:
             raise TypeError(f"{name} must be a number or a Schedule, got {number!r}")
         if not low <= number < high:
             raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {number}{_hint(number, low, high)}")
+
+
+def check_count(name: str, count: int, *, low: int = 1) -> None:
+    """Refuse a count, such as a number of steps, that is no integer or below ``low``."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an integer, got {count!r}")
+    if count < low:
+        raise ValueError(f"{name} must be >= {low}, got {count}")
+
+
+def check_never_falls(name: str, value: Value) -> None:
+    """Refuse a ramp that falls, for a method whose cut weights never return."""
+    first, last = value_at(value, 0), value_at(value, FAR_AWAY)
+    if first > last:
+        raise ValueError(
+            f"{name} must not fall, because a cut weight never returns, got {value}, from {first:g} to {last:g}; swap "
+            f"its ends, or use RigL or SET, whose weights return"
+        )
 
 
 def _hint(number: float, low: float, high: float) -> str:
@@ -145,11 +164,13 @@ class Geometric(_Ramp):
         if self.start <= 0 or self.end <= 0:
             raise ValueError(f"Geometric needs start and end above 0, got {self.start} and {self.end}")
 
-    def _left(self, progress: float) -> float:
-        if self.start == self.end:
-            return 0.0
-        value: float = self.start * (self.end / self.start) ** progress
-        return (value - self.end) / (self.start - self.end)
+    def __call__(self, step: int) -> float:
+        if step <= self.begin:
+            return self.start
+        if step >= self.begin + self.steps:
+            return self.end  # not start * (end / start), which is rounded
+        value: float = self.start * (self.end / self.start) ** ((step - self.begin) / self.steps)
+        return value
 
 
 @dataclass(frozen=True, slots=True)

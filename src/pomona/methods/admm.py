@@ -9,10 +9,19 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import Allocation, check_allocation, check_floors, deal, global_top_k, num_kept, tell_share
+from pomona.budget import (
+    Allocation,
+    check_allocation,
+    check_floors,
+    check_min_density,
+    deal,
+    global_top_k,
+    num_kept,
+    tell_share,
+)
 from pomona.method import Method, Weight
-from pomona.ops import check_count, drop_gradients_, drop_weights_
-from pomona.schedule import Schedule, Value, check_value, value_at
+from pomona.ops import drop_gradients_, drop_weights_
+from pomona.schedule import Schedule, Value, check_count, check_value, value_at
 from pomona.scope import matches
 from pomona.score import magnitude
 
@@ -107,10 +116,7 @@ class ADMM(Method):
             )
         if not isinstance(self.hold_zeros, bool):
             raise TypeError(f"hold_zeros must be True or False, got {self.hold_zeros!r}")
-        if isinstance(self.min_density, bool) or not isinstance(self.min_density, (int, float)):
-            raise TypeError(f"min_density must be a number, got {self.min_density!r}")
-        if not 0.0 <= self.min_density <= 1.0:
-            raise ValueError(f"min_density must be in [0, 1], got {self.min_density}")
+        check_min_density(self.min_density)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         if self.densities is not None:

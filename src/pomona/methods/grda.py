@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from pomona.budget import global_top_k, kth_largest, num_kept
 from pomona.method import Method, Weight
-from pomona.ops import check_count, soft_threshold
-from pomona.schedule import check_value
+from pomona.ops import soft_threshold
+from pomona.schedule import check_count, check_value
 from pomona.score import magnitude
 
 # What torch.optim.SGD can do and gRDA cannot go along with. (Nesterov needs momentum.)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import check_floors, global_top_k, num_kept
+from pomona.budget import check_floors, check_min_density, global_top_k, num_kept
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.method import Method, Weight
 from pomona.schedule import Value, check_value, highest, value_at
@@ -68,10 +68,7 @@ class GSM(Method):
 
     def __post_init__(self) -> None:
         check_value("sparsity", self.sparsity, low=0.0, high=1.0)
-        if isinstance(self.min_density, bool) or not isinstance(self.min_density, (int, float)):
-            raise TypeError(f"min_density must be a number, got {self.min_density!r}")
-        if not 0.0 <= self.min_density <= 1.0:
-            raise ValueError(f"min_density must be in [0, 1], got {self.min_density}")
+        check_min_density(self.min_density)
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         name = type(optimizer).__name__

@@ -9,21 +9,18 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import Allocation, check_allocation, check_floors, num_kept, tell_share, top_k
+from pomona.budget import Allocation, check_allocation, check_floors, check_min_density, num_kept, tell_share, top_k
 from pomona.method import Method, Weight
 from pomona.ops import (
     among,
-    check_count,
     drop_buffers_,
     drop_gradients_,
     drop_weights_,
     masks_of,
     sparsity_of,
 )
-from pomona.schedule import Every, Value, check_value, highest, value_at
+from pomona.schedule import Every, Value, check_count, check_never_falls, check_value, highest, value_at
 from pomona.score import magnitude
-
-_FAR_AWAY = 2**53  # a step at which every schedule has come to its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +74,11 @@ class Magnitude(Method):
 
     def __post_init__(self) -> None:
         check_value("sparsity", self.sparsity, low=0.0, high=1.0)
-        first, last = value_at(self.sparsity, 0), value_at(self.sparsity, _FAR_AWAY)
-        if first > last:
-            raise ValueError(
-                f"sparsity must not fall, because a cut weight never returns, got {self.sparsity}, from {first:g} to "
-                f"{last:g}; swap its ends, or use RigL or SET, whose weights return"
-            )
+        check_never_falls("sparsity", self.sparsity)
         check_count("every", self.every)
         check_count("begin", self.begin)
         check_allocation(self.allocation)
-        if isinstance(self.min_density, bool) or not isinstance(self.min_density, (int, float)):
-            raise TypeError(f"min_density must be a number, got {self.min_density!r}")
-        if not 0.0 <= self.min_density <= 1.0:
-            raise ValueError(f"min_density must be in [0, 1], got {self.min_density}")
+        check_min_density(self.min_density)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         sizes = [w.value.numel() for w in weights]

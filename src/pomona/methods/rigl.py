@@ -14,7 +14,6 @@ from pomona.budget import global_top_k, num_kept, tell_share, top_k
 from pomona.method import Method, Weight
 from pomona.ops import (
     among,
-    check_count,
     drop_buffers_,
     drop_gradients_,
     drop_weights_,
@@ -22,7 +21,7 @@ from pomona.ops import (
     random_scores,
     sparsity_of,
 )
-from pomona.schedule import Every, Schedule, check_value
+from pomona.schedule import Every, Schedule, check_count, check_value
 from pomona.score import magnitude
 
 Distribution: TypeAlias = Literal["uniform", "erk"]  # WHERE the budget goes, layer by layer

@@ -10,15 +10,14 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pomona.budget import check_floors, global_top_k, num_kept
+from pomona.budget import check_floors, check_min_density, global_top_k, num_kept
 from pomona.method import Method, Weight
-from pomona.ops import among, check_count, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of
-from pomona.schedule import Value, check_value, highest, value_at
+from pomona.ops import among, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of
+from pomona.schedule import Value, check_count, check_never_falls, check_value, highest, value_at
 from pomona.score import magnitude
 
 Importance: TypeAlias = Literal["sparsity", "position", "none"]
 
-_FAR_AWAY = 2**53  # a step at which every schedule has come to its end
 _TINY = torch.finfo(torch.float32).tiny  # in place of the mean of a layer that is zero throughout
 
 
@@ -110,12 +109,7 @@ class WeightMom(Method):
             )
         if self.sparsity is not None:
             check_value("sparsity", self.sparsity, low=0.0, high=1.0)
-            first, last = value_at(self.sparsity, 0), value_at(self.sparsity, _FAR_AWAY)
-            if first > last:
-                raise ValueError(
-                    f"sparsity must not fall, because a pruned weight never returns, got {self.sparsity}, from "
-                    f"{first:g} to {last:g}; swap its ends, or use RigL or SET, whose weights return"
-                )
+            check_never_falls("sparsity", self.sparsity)
         if self.threshold is not None:
             _check_number("threshold", self.threshold)
             if not 0.0 < self.threshold < math.inf:
@@ -129,9 +123,7 @@ class WeightMom(Method):
             raise ValueError(f"patience must be in [1, 255], got {self.patience}; update less often (every) instead")
         if self.importance not in get_args(Importance):
             raise ValueError(f"importance must be one of {', '.join(get_args(Importance))}, got {self.importance!r}")
-        _check_number("min_density", self.min_density)
-        if not 0.0 <= self.min_density <= 1.0:
-            raise ValueError(f"min_density must be in [0, 1], got {self.min_density}")
+        check_min_density(self.min_density)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         if self.sparsity is not None:
