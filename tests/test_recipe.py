@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pomona.budget import num_kept
-from pomona.methods import GSM
+from pomona.method import Method
+from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
+from pomona.schedule import Cosine, Cubic, Geometric, Linear
+from pomona.scope import Scope
 from pomona.zoo.recipe import (
     Expected,
+    Progressive,
     Recipe,
     RecipeError,
     Stage,
@@ -108,15 +113,8 @@ def test_rate_is_constant_without_warmup_and_drops() -> None:
 
 
 def test_builtin_recipes_are_listed_sorted() -> None:
-    assert builtin_recipes() == [
-        "demo",
-        "lenet300-gsm-60x",
-        "lenet300-ticket-60x",
-        "lenet5-gsm-125x",
-        "lenet5-gsm-300x",
-        "lenet5-ticket-125x",
-        "lenet5-ticket-300x",
-    ]
+    names = builtin_recipes()
+    assert names == sorted(names) and {"demo", "lenet300-gsm-60x", "compare-admm"} <= {*names}
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
@@ -220,8 +218,8 @@ def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None
         ("prune.lrr=1", "unknown key prune.lrr (did you mean lr or lr_drop?); known: epochs, lr, lr_drops, "),
         (
             "lr=1",
-            "unknown key lr; known: title, source, model, data, batch_size, seed, eval_every, validation, precision, base, "
-            "prune, retrain",
+            "unknown key lr; known: title, source, model, data, batch_size, seed, eval_every, validation, precision, "
+            "base, prune, retrain",
         ),
         (
             "method.min_densty=0",
@@ -251,7 +249,7 @@ def test_all_overrides_are_named() -> None:
         ("lr = 0.1", "", "missing key prune.lr"),
         ("tolerance = 0.5", "", "missing key expected.tolerance"),
         ("[method]", "[metod]", "unknown key metod (did you mean method or model?); known: title"),
-        ('name = "gsm"', "", "missing key method.name; known: gsm"),
+        ('name = "gsm"', "", "missing key method.name; known: admm, grda, gsm, "),
         ("compression = 4", "", "must be given, one of the two, got neither"),
         ("compression = 4", "compression = 4\nsparsity = 0.75", "must be given, one of the two, got both"),
         ("compression = 4", "compresion = 4", "unknown key method.compresion (did you mean compression?)"),
@@ -331,3 +329,401 @@ def test_any_override_loads_or_is_refused(place: tuple[str, ...], value: str) ->
         load_recipe("demo", [f"{'.'.join(place)}={value}"])
     except RecipeError as error:
         assert str(error).startswith("--set ")
+
+
+# Stages with another optimizer, and rates that start again.
+
+
+def test_rate_starts_again_and_the_drops_count_from_each_start() -> None:
+    stage = Stage(epochs=5, lr=1.0, lr_drops=(1,), lr_drop=0.5, lr_restart=2)
+    assert stage.learning_rates(2) == [1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_rate_warms_up_once_however_often_it_starts_again() -> None:
+    assert Stage(epochs=4, lr=1.0, lr_restart=2, warmup_epochs=1).learning_rates(2) == [0.0, 0.5] + [1.0] * 6
+
+
+# Base, retraining, scope, validation, rounds.
+
+ROUNDS = """
+title = "rounds"
+source = "nowhere"
+model = "lenet-300-100"
+data = "mnist"
+batch_size = 8
+
+[base]
+epochs = 2
+lr = 1
+optimizer = "adamw"
+
+[prune]
+epochs = 10
+lr = 0.1
+
+[retrain]
+epochs = 3
+lr = 0.01
+lr_drops = [1]
+lr_restart = 2
+
+[scope]
+min_ndim = 1
+exclude = ["fc3"]
+
+[method]
+name = "admm"
+compression = 40
+every = "2 epochs"
+rho = { shape = "geometric", start = 1e-3, end = 1e-2, steps = "50 %" }
+
+[progressive]
+compressions = [10, 20]
+width = 2
+validation = 40
+"""
+IN_ROUNDS = Recipe(
+    title="rounds",
+    source="nowhere",
+    model="lenet-300-100",
+    data="mnist",
+    batch_size=8,
+    base=Stage(epochs=2, lr=1, optimizer="adamw"),
+    prune=Stage(epochs=10, lr=0.1),
+    retrain=Stage(epochs=3, lr=0.01, lr_drops=(1,), lr_restart=2),
+    scope={"min_ndim": 1, "exclude": ["fc3"]},
+    method={
+        "name": "admm",
+        "compression": 40,
+        "every": "2 epochs",
+        "rho": {"shape": "geometric", "start": 1e-3, "end": 1e-2, "steps": "50 %"},
+    },
+    progressive=Progressive(compressions=(10, 20), width=2, validation=40),
+)
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Path:
+    path = tmp_path / "rounds.toml"
+    path.write_text(ROUNDS)
+    return path
+
+
+def test_all_tables_are_read_into_their_dataclasses_and_come_back_from_json(rounds: Path) -> None:
+    assert load_recipe(rounds) == IN_ROUNDS
+    assert recipe_from_dict(json.loads(json.dumps(IN_ROUNDS.to_dict()))) == IN_ROUNDS
+    assert IN_ROUNDS.make_scope() == Scope(min_ndim=1, exclude=["fc3"])
+
+
+def test_only_the_pruning_stage_is_needed(file: Path) -> None:
+    file.write_text(TEXT.replace("[base]\nepochs = 2\nlr = 1\n", ""))
+    recipe = load_recipe(file)
+    assert (recipe.base, recipe.retrain, recipe.progressive, recipe.validation) == (None, None, None, 0)
+    assert recipe.make_scope() == Scope()
+    assert recipe.to_dict().keys().isdisjoint({"base", "retrain", "scope", "progressive"})
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    file.write_text(TEXT.replace("[prune]", "[retrain]"))
+    assert refusal(file) == f"{file}: missing key prune"
+
+
+def test_overrides_can_add_tables_and_schedules(file: Path) -> None:
+    recipe = load_recipe(
+        file,
+        [
+            "retrain.epochs=3",
+            "retrain.lr=0.5",
+            "scope.min_ndim=1",
+            "validation=5",
+            "method.name=magnitude",
+            "method.ramp.shape=linear",
+            "method.ramp.steps=50 %",
+        ],
+    )
+    assert recipe.retrain == Stage(epochs=3, lr=0.5)
+    assert (recipe.make_scope(), recipe.validation) == (Scope(min_ndim=1), 5)
+    assert recipe.make_method(20) == Magnitude(Linear(0.0, 0.75, steps=100))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs"),
+    [
+        ([], 12),
+        (["retrain.epochs=3", "retrain.lr=1"], 15),
+    ],
+)
+def test_epochs_are_those_of_all_stages(file: Path, overrides: list[str], epochs: int) -> None:
+    assert load_recipe(file, overrides).epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("compressions", "width", "prunings"),
+    [
+        ((2,), 1, 2),  # one after the other
+        ((2, 4, 6), 1, 4),
+        ((2,), 2, 2),  # both from the dense network
+        ((2, 4), 2, 2 + 2),
+        ((2, 4, 6, 8), 3, 3 + 2 * 3),
+        ((2, 4), 5, 3),
+    ],
+)
+def test_epochs_of_rounds_are_those_of_all_candidates(compressions: tuple[int, ...], width: int, prunings: int) -> None:
+    rounds = Progressive(compressions=compressions, width=width, validation=0 if width == 1 else 9)
+    assert replace(IN_ROUNDS, progressive=rounds).epochs == 2 + prunings * (10 + 3)
+
+
+# From a table to the method.
+
+
+def method(steps_per_epoch: int = 20, **fields: Any) -> Method:
+    """Made by a recipe whose pruning stage has 10 epochs."""
+    return replace(RECIPE, method=fields).make_method(steps_per_epoch)
+
+
+METHODS_OF_TABLES = [
+    ({"name": "gsm", "compression": 4, "min_density": 0}, GSM(sparsity=0.75, min_density=0)),
+    ({"name": "grda", "c": 1e-3, "mu": 0.6}, GRDA(c=1e-3, mu=0.6)),
+    ({"name": "grda", "compression": 4, "steps": "80 %"}, GRDA(sparsity=0.75, steps=160)),
+    (
+        {"name": "admm", "sparsity": 0.5, "every": "1 epoch", "hold_zeros": True, "allocation": "erk", "rho": 1},
+        ADMM(sparsity=0.5, every=20, hold_zeros=True, allocation="erk", rho=1),
+    ),
+    ({"name": "admm", "densities": {"fc*": 0.5, "conv*": 1}}, ADMM(densities={"fc*": 0.5, "conv*": 1})),
+    (
+        {"name": "admm", "sparsity": 0.5, "rho": {"shape": "linear", "start": 1, "end": 2, "steps": 9}},
+        ADMM(sparsity=0.5, rho=Linear(1.0, 2.0, steps=9)),
+    ),
+    ({"name": "magnitude", "sparsity": 0.5, "begin": "1 epochs"}, Magnitude(0.5, begin=20)),
+    (
+        {"name": "magnitude", "compression": 4, "ramp": {"shape": "cubic", "begin": "10 %", "steps": "45 %"}},
+        Magnitude(Cubic(0.0, 0.75, steps=90, begin=20)),
+    ),
+    (
+        {"name": "magnitude", "sparsity": {"shape": "cosine", "start": 0.1, "end": 0.5, "steps": 7}},
+        Magnitude(Cosine(0.1, 0.5, steps=7)),
+    ),
+    (
+        {"name": "rigl", "compression": 4, "every": 100, "end": "75 %", "drop": 0.5, "seed": 3},
+        RigL(0.75, every=100, end=150, drop=0.5, seed=3),
+    ),
+    (
+        {"name": "set", "sparsity": 0.5, "every": "1 epoch", "allocation": "uniform"},
+        SET(0.5, every=20, allocation="uniform"),
+    ),
+    ({"name": "weightmom", "threshold": 0.3, "every": "1 epoch"}, WeightMom(threshold=0.3, every=20)),
+    (
+        {
+            "name": "weightmom",
+            "compression": 4,
+            "every": "0.5 epochs",
+            "window": 3,
+            "importance": "none",
+            "ramp": {"shape": "geometric", "start": 0.5, "steps": "2 epochs"},
+        },
+        WeightMom(Geometric(0.5, 0.75, steps=40), every=10, window=3, importance="none"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("table", "expected"), METHODS_OF_TABLES)
+def test_a_method_is_built_from_its_table(table: dict[str, Any], expected: Method) -> None:
+    assert method(**table) == expected
+    recipe = replace(RECIPE, method=table)
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))).make_method(20) == expected
+
+
+def test_every_method_can_be_written_in_a_recipe() -> None:
+    assert {table["name"] for table, _ in METHODS_OF_TABLES} == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("time", "steps"),
+    [
+        (7, 7),
+        ("2 epochs", 40),
+        ("1 epoch", 20),
+        ("0.5 epochs", 10),
+        ("0.07 epochs", 1),  # 1.4
+        ("75 %", 150),
+        ("33.3 %", 67),  # 66.6
+        ("100 %", 200),
+    ],
+)
+def test_a_time_is_steps_or_epochs_or_a_share_of_the_pruning_stage(time: int | str, steps: int) -> None:
+    assert method(name="admm", sparsity=0.5, every=time) == ADMM(sparsity=0.5, every=steps)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_builtin_recipe_has_a_method_at_any_length_of_an_epoch(name: str) -> None:
+    recipe = load_recipe(name)
+    again = recipe_from_dict(json.loads(json.dumps(recipe.to_dict())))
+    for steps_per_epoch in (31, 235, 1200):
+        assert recipe.make_method(steps_per_epoch) == again.make_method(steps_per_epoch)
+
+
+TIME = 'must be a number of steps, or text such as "2 epochs" or "75 %" (of the pruning stage), got '
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"name": "adm"}, 'unknown method.name "adm" (did you mean admm?); known: admm, grda, gsm, magnitude, rigl, '),
+        ({"name": "admm", "every": 1.5}, "method.every must be an integer, got 1.5"),
+        ({"name": "admm", "every": True}, "method.every must be an integer, got true"),
+        ({"name": "admm", "every": "soon"}, f'method.every {TIME}"soon"'),
+        ({"name": "admm", "every": "75%"}, f'method.every {TIME}"75%"'),
+        ({"name": "admm", "every": "2 hours"}, f'method.every {TIME}"2 hours"'),
+        ({"name": "admm", "every": "two epochs"}, f'method.every {TIME}"two epochs"'),
+        ({"name": "admm", "every": "nan epochs"}, f'method.every {TIME}"nan epochs"'),
+        ({"name": "admm", "every": "inf %"}, f'method.every {TIME}"inf %"'),
+        ({"name": "admm", "every": "-1 epochs"}, "method.every must be >= 1, got -1000"),  # of 1000 steps, for a look
+        ({"name": "admm", "every": "0 %"}, "method.every must be >= 1, got 0"),
+        ({"name": "admm", "rho": "2 epochs"}, 'method.rho must be a finite number, got "2 epochs"'),
+        ({"name": "admm", "rho": -1}, "method.rho must be in [0, inf), got -1"),
+        ({"name": "admm", "allocation": "erc"}, "method.allocation must be "),
+        ({"name": "admm", "allocation": 3}, "method.allocation must be a string, got 3"),
+        ({"name": "admm", "hold_zeros": 1}, "method.hold_zeros must be true or false, got 1"),
+        ({"name": "admm", "densities": 0.5}, "method.densities must be a table, got 0.5"),
+        ({"name": "admm", "densities": {"fc1": "half"}}, 'method.densities.fc1 must be a finite number, got "half"'),
+        ({"name": "admm", "densities": {"fc1": 0.5}}, "method: ADMM takes either sparsity or densities, got both"),
+        ({"name": "admm", "ramp": {"shape": "linear", "steps": 5}}, "unknown key method.ramp"),
+        ({"name": "weightmom", "every": 5, "window": "2 epochs"}, 'method.window must be an integer, got "2 epochs"'),
+        ({"name": "rigl", "seed": "1 epoch"}, 'method.seed must be an integer, got "1 epoch"'),
+        (
+            {"name": "rigl", "sparsity": {"shape": "linear"}},
+            'method.sparsity must be a finite number, got {"shape": "l',
+        ),
+        ({"name": "rigl", "end": 50}, "method.end must be >= every (100), the first update, got 50"),
+        ({"name": "grda", "c": 1e-3}, "method: GRDA takes either c or sparsity, got both"),
+        ({"name": "grda"}, "method.steps must be given with sparsity=0.75"),
+        ({"name": "magnitude", "ramp": 5}, "method.ramp must be a table, got 5"),
+        ({"name": "magnitude", "ramp": {"steps": 5}}, "missing key method.ramp.shape"),
+        ({"name": "magnitude", "ramp": {"shape": "linear"}}, "missing key method.ramp.steps"),
+        (
+            {"name": "magnitude", "ramp": {"shape": "cubical", "steps": 5}},
+            'unknown method.ramp.shape "cubical" (did you mean cubic?); known: linear, cubic, cosine, geometric',
+        ),
+        ({"name": "magnitude", "ramp": {"shape": 3, "steps": 5}}, "method.ramp.shape must be a string, got 3"),
+        ({"name": "magnitude", "ramp": {"shape": "linear", "steps": "5"}}, f'method.ramp.steps {TIME}"5"'),
+        ({"name": "magnitude", "ramp": {"shape": "linear", "steps": 0}}, "method.ramp: Linear(steps=...) must be >= 1"),
+        (
+            {"name": "magnitude", "ramp": {"shape": "geometric", "steps": 5}},
+            "method.ramp: Geometric needs start and end",
+        ),
+        (
+            {"name": "magnitude", "ramp": {"shape": "linear", "stepz": 5}},
+            "unknown key method.ramp.stepz (did you mean st",
+        ),
+        (
+            {"name": "magnitude", "ramp": {"shape": "linear", "steps": 5, "end": 0.5}},
+            "method.ramp ends at method.sparsity or method.compression, which must be a number",
+        ),
+        (
+            {"name": "magnitude", "ramp": {"shape": "linear", "steps": 5, "start": 90}},
+            "method.sparsity must be in [0, 1), got 90",
+        ),
+    ],
+)
+def test_bad_method_is_refused(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        method(**table if "sparsity" in table else {"compression": 4, **table})
+    assert str(caught.value).startswith(message)
+
+
+def test_a_ramp_needs_a_number_to_end_at() -> None:
+    ramp = {"shape": "linear", "steps": 5}
+    for table in ({"threshold": 0.5}, {"sparsity": {**ramp, "end": 0.5}}):
+        with pytest.raises(RecipeError, match=r"^method\.ramp ends at method\.sparsity or method\.compression, which"):
+            method(name="weightmom", every=5, ramp=ramp, **table)
+
+
+@pytest.mark.parametrize(("method_name", "missing"), [("magnitude", True), ("rigl", True), ("admm", False)])
+def test_a_budget_is_asked_for_where_the_method_has_no_other(method_name: str, missing: bool) -> None:
+    with pytest.raises(RecipeError) as caught:
+        method(name=method_name)
+    asked = "method.sparsity or method.compression must be given, one of the two, got neither"
+    assert (str(caught.value) == asked) == missing
+
+
+def test_fault_that_only_the_length_of_an_epoch_shows_is_told_in_steps() -> None:
+    """At the door an epoch is taken for 1000 steps; the data tell its true length."""
+    table = {"name": "rigl", "sparsity": 0.5, "every": 100, "end": "50 %"}
+    assert method(20, **table) == RigL(0.5, every=100, end=100)
+    with pytest.raises(RecipeError, match=r"^method\.end must be >= every \(100\), the first update, got 95"):
+        method(19, **table)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("retrain.epochs=0", "retrain.epochs must be >= 1, got 0"),
+        ("retrain=3", "retrain must be a table, got 3"),
+        ("base.lrr=1", "unknown key base.lrr (did you mean lr"),
+        ("prune.optimizer=sdg", 'prune.optimizer must be one of sgd, adam, adamw, got "sdg"'),
+        ("prune.optimizer=3", "prune.optimizer must be a string, got 3"),
+        ("base.momentum=0.9", "base.momentum must be 0 with adamw, which has its own, got 0.9"),
+        ("base.nesterov=true", "base.nesterov must be false where momentum is 0, got true"),
+        ("prune.lr_restart=11", "prune.lr_restart must be in [0, 10], got 11"),
+        ("prune.lr_restart=-1", "prune.lr_restart must be in [0, 10], got -1"),
+        (
+            "retrain.lr_restart=1",
+            "retrain.lr_drops must be strictly increasing, in [1, 0], got [1]; set it together with lr_restart",
+        ),
+        ("validation=-1", "validation must be >= 0, got -1"),
+        ("scope=3", "scope must be a table, got 3"),
+        ("scope.types=3", "unknown key scope.types; known: include, exclude, min_ndim"),
+        ("scope.min_ndim=-1", "scope: Scope(min_ndim=...) must be an integer >= 0, got -1"),
+        ("scope.min_ndim=two", "scope: Scope(min_ndim=...) must be an integer >= 0, got 'two'"),
+        ("scope.include=[3]", "scope: Scope patterns are strings such as 'head.*', got 3"),
+        ("progressive=3", "progressive must be a table, got 3"),
+        (
+            "progressive.compressions=[20, 10]",
+            "progressive.compressions must be strictly increasing, above 1, got [20, ",
+        ),
+        (
+            "progressive.compressions=[1, 10]",
+            "progressive.compressions must be strictly increasing, above 1, got [1, 10]",
+        ),
+        ("progressive.compressions=[]", "progressive.compressions must be strictly increasing, above 1, got []"),
+        ("progressive.compressions=10", "progressive.compressions must be a list of finite numbers, got 10"),
+        ("progressive.compressions=[10, 40]", "progressive.compressions must be below method.compression, 40, got 40"),
+        ("progressive.width=0", "progressive.width must be >= 1, got 0"),
+        ("progressive.width=1", "progressive.validation must be > 0 with a width above 1"),
+        ("progressive.validation=0", "progressive.validation must be > 0 with a width above 1"),
+        ("validation=40", "progressive needs a [base] stage, and validation in [progressive] only"),
+        (
+            "method.hold_zeros=true",
+            "progressive sets method.hold_zeros itself, true from the second round on; leave it",
+        ),
+        ("method.sparsity=0.99", "progressive needs method.compression, and a method that can hold zeros (admm)"),
+        (
+            "method={name='gsm', compression=40}",
+            "progressive needs method.compression, and a method that can hold zero",
+        ),
+    ],
+)
+def test_bad_override_of_rounds_is_refused(rounds: Path, override: str, message: str) -> None:
+    assert f"--set {override}: {message}" in refusal(rounds, override)
+
+
+def test_rounds_without_a_dense_network_are_refused(rounds: Path) -> None:
+    rounds.write_text(ROUNDS.replace('[base]\nepochs = 2\nlr = 1\noptimizer = "adamw"\n', ""))
+    assert refusal(rounds) == f"{rounds}: progressive needs a [base] stage, and validation in [progressive] only"
+
+
+PLACES_IN_ROUNDS = [(key,) for key in IN_ROUNDS.to_dict()] + [
+    (table, key) for table, inner in IN_ROUNDS.to_dict().items() if isinstance(inner, dict) for key in inner
+]
+
+
+@settings(deadline=None)  # the first example imports the zoo
+@given(place=st.sampled_from(PLACES_IN_ROUNDS), value=JSON | st.sampled_from(["1 epoch", "5 %", "1e400 epochs", "- %"]))
+def test_mutated_recipe_of_rounds_loads_or_is_refused(place: tuple[str, ...], value: Any) -> None:
+    table = copy.deepcopy(IN_ROUNDS.to_dict())
+    inner = table[place[0]] if len(place) == 2 else table
+    inner[place[-1]] = value
+    try:
+        recipe = recipe_from_dict(table)
+    except RecipeError:
+        return
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert recipe.epochs >= 1

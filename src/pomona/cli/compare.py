@@ -57,9 +57,10 @@ def execute(jobs: Sequence[Any], options: argparse.Namespace) -> dict[Path, str]
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.compare import conclude, plan
+    from pomona.zoo.compare import check_equal_cost, conclude, plan
 
     jobs = plan(options.recipes, options.compressions, options.seeds, options.overrides, options.out)
+    check_equal_cost(jobs, options.out)
     failed = execute(jobs, options)
     print(conclude(options.out))
     print(f"picture: {options.out / 'compare.png'}")

@@ -20,12 +20,13 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.run import diagnose, num_steps_per_epoch
+    from pomona.zoo.run import check, diagnose, num_steps_per_epoch
 
     recipe, data = load(options)
     data = data.hold_out(recipe.validation) if recipe.validation else data
     stage = recipe.prune
     steps_per_epoch = num_steps_per_epoch(recipe, data)
+    check(recipe, steps_per_epoch)
     print(f"{recipe.title}: {recipe.make_method(steps_per_epoch)}")
     print(f"data: {data.description}")
     print(

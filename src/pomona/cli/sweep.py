@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from pomona.cli.compare import add_job_options, execute
@@ -25,7 +26,10 @@ def add_to(commands: Any) -> None:
         "--resolution", metavar="R", type=float, default=1.1, help="stop when bad / good is below this (default: 1.1)"
     )
     parser.add_argument(
-        "--validation", metavar="N", type=positive, help="training examples to test on (default: a sixth of them)"
+        "--validation",
+        metavar="N",
+        type=positive,
+        help="training examples to test on (default: as the recipe, or a sixth)",
     )
     add_job_options(parser)
     parser.set_defaults(run=_run)
@@ -40,27 +44,25 @@ def _run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.base is None:
         raise ValueError(f"{options.recipe} has no [base] stage, so there is no dense network to lose accuracy against")
-    count = options.validation or len(DATA[recipe.data](options.data_dir).train_labels) // 6
+    count = options.validation or recipe.validation or len(DATA[recipe.data](options.data_dir).train_labels) // 6
 
-    def lost(compression: float, *overrides: str) -> float:
-        changes = [*options.overrides, *overrides]
+    def lost(compression: float, validation: int, folder: Path) -> float:
+        changes = [*options.overrides, f"validation={validation}"]
         jobs = plan([options.recipe], [compression], options.seeds, changes, folder)
         for failed, why in execute(jobs, options).items():
             raise ValueError(f"{failed.name} failed, {why}")
         return lost_by(jobs)
 
     def tell(compression: float) -> float:
-        points = lost(compression, f"validation={count}")
+        points = lost(compression, count, options.out / "validation")
         print(f"{compression:g}x loses {points:.2f} on {count:,} held out examples", flush=True)
         return points
 
-    folder = options.out / "validation"
     found = sweep(tell, allowed=options.loss, low=options.low, high=options.high, resolution=options.resolution)
     if found.best is None:
         print(f"no compression: {found.limit:g}x, the least asked for, already loses more than {options.loss:g}")
         return 1
-    folder = options.out / "test"
-    points = lost(found.best)
+    points = lost(found.best, 0, options.out / "test")
     bound = f"{found.limit:g}x loses more" if found.limit else "the highest asked for"
     print(
         f"highest compression within {options.loss:g} points: {found.best:g}x ({bound}), found on held out examples; "

@@ -110,6 +110,7 @@ def until_stopped(
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pomona.zoo.pictures import times
     from pomona.zoo.progressive import train_progressive
     from pomona.zoo.train import train, train_base
 
@@ -123,7 +124,8 @@ def _run(options: argparse.Namespace) -> int:
     accuracy = result["accuracy"]
     steps = [("base", "dense"), ("before_cut", "before the cut"), ("after_cut", "after"), ("retrained", "retrained")]
     told = ", ".join(f"{accuracy[key]:.2f} {name}" for key, name in steps if accuracy.get(key) is not None)
-    print(f"{result['report']['compression']:.1f}x compression; accuracy {told}, on {result['data']}")
+    report = result["report"]
+    print(f"{times(report['total'], report['nonzero'])} compression; accuracy {told}, on {result['data']}")
     published = (result["expected"] or {}).get("accuracy")
     if published is not None:
         print(f"published: {published:.2f} at the end; here {accuracy['final'] - published:+.2f}")

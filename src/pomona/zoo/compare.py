@@ -9,26 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from pomona.zoo.checkpoint import write_atomically
-from pomona.zoo.pictures import draw_comparison
+from pomona.zoo.pictures import draw_comparison, times
 from pomona.zoo.progress import Progress, duration
-from pomona.zoo.recipe import Recipe, RecipeError, load_recipe
-from pomona.zoo.run import FolderError
+from pomona.zoo.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
+from pomona.zoo.run import FolderError, base_of, differences
 
-_BASE = ("model", "data", "batch_size", "seed", "validation", "precision", "base")  # what a dense network depends on
 _STOPPED = 130  # exit status of a run that was asked to stop
+_FOLDER = re.compile(r"(?P<name>.+)-(?P<asked>[^-]+)x-seed(?P<seed>\d+)")  # of a run
+_PLUS_MINUS = "\u00b1"
 
 
 @dataclass(frozen=True)
@@ -66,35 +68,51 @@ def plan(
     """All runs, compression by compression, so that a comparison that was cut short compares equals.
 
     Raises:
-        RecipeError: a recipe cannot be read, or the recipes differ in model, data, validation or total epochs.
+        RecipeError: a recipe cannot be read, or two runs would share a folder.
     """
-    jobs = []
+    for override in overrides:
+        if override.partition("=")[0].strip() in ("seed", "method.compression", "method.sparsity"):
+            raise RecipeError(f"--set {override}: seed and compression differ from run to run; leave it out")
+    jobs: dict[Path, Job] = {}
     for seed in seeds:
         for compression in compressions:
             for name in recipes:
                 changes = (*overrides, f"method.compression={compression:g}", f"seed={seed}")
                 recipe = load_recipe(name, changes)
                 folder = out / f"{Path(name).stem}-{compression:g}x-seed{seed}"
-                jobs.append(Job(name, changes, folder, out / f"base-{base_key(recipe)}" if recipe.base else None))
-    check_equal_cost({name: load_recipe(name, overrides) for name in recipes})
-    return jobs
+                if folder in jobs:
+                    raise RecipeError(
+                        f"two runs would share the folder {folder}; name each recipe, compression and "
+                        f"seed once, and files of recipes differently"
+                    )
+                base = out / f"base-{base_key(recipe)}" if recipe.base else None
+                jobs[folder] = Job(name, changes, folder, base)
+    return list(jobs.values())
 
 
 def base_key(recipe: Recipe) -> str:
     """Equal for recipes whose dense networks are equal."""
-    told = recipe.to_dict()
-    text = json.dumps([told[key] for key in _BASE], sort_keys=True)
+    text = json.dumps(base_of(recipe), sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{recipe.seed}"
 
 
-def check_equal_cost(recipes: dict[str, Recipe]) -> None:
-    """Refuse recipes that a table would put side by side although one was given more."""
+def check_equal_cost(jobs: Sequence[Job], out: Path) -> None:
+    """Refuse runs that a table would put side by side, finished ones in ``out`` too, although one was given more.
+
+    Raises:
+        RecipeError: they differ in model, data, validation, scope or total epochs.
+    """
+    recipes = {job.folder.name: load_recipe(job.recipe, job.overrides) for job in jobs}
+    for folder, result in _finished(out):
+        recipes.setdefault(folder.string, recipe_from_dict(result["recipe"]))
     for what in ("model", "data", "validation", "epochs", "scope"):
-        values = {name: getattr(recipe, what) for name, recipe in recipes.items()}
-        if len({json.dumps(value) for value in values.values()}) > 1:
-            told = ", ".join(f"{name}: {value}" for name, value in values.items())
+        name_of: dict[str, str] = {}
+        for name, recipe in recipes.items():
+            name_of.setdefault(json.dumps(getattr(recipe, what), sort_keys=True), name)
+        if len(name_of) > 1:
+            told = ", ".join(f"{value} in {name}" for value, name in name_of.items())
             total = " in all stages together" if what == "epochs" else ""
-            raise RecipeError(f"recipes that are compared must have the same {what}{total}; {told}")
+            raise RecipeError(f"runs that are compared must have the same {what}{total}, got {told}")
 
 
 def run_jobs(
@@ -111,13 +129,14 @@ def run_jobs(
     failed: dict[Path, str] = {}
     started, stop = time.monotonic(), Event()
     running: set[subprocess.Popen[bytes]] = set()
+    starting = Lock()  # so that a stop either comes before a start or reaches what was started
 
     def execute(job: Job) -> None:
-        if stop.is_set():
-            return
         log = job.folder.parent / "logs" / f"{job.folder.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        with starting, log.open("ab") as file:
+            if stop.is_set():
+                return
             process = subprocess.Popen(
                 job.command(data_dir, threads),
                 stdout=file,
@@ -126,8 +145,8 @@ def run_jobs(
                 start_new_session=True,  # so that Ctrl-C reaches it once, through us
             )
             running.add(process)
-            status = process.wait()
-            running.discard(process)
+        status = process.wait()
+        running.discard(process)
         if status == _STOPPED:
             stop.set()
         elif status:
@@ -136,8 +155,8 @@ def run_jobs(
 
     def run_all(some: Sequence[Job]) -> None:
         with ThreadPoolExecutor(at_once) as pool:
-            job_of = {pool.submit(execute, job): job for job in some}
             try:
+                job_of = {pool.submit(execute, job): job for job in some}
                 for num_done, future in enumerate(as_completed(job_of), start=1):
                     future.result()
                     if stop.is_set():
@@ -147,9 +166,10 @@ def run_jobs(
                     told = f"FAILED, {failed[job.folder]}" if job.folder in failed else _outcome(job.folder)
                     progress.line(f"{num_done}/{len(some)}, {duration(ahead)} left: {job.folder.name}: {told}")
             except KeyboardInterrupt:
-                stop.set()
-                for process in list(running):
-                    process.send_signal(signal.SIGTERM)  # each saves a checkpoint and ends
+                with starting:
+                    stop.set()
+                    for process in list(running):
+                        process.send_signal(signal.SIGTERM)  # each saves a checkpoint and ends
                 raise
 
     left = [job for job in jobs if not _is_done(job)]
@@ -165,41 +185,43 @@ def _is_done(job: Job) -> bool:
     if not (job.folder / "result.json").exists():
         return False
     there = json.loads((job.folder / "run.json").read_text())["recipe"]
-    here = json.loads(json.dumps(load_recipe(job.recipe, job.overrides).to_dict()))
-    if there != here:
-        key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
+    different = differences(there, load_recipe(job.recipe, job.overrides).to_dict())
+    if different:
         raise FolderError(
-            f"{job.folder} belongs to another run: {key} is {there.get(key)!r} there and {here.get(key)!r} here. Name "
-            f"another folder with --out, or delete it"
+            f"{job.folder} belongs to another run: {different}. Name another folder with --out, or delete it"
         )
     return True
 
 
 def _outcome(folder: Path) -> str:
     result = json.loads((folder / "result.json").read_text())
-    return f"{result['accuracy']['final']:.2f} at {result['report']['compression']:.1f}x"
+    return f"{result['accuracy']['final']:.2f} at {times(result['report']['total'], result['report']['nonzero'])}"
+
+
+def _finished(out: Path) -> Iterator[tuple[re.Match[str], dict[str, Any]]]:
+    for path in sorted(out.glob("*/result.json")):
+        folder = _FOLDER.fullmatch(path.parent.name)
+        if folder:
+            yield folder, json.loads(path.read_text())
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
     """What the finished runs in ``out`` came to, one entry each; ``name`` is that of the recipe."""
     found = []
-    for path in sorted(out.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        name, _, rest = path.parent.name.rpartition("x-seed")[0].rpartition("-")
-        recipe = result["recipe"]
-        stages = [recipe[key]["epochs"] for key in ("base", "prune", "retrain") if recipe.get(key)]
+    for folder, result in _finished(out):
+        recipe = recipe_from_dict(result["recipe"])
         found.append(
             {
-                "name": name,
-                "asked": float(rest),
+                "name": folder["name"],
+                "asked": float(folder["asked"]),
                 "seed": result["seed"],
                 "compression": result["report"]["compression"],
                 "nonzero": result["report"]["nonzero"],
                 "base": result["accuracy"]["base"],
                 "before_cut": result["accuracy"]["before_cut"],
                 "accuracy": result["accuracy"]["final"],
-                "epochs": sum(stages),
-                "model": recipe["model"],
+                "epochs": recipe.epochs,
+                "model": recipe.model,
                 "seconds": result["seconds"],
                 "commit": result["commit"],
                 "data": result["data"],
@@ -210,22 +232,30 @@ def collect(out: Path) -> list[dict[str, Any]]:
 
 
 def tabulate(entries: Sequence[dict[str, Any]]) -> str:
-    """A table in Markdown: a row for each recipe, a column for each compression, best mean first."""
+    """A table in Markdown: a row for each recipe, a column for each compression, best mean first.
+
+    Where a run came to less than 99 % of the compression that was asked for, the cell tells the least.
+    """
     compressions = sorted({entry["asked"] for entry in entries})
     names = list(dict.fromkeys(entry["name"] for entry in entries))
 
-    def cell(name: str, compression: float) -> list[float]:
-        return [e["accuracy"] for e in entries if e["name"] == name and e["asked"] == compression]
+    def accuracies(name: str, compression: float) -> list[float]:
+        return [e["accuracy"] for e in entries if (e["name"], e["asked"]) == (name, compression)]
 
     def worth(name: str) -> float:
-        return statistics.mean([statistics.mean(cell(name, c)) if cell(name, c) else 0.0 for c in compressions])
+        return statistics.mean([statistics.mean(accuracies(name, c) or [0.0]) for c in compressions])
+
+    def cell(name: str, compression: float) -> str:
+        reached = [e["compression"] for e in entries if (e["name"], e["asked"]) == (name, compression)]
+        least = min((c for c in reached if c is not None), default=compression)  # None: nothing is left
+        short = f" at {least:.3g}x" if least < 0.99 * compression else ""
+        return spread(accuracies(name, compression)) + short
 
     head = ["method", *(f"{c:g}x" for c in compressions), "seconds a run"]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for name in sorted(names, key=worth, reverse=True):
-        cells = [spread(cell(name, c)) for c in compressions]
         seconds = statistics.median(e["seconds"] for e in entries if e["name"] == name)
-        lines.append(f"| {' | '.join([name, *cells, f'{seconds:.0f}'])} |")
+        lines.append(f"| {' | '.join([name, *(cell(name, c) for c in compressions), f'{seconds:.0f}'])} |")
     return "\n".join(lines)
 
 
@@ -236,7 +266,7 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
         return "-"
     if len(known) == 1:
         return f"{known[0]:.{digits}f} (1)"
-    return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f} ({len(known)})"
+    return f"{statistics.mean(known):.{digits}f} {_PLUS_MINUS} {statistics.stdev(known):.{digits}f} ({len(known)})"
 
 
 def conclude(out: Path) -> str:
@@ -255,4 +285,5 @@ def _caption(entries: Sequence[dict[str, Any]]) -> str:
     def told(key: str) -> str:
         return ", ".join(sorted({str(entry[key]) for entry in entries}))
 
-    return f"{told('model')} on {told('data')}; {told('epochs')} epochs in all; final accuracy, mean ± sd (seeds)"
+    what = f"{told('model')} on {told('data')}; {told('epochs')} epochs in all"
+    return f"{what}; final accuracy, mean {_PLUS_MINUS} sd (seeds)"

@@ -1,7 +1,7 @@
 """Progressive pruning by a recipe: every candidate of every round is a run in a folder of its own.
 
-The search asks for its candidates in the same order each time, and a finished one answers at once, so that a search that
-was killed goes on in the middle of the candidate it was at.
+The search asks for its candidates in the same order each time, and a finished one answers at once, so that a search
+that was killed goes on in the middle of the candidate it was at.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def train_progressive(
 
     Returns:
         The content of ``result.json``: that of the last round's best candidate, and ``rounds``, all that was tried. If
-        candidates were chosen by held out examples, its ``final`` accuracy is the one on the test set.
+        candidates were chosen by held out examples, ``rounds`` and the table have accuracies on these, and
+        ``accuracy`` has those of the dense and the last network on the test set.
     """
     plan = recipe.progressive
     assert plan is not None
@@ -67,20 +68,31 @@ def train_progressive(
 
         tried = progressive(dense, [*plan.compressions, recipe.method["compression"]], prune, width=plan.width)
         best = [candidate for candidate in tried if candidate.kept][-1]
-        return _conclude(recipe, data, folder, dense, tried, best)
+        result = _conclude(recipe, data, folder, dense, tried, best)
+        if plan.width > 1:  # else the last table that was told is the one
+            progress.line(result["table"])
+        return result
 
 
 def _conclude(
     recipe: Recipe, data: Dataset, folder: Path, dense: _Model, tried: list[Candidate[_Model]], best: Candidate[_Model]
 ) -> dict[str, Any]:
-    model = build_model(recipe.model, seed=recipe.seed)
-    model.load_state_dict(dict(best.node.base.model))
-    plain = recipe.to_dict()
+    assert recipe.progressive is not None
+    plain, result = recipe.to_dict(), best.node.result
+    held_out = recipe.progressive.validation
+    if held_out:
+        base, final = (_test(recipe, data, node.base) for node in (dense, best.node))
+        cut = dict.fromkeys(("before_cut", "after_cut")) | {"retrained" if recipe.retrain else "after_cut": final}
+        accuracy = {"base": base, **cut, "final": final}
+        table = f"{result['table']}\naccuracies in this table: on {held_out:,} held out training images"
+    else:
+        accuracy, table = result["accuracy"] | {"base": dense.accuracy}, result["table"]
     told = {
         "recipe": plain,
         "data": data.description,
         "expected": plain.get("expected"),
-        "accuracy": best.node.result["accuracy"] | {"base": dense.accuracy, "final": evaluate(model, data)},
+        "accuracy": accuracy,
+        "table": table,
         "rounds": [
             {
                 "round": candidate.round,
@@ -94,9 +106,14 @@ def _conclude(
         ],
         "seconds": sum(candidate.node.result["seconds"] for candidate in tried),
     }
-    result = best.node.result | told
-    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
+    write_atomically(folder / "result.json", json.dumps(result | told, indent=2).encode())
     weights = io.BytesIO()
     torch.save(dict(best.node.base.model), weights)
     write_atomically(folder / "model.pt", weights.getvalue())
     return read_run(folder)
+
+
+def _test(recipe: Recipe, data: Dataset, base: Base) -> float:
+    model = build_model(recipe.model, seed=recipe.seed)
+    model.load_state_dict(dict(base.model))
+    return evaluate(model, data)

@@ -63,6 +63,7 @@ _PERCENT = Interval(0, 100, "[]")
 _NOMINAL = 1000  # steps an epoch, for a look at the method before the data are known
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
+_TIMES = ("every", "begin", "end", "steps")  # fields of methods that count optimizer steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,8 @@ class Stage:
         _check_intervals(self)
         _check("warmup_epochs", self.warmup_epochs, Interval(0, self.epochs, "[]"))
         _check("lr_restart", self.lr_restart, Interval(0, self.epochs, "[]"))
-        _check_name("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer not in OPTIMIZERS:
+            raise RecipeError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {_written(self.optimizer)}")
         end = self.lr_restart or self.epochs
         if any(epoch >= later for epoch, later in pairwise((0, *self.lr_drops, end))):
             allowed, together = f"strictly increasing, in [1, {end - 1}]", "lr_restart" if self.lr_restart else "epochs"
@@ -233,6 +235,10 @@ class Recipe:
                 raise RecipeError("progressive needs a [base] stage, and validation in [progressive] only")
             if "compression" not in self.method or "hold_zeros" not in _hints(self.method["name"]):
                 raise RecipeError("progressive needs method.compression, and a method that can hold zeros (admm)")
+            if "hold_zeros" in self.method:
+                raise RecipeError(
+                    "progressive sets method.hold_zeros itself, true from the second round on; leave it out"
+                )
             if self.progressive.compressions[-1] >= self.method["compression"]:
                 most = f"below method.compression, {self.method['compression']}"
                 raise RecipeError(f"progressive.compressions must be {most}, got {self.progressive.compressions[-1]}")
@@ -371,7 +377,7 @@ def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
         compression = _read(float, table["compression"], "method.compression")
         _check("method.compression", compression, _COMPRESSION)
         given["sparsity"] = 1 - 1 / compression
-    arguments = {key: _argument(hints[key], value, f"method.{key}", clock) for key, value in given.items()}
+    arguments = {key: _argument(key, hints[key], value, clock) for key, value in given.items()}
     if "ramp" in table:
         ramp = _table(table["ramp"], "method.ramp")
         if "end" in ramp or not isinstance(arguments.get("sparsity"), float):
@@ -389,12 +395,13 @@ def _takes_schedule(hint: Any) -> bool:
     return Schedule in (get_args(hint) or (hint,))
 
 
-def _argument(hint: Any, value: object, key: str, clock: _Clock) -> Any:
-    """``value`` as a method's field of type ``hint`` holds it."""
+def _argument(name: str, hint: Any, value: object, clock: _Clock) -> Any:
+    """``value`` as a method's field of this name and type holds it."""
+    key = f"method.{name}"
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if _takes_schedule(hint) and isinstance(value, Mapping):
         return _schedule(value, key, clock)
-    if int in kinds and isinstance(value, str):
+    if name in _TIMES and isinstance(value, str):
         return clock.steps(value, key)
     if any(get_origin(kind) is Literal for kind in kinds):
         return _read(str, value, key)

@@ -8,6 +8,7 @@ killed and started again therefore ends with the same bits as one that was not.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from pomona.diagnosis import Diagnosis
 from pomona.pruner import Pruner
 from pomona.zoo.checkpoint import Checkpoints, write_atomically
 from pomona.zoo.data import Dataset
+from pomona.zoo.models import build_model
 from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import Recipe, Stage
 
@@ -224,6 +226,12 @@ class Run:
             "loss": float(learner.loss_sum) / self.steps_per_epoch,
             "train_accuracy": 100.0 * int(learner.num_right) / (self.steps_per_epoch * self.recipe.batch_size),
         }
+        # With a pruner weights stay finite: it skips the steps that would change that.
+        if not math.isfinite(row["loss"]) or not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
+            stage = phase.name if phase.name in ("prune", "retrain") else "base"
+            raise ValueError(
+                f"{phase.name} diverged: loss or weights are not finite in epoch {epoch}; lower {stage}.lr"
+            )
         is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
         if is_tested:
             row["test_accuracy"] = self.evaluate(learner.model)
@@ -231,9 +239,6 @@ class Run:
             row |= learner.pruner.metrics()
             if is_tested:
                 row |= self._cut_now(learner.model, learner.pruner)
-        if not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
-            stage = phase.name if phase.name in ("prune", "retrain") else "base"
-            raise ValueError(f"{phase.name} diverged: weights are not finite after epoch {epoch}; lower {stage}.lr")
         row["seconds"] = round(learner.seconds, 3)
         self.rows.append(row)
         self._append(row)
@@ -424,6 +429,13 @@ def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
     )
 
 
+def check(recipe: Recipe, steps_per_epoch: int) -> None:
+    """Raise ValueError if the method cannot prune this model, scope and optimizer, before anything is trained."""
+    model = build_model(recipe.model, seed=recipe.seed)
+    optimizer = _make_optimizer(model, recipe.prune)
+    Pruner(model, optimizer, recipe.make_method(steps_per_epoch), scope=recipe.make_scope())
+
+
 def open_run(
     command: str,
     recipe: Recipe,
@@ -438,7 +450,8 @@ def open_run(
     """Claim the folder for this run, or find that it is already its own; ``base`` names a network to start from."""
     if recipe.validation:
         data = data.hold_out(recipe.validation)
-    steps_per_epoch = num_steps_per_epoch(recipe, data)  # refuses before the folder is claimed
+    steps_per_epoch = num_steps_per_epoch(recipe, data)
+    check(recipe, steps_per_epoch)
     torch.set_num_threads(threads)
     lock = claim(folder, identity_of(command, recipe, data, threads) | ({"base": dict(base)} if base else {}))
     title = f"dense {recipe.model}" if command == "base" else f"{recipe.title} ({recipe.source})"
@@ -453,42 +466,54 @@ def open_run(
 
 def identity_of(command: str, recipe: Recipe, data: Dataset, threads: int) -> dict[str, Any]:
     """What makes a run repeatable bit for bit, for its manifest."""
-    told = recipe.to_dict()
-    if command == "base":  # shared by all recipes whose dense networks are equal
-        told = {key: told[key] for key in ("model", "data", "batch_size", "seed", "validation", "precision", "base")}
     return {
         "command": command,
-        "recipe": told,
+        "recipe": base_of(recipe) if command == "base" else recipe.to_dict(),
         "data": data.description,
         "checksum": data.checksum,
         "threads": threads,
     }
 
 
+def base_of(recipe: Recipe) -> dict[str, Any]:
+    """What the dense network of a recipe depends on; recipes that agree in it can share one."""
+    told = recipe.to_dict()
+    keys = ("model", "data", "batch_size", "seed", "validation", "precision", "base")
+    held_out = recipe.progressive.validation if recipe.progressive else recipe.validation
+    return {key: told[key] for key in keys} | {"validation": held_out}
+
+
 def claim(folder: Path, identity: dict[str, Any]) -> TextIO:
     """Make the folder this run's, or find that it is; returns the lock that is held on it."""
-    manifest = folder / "run.json"
+    manifest, option = folder / "run.json", "--base" if identity["command"] == "base" else "--out"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.exists():
             if any(path.name != f".{manifest.name}.tmp" for path in folder.iterdir()):  # left by a kill
-                raise FolderError(f"{folder} is not empty and holds no run; name another with --out")
+                raise FolderError(f"{folder} is not empty and holds no run; name another with {option}")
             write_atomically(manifest, json.dumps(identity, indent=2).encode())
     except OSError as error:
-        raise FolderError(f"cannot write to {folder}: {error}; name another with --out") from None
+        raise FolderError(f"cannot write to {folder}: {error}; name another with {option}") from None
     if not os.access(folder, os.W_OK):
-        raise FolderError(f"cannot write to {folder}; name another with --out")
+        raise FolderError(f"cannot write to {folder}; name another with {option}")
     try:
-        there = _flatten(json.loads(manifest.read_text()))
+        there = json.loads(manifest.read_text())
         del there["data"]  # names a folder, which may have moved; the checksum tells whether the data are the same
-    except (json.JSONDecodeError, AttributeError, KeyError) as error:
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise FolderError(f"{manifest} cannot be read: {error!r}; delete {folder} to start again") from None
-    here = _flatten(json.loads(json.dumps({key: value for key, value in identity.items() if key != "data"})))
-    different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    different = differences(there, {key: value for key, value in identity.items() if key != "data"})
     if different:
-        lines = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in different[:4])
-        raise FolderError(f"{folder} belongs to another run: {lines}. Name another folder with --out, or delete it")
+        raise FolderError(
+            f"{folder} belongs to another run: {different}. Name another folder with {option}, or delete it"
+        )
     return _lock(manifest)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """How what a manifest holds differs from plain values here, the first four; empty if it does not."""
+    a, b = _flatten(there), _flatten(json.loads(json.dumps(here)))
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return "; ".join(f"{key} is {a.get(key)!r} there and {b.get(key)!r} here" for key in keys[:4])
 
 
 def _lock(manifest: Path) -> TextIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,14 +33,19 @@ def sweep(lost: Callable[[float], float], *, allowed: float, low: float, high: f
         lost: compression -> accuracy lost; taken to rise with it (seeds blur this near the answer).
         allowed: percentage points.
         low: where to start, and what to fall back on.
-        high: where to end.
-        resolution: stop when the lowest bad compression is less than this times the highest good one.
+        high: where to end; 1 <= low < high.
+        resolution: stop when the lowest bad compression is at most this times the highest good one; >= 1.02, for
+            compressions are tried in three digits.
 
     Example:
         >>> found = sweep(lambda c: c / 100, allowed=0.5, low=1, high=1000)
         >>> found.best <= 50 < found.limit
         True
     """
+    if not 1 <= low < high < math.inf:
+        raise ValueError(f"low and high must be 1 <= low < high, got low {low:g} and high {high:g}")
+    if not resolution >= 1.02:
+        raise ValueError(f"resolution must be >= 1.02, got {resolution:g}")
     tried: dict[float, float] = {}
 
     def is_good(compression: float) -> bool:
@@ -52,8 +58,6 @@ def sweep(lost: Callable[[float], float], *, allowed: float, low: float, high: f
         return Sweep(tried, high, None)
     while high / low > resolution:
         middle = float(f"{(low * high) ** 0.5:.3g}")
-        if not low < middle < high:
-            break
         low, high = (middle, high) if is_good(middle) else (low, middle)
     return Sweep(tried, low, high)
 

@@ -231,6 +231,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             result: dict[str, Any] = json.loads(finished.read_text())
             return result | _title(result["recipe"], result["data"])
         manifest = json.loads((folder / "run.json").read_text())
+        if manifest["command"] == "base":
+            raise FolderError(f"{folder} holds a dense network for other runs to start from, which has no report")
         return _title(manifest["recipe"], manifest["data"])
     except FileNotFoundError:
         raise FolderError(f"{folder} holds no run of pomona (there is no run.json in it)") from None
