@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,20 +20,7 @@ from pomona.method import Method, Weight
 from pomona.report import Report, report_layer
 from pomona.schedule import FAR_AWAY, Schedule
 from pomona.scope import Scope
-
-_FORMAT = 1  # of state_dict()
-_KEYS = {
-    "method",
-    "num_steps",
-    "num_skipped",
-    "hardened_at",
-    "accuracy",
-    "is_hardened",
-    "cuts",
-    "shapes",
-    "state",
-    "pruned",
-}
+from pomona.state import FORMAT, check_state, describe
 
 
 class Pruner:
@@ -534,6 +520,9 @@ class Pruner:
 
     # Saving and copying
 
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(p.shape) for name, p in self.parameters().items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the model's and the optimizer's own: plain values and tensors.
 
@@ -541,15 +530,15 @@ class Pruner:
         """
         self._check_attached()
         return {
-            "format": _FORMAT,
-            "method": _describe(self.method),
+            "format": FORMAT,
+            "method": describe(self.method),
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,
             "hardened_at": self._hardened_at,
             "accuracy": list(self._accuracy),
             "is_hardened": self.is_hardened,
             "cuts": {name: self._cuts.get(name, 0.0) for name in self._places},
-            "shapes": {name: list(p.shape) for name, p in self.parameters().items()},
+            "shapes": self._shapes(),
             "state": {name: dict(state) for name, state in self._state.items()},
             # Present from the start: distributed checkpoints restore only the keys that they are shown.
             "pruned": self._pruned
@@ -563,7 +552,7 @@ class Pruner:
             ValueError: the state is of another method, other hyper-parameters, or other weights; names the first
                 difference. Nothing has been changed then.
         """
-        self._check_state(state)
+        check_state(state, self.method, self._shapes(), self._state)
         device_of = {name: p.device for name, p in self.parameters().items()}
         for name, tensors in state["state"].items():
             for key, mine in self._state[name].items():
@@ -576,32 +565,6 @@ class Pruner:
         self._accuracy = (state["accuracy"][0], state["accuracy"][1])
         self._cuts = dict(state["cuts"]) if state["is_hardened"] else {}
         self._mark()
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("format") != _FORMAT:
-            raise ValueError(
-                f"this is not the state of a Pruner of this version (format {state.get('format')!r}, expected "
-                f"{_FORMAT})"
-            )
-        missing = _KEYS - state.keys()
-        if missing:
-            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it was not made by state_dict()")
-        mine, theirs = _describe(self.method), state["method"]
-        if mine != theirs:
-            raise ValueError(f"the state is of {theirs}, but this Pruner has {mine}; make it with the same method")
-        shapes = {name: list(p.shape) for name, p in self.parameters().items()}
-        for name in [*shapes, *state["shapes"]]:
-            if shapes.get(name) != state["shapes"].get(name):
-                raise ValueError(
-                    f"the state does not fit this model and scope: {name} has shape {state['shapes'].get(name)} "
-                    f"there and {shapes.get(name)} here"
-                )
-        for name, tensors in self._state.items():
-            if tensors.keys() != state["state"][name].keys():
-                raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(tensors)}")
-            for key, mine_now in tensors.items():
-                if mine_now.shape != state["state"][name][key].shape:
-                    raise ValueError(f"{key} of {name} has shape {tuple(state['state'][name][key].shape)} in the state")
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -656,17 +619,3 @@ def _all_finite(grads: list[Tensor]) -> bool:
     dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
     sums = [g.sum(dtype=torch.float32).to(dense[0].device) for g in dense]
     return bool(torch.stack(sums).isfinite().all()) or all(bool(g.isfinite().all()) for g in dense)
-
-
-def _describe(value: Any) -> str:
-    """A method with its hyper-parameters, or one of these: equal text for equal ones, in every process."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return repr(float(value))
-    anonymous: Any = object.__repr__  # shows an address, which no other run has
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields: Mapping[str, Any] = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    elif type(value).__repr__ is anonymous:
-        fields = getattr(value, "__dict__", {})
-    else:
-        return repr(value)
-    return f"{type(value).__name__}({', '.join(f'{k}={_describe(v)}' for k, v in fields.items())})"

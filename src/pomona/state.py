@@ -1,0 +1,71 @@
+"""What a Pruner saves, and whether what was saved fits the one that is to go on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pomona.method import Method
+
+FORMAT = 1  # of Pruner.state_dict()
+_KEYS = {
+    "method",
+    "num_steps",
+    "num_skipped",
+    "hardened_at",
+    "accuracy",
+    "is_hardened",
+    "cuts",
+    "shapes",
+    "state",
+    "pruned",
+}
+
+
+def check_state(
+    state: Mapping[str, Any],
+    method: Method,
+    shapes: Mapping[str, list[int]],
+    tensors_of: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """ValueError unless ``state`` is of this method, these weights and these state tensors; names what differs."""
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"this is not the state of a Pruner of this version (format {state.get('format')!r}, expected {FORMAT})"
+        )
+    missing = _KEYS - state.keys()
+    if missing:
+        raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it was not made by state_dict()")
+    mine, theirs = describe(method), state["method"]
+    if mine != theirs:
+        raise ValueError(f"the state is of {theirs}, but this Pruner has {mine}; make it with the same method")
+    for name in [*shapes, *state["shapes"]]:
+        if shapes.get(name) != state["shapes"].get(name):
+            raise ValueError(
+                f"the state does not fit this model and scope: {name} has shape {state['shapes'].get(name)} "
+                f"there and {shapes.get(name)} here"
+            )
+    for name, tensors in tensors_of.items():
+        if tensors.keys() != state["state"][name].keys():
+            raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(tensors)}")
+        for key, mine_now in tensors.items():
+            if mine_now.shape != state["state"][name][key].shape:
+                raise ValueError(f"{key} of {name} has shape {tuple(state['state'][name][key].shape)} in the state")
+
+
+def describe(value: Any) -> str:
+    """A method with its hyper-parameters, or one of these: equal text for equal ones, in every process."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return repr(float(value))
+    anonymous: Any = object.__repr__  # shows an address, which no other run has
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields: Mapping[str, Any] = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif type(value).__repr__ is anonymous:
+        fields = getattr(value, "__dict__", {})
+    else:
+        return repr(value)
+    return f"{type(value).__name__}({', '.join(f'{k}={describe(v)}' for k, v in fields.items())})"
