@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
         jobs = plan([options.recipe], [compression], options.seeds, changes, folder)
         for failed, why in execute(jobs, options).items():
             raise ValueError(f"{failed.name} failed, {why}")
-        return lost_by(jobs)
+        return lost_by(jobs, compression)
 
     def tell(compression: float) -> float:
         points = lost(compression, count, options.out / "validation")
@@ -64,8 +64,9 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     points = lost(found.best, 0, options.out / "test")
     bound = f"{found.limit:g}x loses more" if found.limit else "the highest asked for"
+    seeds = f"{len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}"
     print(
         f"highest compression within {options.loss:g} points: {found.best:g}x ({bound}), found on held out examples; "
-        f"trained on all, it loses {points:.2f} on the test set ({len(options.seeds)} seeds)"
+        f"trained on all, it loses {points:.2f} on the test set ({seeds})"
     )
     return 0

@@ -234,7 +234,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
 def tabulate(entries: Sequence[dict[str, Any]]) -> str:
     """A table in Markdown: a row for each recipe, a column for each compression, best mean first.
 
-    Where a run came to less than 99 % of the compression that was asked for, the cell tells the least.
+    Where a run fell short of the compression that was asked for, the cell tells the least.
     """
     compressions = sorted({entry["asked"] for entry in entries})
     names = list(dict.fromkeys(entry["name"] for entry in entries))
@@ -247,9 +247,8 @@ def tabulate(entries: Sequence[dict[str, Any]]) -> str:
 
     def cell(name: str, compression: float) -> str:
         reached = [e["compression"] for e in entries if (e["name"], e["asked"]) == (name, compression)]
-        least = min((c for c in reached if c is not None), default=compression)  # None: nothing is left
-        short = f" at {least:.3g}x" if least < 0.99 * compression else ""
-        return spread(accuracies(name, compression)) + short
+        short = [c for c in reached if falls_short(c, compression)]
+        return spread(accuracies(name, compression)) + (f" at {min(short):.3g}x" if short else "")
 
     head = ["method", *(f"{c:g}x" for c in compressions), "seconds a run"]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
@@ -257,6 +256,11 @@ def tabulate(entries: Sequence[dict[str, Any]]) -> str:
         seconds = statistics.median(e["seconds"] for e in entries if e["name"] == name)
         lines.append(f"| {' | '.join([name, *(cell(name, c) for c in compressions), f'{seconds:.0f}'])} |")
     return "\n".join(lines)
+
+
+def falls_short(reached: float | None, asked: float) -> bool:
+    """Whether a run has clearly more weights left than it was to have; ``reached`` is None where nothing is left."""
+    return reached is not None and reached < 0.99 * asked
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:

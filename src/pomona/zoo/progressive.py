@@ -88,6 +88,7 @@ def _conclude(
     else:
         accuracy, table = result["accuracy"] | {"base": dense.accuracy}, result["table"]
     told = {
+        "title": recipe.title,
         "recipe": plain,
         "data": data.description,
         "expected": plain.get("expected"),

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pomona.zoo.compare import Job
+from pomona.zoo.compare import Job, falls_short
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,19 @@ def sweep(lost: Callable[[float], float], *, allowed: float, low: float, high: f
     return Sweep(tried, low, high)
 
 
-def lost_by(jobs: Sequence[Job]) -> float:
-    """Mean accuracy that these finished runs lost, each against the dense network it started from."""
-    results = [json.loads((job.folder / "result.json").read_text())["accuracy"] for job in jobs]
-    return float(statistics.mean(accuracy["base"] - accuracy["final"] for accuracy in results))
+def lost_by(jobs: Sequence[Job], compression: float) -> float:
+    """Mean accuracy that these finished runs lost, each against the dense network it started from.
+
+    Raises:
+        ValueError: a run did not come to the compression that was asked for.
+    """
+    lost = []
+    for job in jobs:
+        result = json.loads((job.folder / "result.json").read_text())
+        reached, accuracy = result["report"]["compression"], result["accuracy"]
+        if falls_short(reached, compression):
+            raise ValueError(
+                f"{job.folder.name} came to {reached:.3g}x only; let the method reach its sparsity earlier"
+            )
+        lost.append(accuracy["base"] - accuracy["final"])
+    return float(statistics.mean(lost))
