@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -215,13 +216,17 @@ def _recipe(result: Result) -> str:
 
 def _toml(table: dict[str, Any], prefix: str = "") -> str:
     """The recipe as it reads in its file: JSON writes the plain values as TOML does."""
-    plain = [f"{key} = {json.dumps(value)}\n" for key, value in table.items() if not isinstance(value, dict)]
+    plain = [f"{_key(key)} = {json.dumps(value)}\n" for key, value in table.items() if not isinstance(value, dict)]
     nested = [
-        f"\n[{prefix}{key}]\n{_toml(value, f'{prefix}{key}.')}"
+        f"\n[{prefix}{_key(key)}]\n{_toml(value, f'{prefix}{_key(key)}.')}"
         for key, value in table.items()
         if isinstance(value, dict)
     ]
     return "".join(plain + nested)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
 
 
 def _environment(result: Result) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, cycle, pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -126,7 +126,7 @@ def draw_comparison(entries: Sequence[Result], path: Path, *, caption: str = "")
     names = list(dict.fromkeys(entry["name"] for entry in entries))
     figure = _figure(5.2, "Accuracy at equal cost", caption)
     ax = figure.add_subplot()
-    for name, (marker, colour) in zip(names, product("osD", _COLOURS), strict=False):
+    for name, (marker, colour) in zip(names, cycle(product("osD", _COLOURS)), strict=False):
         points = []
         for asked in sorted({entry["asked"] for entry in entries if entry["name"] == name}):
             found = [e["accuracy"] for e in entries if e["name"] == name and e["asked"] == asked]
@@ -137,29 +137,11 @@ def draw_comparison(entries: Sequence[Result], path: Path, *, caption: str = "")
     ax.set_xticks(sorted({entry["asked"] for entry in entries}))
     ax.minorticks_off()
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    highest, lowest = max(e["accuracy"] for e in entries), min(e["accuracy"] for e in entries)
-    if highest - lowest > 5:  # percent wrong, on a logarithmic axis, upside down: differences near the top show
-        ax.set_yscale("function", functions=(_wrongness, _accuracy_of))
-        ticks = [t for t in (10, 50, 80, 90, 95, 97, 98, 98.5, 99, 99.2, 99.4) if lowest - 3 <= t <= highest + 0.3]
-        ax.set_yticks(ticks)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _scale_by_error(ax, [entry["accuracy"] for entry in entries])
     ax.set_xlabel("compression: weights over non-zero weights (logarithmic)")
-    ax.set_ylabel("test accuracy (%)")
     ax.legend(frameon=False, fontsize=8.5, ncols=2, loc="lower left")
     _quiet(ax)
     return _save(figure, path)
-
-
-def _wrongness(accuracy: Any) -> Any:
-    import numpy as np
-
-    return -np.log10(np.maximum(100.0 - np.asarray(accuracy), _LEAST_ERROR))
-
-
-def _accuracy_of(wrongness: Any) -> Any:
-    import numpy as np
-
-    return 100.0 - 10.0 ** -np.asarray(wrongness)
 
 
 def draw_magnitudes(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path | None:

@@ -29,8 +29,8 @@ _MASKS = ("method", "magnitude")  # in the order in which their tickets are trai
 
 def ticket_phases(recipe: Recipe) -> list[Phase]:
     """Dense training, pruning, and a training of the initial weights under each mask."""
-    if recipe.base is None or recipe.retrain is not None or recipe.scope:
-        raise ValueError("tickets need a recipe with a [base] stage, no [retrain] stage and the default scope")
+    if recipe.base is None or recipe.retrain or recipe.progressive or recipe.scope:
+        raise ValueError("tickets need a recipe with a [base] stage, no [retrain], [progressive] or [scope]")
     base, prune = train_phases(recipe)
     tickets = [
         Phase(f"ticket by {mask}", recipe.base, order, _initial(mask), hold_zeros, _finish_ticket(mask))
