@@ -18,6 +18,9 @@ from pomona.methods.admm import ADMM
 from pomona.schedule import Value
 from tests.problems import NUM_WEIGHTS, Tensors, batches, bits, loss_of, net, sparse_net, train
 
+# Most runs here are too short for the method to have done all.
+pytestmark = pytest.mark.filterwarnings("ignore:harden.. at step .* comes early")
+
 TINY = 1e-30  # a learning rate by which no weight of float32 moves
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -519,3 +522,17 @@ def test_loss_and_pull_reach_the_optimizer_together() -> None:
     expected = grad + 0.5 * (before - state(pruner, "z")[0])
     assert torch.allclose(optimizer.state[weight]["momentum_buffer"], expected, rtol=0, atol=1e-6)  # float32
     assert torch.allclose(weight.detach(), before - 0.1 * expected, rtol=0, atol=1e-6)
+
+
+def test_a_loss_that_is_maximised_is_pruned_like_its_negative() -> None:
+    ends = []
+    for sign in (1.0, -1.0):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=sign < 0)
+        pomona.Pruner(model, optimizer, ADMM(0.75, rho=0.5, every=3))
+        for batch in batches(10):
+            optimizer.zero_grad()
+            (sign * loss_of(model, batch)).backward()
+            optimizer.step()
+        ends.append(bits(model.state_dict()))
+    assert ends[0] == ends[1]

@@ -74,7 +74,7 @@ def test_without_strength_it_is_sgd_bit_for_bit(scope: pomona.Scope) -> None:
 @pytest.mark.parametrize("lr", [0.01, 0.5])
 def test_at_a_constant_rate_the_threshold_is_the_closed_form(mu: float, lr: float) -> None:
     c = 0.003
-    model, optimizer, pruner = tensors(GRDA(c, mu), [1.0, 2.0], lr=lr)
+    model, optimizer, pruner = tensors(GRDA(c=c, mu=mu), [1.0, 2.0], lr=lr)
     model.give([np.zeros(2, dtype=np.float32)])
     for n in range(1, 501):
         optimizer.step()
@@ -83,7 +83,7 @@ def test_at_a_constant_rate_the_threshold_is_the_closed_form(mu: float, lr: floa
 
 def test_the_threshold_grows_by_the_rate_of_each_step_and_never_falls() -> None:
     lrs = [0.5] * 10 + [0.05] * 10 + [0.0] * 5 + [0.2] * 10
-    model, optimizer, pruner = tensors(GRDA(0.01, 0.6), [1.0, 2.0])
+    model, optimizer, pruner = tensors(GRDA(c=0.01, mu=0.6), [1.0, 2.0])
     before = expected = 0.0
     for n, lr in enumerate(lrs, start=1):
         optimizer.param_groups[0]["lr"] = lr
@@ -96,7 +96,7 @@ def test_the_threshold_grows_by_the_rate_of_each_step_and_never_falls() -> None:
 
 
 def test_a_step_at_rate_zero_counts_and_changes_nothing_else() -> None:
-    model, optimizer, pruner = tensors(GRDA(0.1), [1.0, -2.0], lr=0.5)
+    model, optimizer, pruner = tensors(GRDA(c=0.1), [1.0, -2.0], lr=0.5)
     model.give([np.array([0.5, -1.0], dtype=np.float32)])
     optimizer.step()
     weights, threshold = model.numpy(), threshold_of(pruner)
@@ -470,7 +470,7 @@ def network(name: str) -> list[Tensor]:
 def test_the_first_epochs_are_as_sparse_as_in_the_authors_logs(
     name: str, total: int, c: float, mu: float, percent: list[float]
 ) -> None:
-    model, optimizer, pruner = tensors(GRDA(c, mu), [1.0], lr=0.1)
+    model, optimizer, pruner = tensors(GRDA(c=c, mu=mu), [1.0], lr=0.1)
     model.give([np.zeros(1, dtype=np.float32)])
     sparsities = []
     for _ in percent:
@@ -480,3 +480,26 @@ def test_the_first_epochs_are_as_sparse_as_in_the_authors_logs(
         assert sum(p.numel() for p in pruned) == total
         sparsities.append(100 * sum(int((p == 0).sum()) for p in pruned) / total)
     assert sparsities == pytest.approx(percent, abs=0.1)
+
+
+def test_a_layer_without_a_gradient_does_not_win_the_final_ranking() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(20, 20, bias=False), "unused": nn.Linear(20, 20, bias=False)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = pomona.Pruner(model, optimizer, GRDA(sparsity=0.9, steps=30))
+    for _ in range(40):
+        optimizer.zero_grad()
+        model["used"](torch.randn(8, 20)).square().mean().backward()
+        optimizer.step()
+    used, unused = pruner.harden().layers
+    assert used.nonzero + unused.nonzero == 80
+    assert used.nonzero > 0  # it would be 0 if the other's weights ranked as they are, unthresholded
+
+
+def test_momentum_loaded_into_the_optimizer_is_refused_at_the_next_step() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pomona.Pruner(model, optimizer, GRDA(c=0.1))
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).state_dict())
+    model(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"GRDA cannot go along with SGD\(momentum=0.9\)"):
+        optimizer.step()

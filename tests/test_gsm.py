@@ -205,3 +205,17 @@ def test_dampening_that_leaves_no_decay_is_refused() -> None:
 def test_k_that_is_no_integer_is_refused(k: object) -> None:
     with pytest.raises(TypeError, match="k must be an integer"):
         pomona.global_top_k([torch.ones(4)], k)  # type: ignore[arg-type]
+
+
+def test_decay_that_bfloat16_rounds_away_is_warned_of() -> None:
+    model = nn.Linear(4, 4).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.99, weight_decay=5e-4)
+    with pytest.warns(
+        UserWarning, match="weight is torch.bfloat16, and a passive weight is to lose the share 0.0015 of"
+    ):
+        pomona.Pruner(model, optimizer, pomona.GSM(0.5))
+    before = model.weight.detach().clone()
+    for _ in range(200):  # no gradient: the exponent is 0.3, but each step rounds to nothing
+        model.weight.grad, model.bias.grad = torch.zeros_like(model.weight), None
+        optimizer.step()
+    assert torch.equal(model.weight, before)

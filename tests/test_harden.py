@@ -627,19 +627,41 @@ def test_a_state_that_lacks_a_part_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("method", "enough", "message"),
     [
-        (pomona.GRDA(sparsity=0.75, steps=10), "GRDA reaches sparsity=0.75 at step 10, and what is"),
-        (pomona.WeightMom(sparsity=0.75, every=2, window=3, patience=2), "WeightMom needs window . patience = 5"),
+        (pomona.GRDA(sparsity=0.75, steps=10), 10, "GRDA reaches sparsity=0.75 at step 10, and what is"),
+        (pomona.ADMM(sparsity=0.75, every=4), 5, "the first ADMM iteration takes every=4 steps"),
+        (pomona.RigL(sparsity=0.75, every=4), 4, "the masks are still the random ones of step 1"),
+        (pomona.SET(sparsity=0.75, every=4), 4, "their first update is at step every=4"),
+        (
+            pomona.WeightMom(sparsity=0.75, every=2, window=3, patience=2),
+            6,
+            "WeightMom first prunes at update max.window, patience. = 3, one each 2 steps, and has made",
+        ),
     ],
 )
-def test_a_cut_before_the_method_is_done_is_warned_of(method: pomona.Method, message: str) -> None:
-    for num_steps, early in ((9, True), (10, False)):
+def test_a_cut_before_the_method_is_done_is_warned_of(method: pomona.Method, enough: int, message: str) -> None:
+    for num_steps, early in ((enough - 1, True), (enough, False)):
         model = net()
         optimizer = SGD(model.parameters(), lr=0.1)
         pruner = Pruner(model, optimizer, method)
         train(model, optimizer, batches(num_steps))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert pruner.harden().nonzero == KEPT
+            assert pruner.harden().nonzero <= KEPT
         assert [bool(re.search(message, str(warning.message))) for warning in caught] == [True] * early
+
+
+def test_a_plain_copy_of_a_wrapped_model_gets_the_zeros() -> None:
+    class Wrapped(nn.Module):  # as DistributedDataParallel does
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    plain = net()
+    model = Wrapped(copy.deepcopy(plain))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    pruner = Pruner(model, optimizer, pomona.Magnitude(0.75))
+    pruner.harden(plain)
+    assert pomona.report(plain).nonzero == KEPT
+    assert pruner.verify(plain).nonzero == KEPT

@@ -374,7 +374,7 @@ def test_a_run_resumed_around_a_cut_ends_where_the_unbroken_one_does(at: int) ->
         (
             {"sparsity": pomona.Linear(0.9, 0.5, steps=5)},
             "sparsity must not fall, because a cut weight never returns, got Linear(start=0.9, end=0.5, steps=5, "
-            "begin=0), from 0.9 to 0.5; swap its ends, or use RigL or SET, whose weights return",
+            "begin=0), from 0.9 to 0.5; swap its ends, or use GSM, whose weights return",
         ),
     ],
 )

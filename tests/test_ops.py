@@ -120,11 +120,12 @@ def test_a_mask_too_few_is_noticed(drop_: object) -> None:
 # masks
 
 
-def test_the_sparsity_of_masks_counts_all_of_them_together() -> None:
-    masks = [torch.tensor([True, False]), torch.ones(2, 3, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)]
-    assert sparsity_of(masks) == pytest.approx(5 / 12)
-    w = Weight("w", torch.ones(2), torch.ones(2), {}, {"mask": masks[0]})
-    assert masks_of([w])[0] is masks[0]
+def test_sparsity_is_of_the_values_of_all_weights_together() -> None:
+    values = [torch.tensor([1.0, -0.0]), torch.ones(2, 3), torch.zeros(4)]
+    mask = torch.ones(2, dtype=torch.bool)
+    weights = [Weight("w", value, value, {}, {"mask": mask}) for value in values]
+    assert sparsity_of(weights) == 5 / 12
+    assert masks_of(weights)[0] is mask
 
 
 def test_among_ranks_zeros_inside_above_everything_outside() -> None:

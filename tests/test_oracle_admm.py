@@ -15,6 +15,9 @@ from tests import oracles
 from tests.oracles import admm
 from tests.problems import Tensors, distance
 
+# Most runs here are too short for the method to have done all.
+pytestmark = pytest.mark.filterwarnings("ignore:harden.. at step .* comes early")
+
 SHAPES = [(6, 4), (3, 6), (2, 3, 2, 2)]
 COUNTS = [6, 9, 3]
 DENSITIES = {"w.0": 6 / 24, "w.1": 9 / 18, "w.2": 3 / 24}

@@ -340,6 +340,7 @@ def test_skipped_steps_are_remembered_by_a_resumed_run() -> None:
     assert "2 steps were skipped because a gradient was not finite" in str(resumed.report())
 
 
+@pytest.mark.filterwarnings("ignore:.* is torch.float32, and a passive weight is to lose the share")  # lr 1e-38
 def test_finite_gradients_whose_sum_overflows_are_used() -> None:
     model, optimizer, pruner = pruned(lr=1e-38)
     for p in model.parameters():
@@ -1130,3 +1131,18 @@ def test_buffers_are_seen_after_a_resume_and_at_harden() -> None:
     pruner.harden()
     for w, p in zip(method.weights, pruner.parameters().values(), strict=True):
         assert [b.data_ptr() for b in w.buffers] == [again.state[p]["momentum_buffer"].data_ptr()]
+
+
+@pytest.mark.parametrize("part", ["state", "pruned"])
+def test_a_state_without_one_of_its_weights_is_refused(part: str) -> None:
+    _, _, pruner = pruned()
+    state = pruner.state_dict()
+    state[part] = {name: tensors for name, tensors in state[part].items() if name != "0.weight"}
+    with pytest.raises(ValueError, match=f"the state is damaged: '{part}' lacks, .* 0.weight"):
+        pruner.load_state_dict(state)
+
+
+def test_what_is_no_state_is_refused() -> None:
+    _, _, pruner = pruned()
+    with pytest.raises(TypeError, match=r"the state of a Pruner is what state_dict\(\) returned, got NoneType"):
+        pruner.load_state_dict(None)  # type: ignore[arg-type]

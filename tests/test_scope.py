@@ -470,3 +470,11 @@ def test_a_weight_recomputed_by_the_old_weight_norm_is_refused() -> None:
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="recomputed"):
         Scope().select(model)
+
+
+def test_a_parameter_without_elements_is_outside() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(2, 2)})
+    model["a"].weight = nn.Parameter(torch.empty(0, 3))
+    selection = Scope().select(model)
+    assert list(selection.inside) == ["b.weight"]
+    assert selection.outside["a.weight"] == "empty"

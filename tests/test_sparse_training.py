@@ -25,6 +25,9 @@ from pomona.methods.set import SET
 from tests.oracles import rigl as oracle
 from tests.problems import Tensors, batches, bits, distance, net, regression, train, wiring
 
+# Most runs here are too short for the method to have done all.
+pytestmark = pytest.mark.filterwarnings("ignore:harden.. at step .* comes early")
+
 SHAPES = [(6, 4), (3, 6), (2, 3, 2, 2)]
 TOTAL = 66
 

@@ -66,7 +66,8 @@ def top_k(
         scores: as of ``global_top_k``.
         k: how many to keep in all.
         allocation: ``"global"``: one ranking over all layers, ``global_top_k``. ``"uniform"``: the same share of every
-            layer. ``"erk"``: shares by ``erk``. The last two ignore ``min_density``, for they empty no layer.
+            layer. ``"erk"``: shares by ``erk``. The last two ignore ``min_density``, for they empty no layer while
+            ``k`` suffices.
         min_density: as of ``global_top_k``.
 
     Returns:

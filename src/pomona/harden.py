@@ -39,7 +39,9 @@ def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, nn.Pa
     parameters = dict(copy.named_parameters(remove_duplicate=False))  # tied ones under each of their names
     found = {}
     for name, mask in pruned.items():
-        parameter = parameters.get(name, parameters.get(f"module.{name}"))
+        parameter = next(
+            (parameters[n] for n in (name, f"module.{name}", name.removeprefix("module.")) if n in parameters), None
+        )
         if parameter is None or parameter.shape != mask.shape:
             have = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
             raise ValueError(

@@ -3,12 +3,14 @@
 The life of a method, driven by the Pruner::
 
     check(optimizer, groups)                      once, at construction: refuse what cannot work
+    check_weights(weights)                        the same of the weights
     init(weight)                                  once a weight: its state
     loop:
         before_step(weights, step)                gradients are final; step = 1, 2, ...
         <optimizer.step() itself>
         after_step(weights, step)                 weights have moved
-    support(weights, step)                        at harden(): what survives
+    unfinished(weights, step)                     at harden(): whether that is early
+    support(weights, step)                        what survives
 
 A method is a frozen dataclass of hyper-parameters and never holds state; what it must remember lives in
 ``Weight.state``, which the Pruner saves and restores. A method does not import ``torch.distributed``,

@@ -45,9 +45,9 @@ def masks_of(weights: Sequence[Weight]) -> list[Tensor]:
     return [w.state["mask"] for w in weights]
 
 
-def sparsity_of(masks: Sequence[Tensor]) -> float:
-    """Fraction of all weights outside the masks."""
-    return 1.0 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+def sparsity_of(weights: Sequence[Weight]) -> float:
+    """Fraction of zeros among the weights, as the report counts them."""
+    return sum(int((w.value == 0).sum()) for w in weights) / max(1, sum(w.value.numel() for w in weights))
 
 
 def among(score: Tensor, mask: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def progressive(
     The first ``width`` compressions are reached directly from the dense model. From then on each next one is tried
     from all partial models that are held; the most accurate result is kept and replaces the one that it was started
     from. The paper holds three; a width of 1 is the plain chain, each round from the one before. A rate counts from
-    the dense model, never from the parent. Of n compressions ``width + (n - width) width`` prunings are tried.
+    the dense model, never from the parent. Of n compressions ``n`` prunings are
+    tried up to the width, and ``width`` for each one beyond it.
 
     Deterministic: parents are tried from the least to the most compressed, and of equal accuracies the first is kept.
     A search that was interrupted therefore resumes by itself if ``prune`` looks up what it has finished already,
@@ -87,6 +88,7 @@ def progressive(
         Ye, Zhang, Zhang, Li, Xu, Yang, Yu, Tang, Fardad, Liu, Chen, Lin, Wang: Progressive Weight Pruning of Deep
         Neural Networks using ADMM. 2018, arXiv 1810.07378, section 2.
     """
+    compressions = list(compressions)
     _check(dense, compressions, width)
     tried: list[Candidate[N]] = []
     held: list[Candidate[N]] = []  # partial models, the least compressed first
@@ -94,6 +96,8 @@ def progressive(
         is_full = len(held) == width
         parents: Sequence[Candidate[N] | None] = tuple(held) if is_full else (None,)
         nodes = [prune(dense if parent is None else parent.node, target) for parent in parents]
+        if any(node is None for node in nodes):
+            raise TypeError("prune must return the new node, with accuracy and compression, got None")
         best = max(range(len(nodes)), key=lambda i: _rank(nodes[i]))  # the first of equals
         this_round = [
             Candidate(number, target, parent, node, kept=i == best)

@@ -320,7 +320,7 @@ class Pruner:
             warnings.warn(
                 f"the weights were changed {times}since the last optimizer step that this Pruner saw "
                 f"(step {self.num_steps}). If the training loop uses a copy of the optimizer (deepcopy and pickle lose "
-                f"hooks), make the Pruner with that copy.",
+                f"hooks), make the Pruner with that copy. If it edits the weights after each step, ignore this.",
                 stacklevel=3,
             )
 

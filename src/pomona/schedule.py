@@ -70,7 +70,7 @@ def check_never_falls(name: str, value: Value) -> None:
     if first > last:
         raise ValueError(
             f"{name} must not fall, because a cut weight never returns, got {value}, from {first:g} to {last:g}; swap "
-            f"its ends, or use RigL or SET, whose weights return"
+            f"its ends, or use GSM, whose weights return"
         )
 
 

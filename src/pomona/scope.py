@@ -117,6 +117,8 @@ class Scope:
             raise ValueError(f"{next(iter(modules))} has no shape yet; run one forward pass before pruning")
         if parameter.ndim < self.min_ndim:
             return f"{parameter.ndim} dimension{'s' if parameter.ndim != 1 else ''}, min_ndim is {self.min_ndim}"
+        if parameter.numel() == 0:
+            return "empty"
         if not parameter.requires_grad:
             return "frozen (requires_grad is False)"
         return ""

@@ -33,6 +33,8 @@ def check_state(
     tensors_of: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """ValueError unless ``state`` is of this method, these weights and these state tensors; names what differs."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state of a Pruner is what state_dict() returned, got {type(state).__name__}")
     if state.get("format") != FORMAT:
         raise ValueError(
             f"this is not the state of a Pruner of this version (format {state.get('format')!r}, expected {FORMAT})"
@@ -47,8 +49,12 @@ def check_state(
         if shapes.get(name) != state["shapes"].get(name):
             raise ValueError(
                 f"the state does not fit this model and scope: {name} has shape {state['shapes'].get(name)} "
-                f"there and {shapes.get(name)} here"
+                f"there and {shapes.get(name)} here (names begin with module. or _orig_mod. in a wrapped model)"
             )
+    for part, wanted in (("state", tensors_of.keys()), ("pruned", shapes.keys())):
+        if state[part].keys() != wanted:
+            differing = ", ".join(sorted(state[part].keys() ^ wanted))
+            raise ValueError(f"the state is damaged: {part!r} lacks, or has beside the weights in scope, {differing}")
     for name, tensors in tensors_of.items():
         if tensors.keys() != state["state"][name].keys():
             raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(tensors)}")

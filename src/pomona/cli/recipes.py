@@ -16,5 +16,5 @@ def _run(options: argparse.Namespace) -> int:
 
     for name in builtin_recipes():
         recipe = load_recipe(name)
-        print(f"{name:26}{recipe.title} ({recipe.source})")
+        print(f"{name:28}{recipe.title} ({recipe.source})")
     return 0

@@ -146,7 +146,8 @@ class ADMM(Method):
         rho = value_at(self.rho, step - steps_since)
         for w, must_shrink in zip(weights, self._must_shrink(weights), strict=True):
             z, u = w.state["z"], w.state["u"]
-            w.grad.add_((w.value - z).add_(u).mul_(rho * must_shrink))
+            uphill = -1.0 if w.group.get("maximize") else 1.0  # the optimizer negates all of the gradient
+            w.grad.add_((w.value - z).add_(u).mul_(rho * must_shrink), alpha=uphill)
         if self.hold_zeros:
             drop_gradients_(weights, [w.state["alive"] for w in weights])
 
@@ -198,6 +199,14 @@ class ADMM(Method):
 
     def budget(self, total: int, step: int) -> int | None:
         return None if self.sparsity is None else num_kept(self.sparsity, total)
+
+    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+        if step > self.every:
+            return ""
+        return (
+            f"the first ADMM iteration takes every={self.every:,} steps, and Z has not been projected anew; this is "
+            f"magnitude pruning of weights that were pulled once"
+        )
 
     def why(self, total: int, kept: int, density: float) -> str:
         if self.densities is not None:

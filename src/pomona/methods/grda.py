@@ -86,9 +86,9 @@ class GRDA(Method):
         Chao, Wang, Xing, Cheng: Directional Pruning of Deep Neural Networks. NeurIPS 2020, arXiv 2006.09358.
     """
 
+    _: KW_ONLY
     c: float | None = None
     mu: float = 0.51
-    _: KW_ONLY
     sparsity: float | None = None
     steps: int | None = None
 
@@ -124,12 +124,7 @@ class GRDA(Method):
                 f"steps; use torch.optim.SGD(..., lr=...), or a method that works with {name}, such as Magnitude"
             )
         for group in groups:
-            for key, reason in _REFUSED.items():
-                if group.get(key):
-                    raise ValueError(
-                        f"GRDA cannot go along with SGD({key}={group[key]}): {reason}; leave {key} out for the weights "
-                        f"in scope"
-                    )
+            _check_group(group)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         # Half precision would not do: 1e-5 added to 0.7 is 0.7 there, however often.
@@ -141,6 +136,8 @@ class GRDA(Method):
         }
 
     def before_step(self, weights: Sequence[Weight], step: int) -> None:
+        for w in weights:
+            _check_group(w.group)  # a loaded state of the optimizer may have brought momentum or decay
         moving = [w for w in weights if w.moves]
         for w in weights if step == 1 else ():
             w.state["v"].copy_(w.value)
@@ -178,7 +175,11 @@ class GRDA(Method):
         if self.sparsity is None:
             return [w.value != 0 for w in weights]
         k = num_kept(self.sparsity, sum(w.value.numel() for w in weights))
-        return global_top_k([magnitude(w.value) for w in weights], k)
+        tau = _highest_threshold(weights)
+        # What rested is behind the common threshold, and ranks as if it had taken it.
+        behind = [tau - float(w.state["threshold"]) for w in weights]
+        scores = [magnitude(soft_threshold(w.value, d)) for w, d in zip(weights, behind, strict=True)]
+        return global_top_k(scores, k)
 
     def budget(self, total: int, step: int) -> int | None:
         return None if self.sparsity is None else num_kept(self.sparsity, total)
@@ -203,3 +204,11 @@ class GRDA(Method):
 
 def _highest_threshold(weights: Sequence[Weight]) -> float:
     return max(float(w.state["threshold"]) for w in weights)
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    for key, reason in _REFUSED.items():
+        if group.get(key):
+            raise ValueError(
+                f"GRDA cannot go along with SGD({key}={group[key]}): {reason}; leave {key} out for the weights in scope"
+            )

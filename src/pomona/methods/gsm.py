@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class GSM(Method):
     Needs of the optimizer: ``torch.optim.SGD`` with momentum (0.98 to 0.99 in the paper) and weight decay (1e-4 to
     5e-4), Nesterov or not. Memory: none beyond the optimizer's own. Exact zeros: only after ``harden``.
 
+    Keep the weights in float32, under ``torch.autocast`` if you like: in bfloat16 one step of decay is rounded away.
+
     Differences from the authors' code: ties are broken by position and a zero score is never active, so at most
     ``Q`` weights are active, where theirs (``T >= threshold``) may activate all; the final cut likewise keeps
     exactly ``Q``; ``min_density`` guards layers from being emptied (set it to 0 for the paper's rule; it does not
@@ -51,7 +54,8 @@ class GSM(Method):
         sparsity: fraction of zeros in [0, 1) of the weights in scope, or a schedule of it. Compression c is
             ``1 - 1/c``. Paper: 0.9 (ResNet-56), 1 - 1/60 (LeNet-300-100), 1 - 1/125 and 1 - 1/300 (LeNet-5).
         min_density: least share that stays of each layer, in [0, 1]; of a layer of n weights at least
-            ``ceil(min_density n)`` are active at each step and survive the cut. Paper: none (0).
+            ``ceil(min_density n)`` are active at each step (fewer where scores are zero) and survive the cut. Paper:
+            none (0).
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -99,6 +103,19 @@ class GSM(Method):
         total = sum(w.value.numel() for w in weights)
         k = num_kept(highest(self.sparsity), total)
         check_floors([w.value.numel() for w in weights], k, self.min_density)
+        self._warn_of_rounding(weights)
+
+    def _warn_of_rounding(self, weights: Sequence[Weight]) -> None:
+        for w in weights:
+            share = decay_per_step(w.lr, w.group)
+            if 0.0 < share < torch.finfo(w.value.dtype).eps / 4:  # rounding always undoes such a step
+                warnings.warn(
+                    f"{w.name} is {w.value.dtype}, and a passive weight is to lose the share {share:.2g} of itself in "
+                    f"a step, which is rounded away: it will not shrink at all, whatever diagnose() says. Keep the "
+                    f"weights in float32, and use torch.autocast",
+                    stacklevel=5,
+                )
+                return
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {
@@ -112,6 +129,8 @@ class GSM(Method):
                 w.state["exponent"] += decay_per_step(w.lr, w.group)
         sparsity = value_at(self.sparsity, step)
         if sparsity == 0.0:
+            for w in weights:
+                w.state["active"].fill_(w.value.numel())
             return
         scores = [saliency(w.value, w.grad) for w in weights]  # T
         active = self._keep(scores, sparsity)  # B

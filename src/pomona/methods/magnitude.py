@@ -82,7 +82,8 @@ class Magnitude(Method):
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         sizes = [w.value.numel() for w in weights]
-        check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
+        if self.allocation == "global":
+            check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
@@ -116,4 +117,4 @@ class Magnitude(Method):
         return tell_share(total, kept, density, self.allocation)
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
-        return {"sparsity": sparsity_of(masks_of(weights))}
+        return {"sparsity": sparsity_of(weights)}

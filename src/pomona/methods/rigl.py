@@ -116,11 +116,14 @@ class RigL(Method):
     def budget(self, total: int, step: int) -> int:
         return num_kept(self.sparsity, total)
 
+    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+        return tell_unchanged(self.every, self.drop, step)
+
     def why(self, total: int, kept: int, density: float) -> str:
         return tell_share(total, kept, density, self.allocation)
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
-        return {"sparsity": sparsity_of(masks_of(weights))}
+        return {"sparsity": sparsity_of(weights)}
 
 
 def drop_and_grow_(w: Weight, fraction: float, growth: Tensor) -> None:
@@ -146,6 +149,13 @@ def set_mask_(w: Weight, mask: Tensor) -> None:
     drop_weights_([w], [staying])
     drop_buffers_([w], [staying])
     w.state["mask"].copy_(mask)
+
+
+def tell_unchanged(every: int, drop: float, step: int) -> str:
+    """That no mask has been updated yet, if that is so and was not asked for."""
+    if step >= every or drop == 0.0:
+        return ""
+    return f"the masks are still the random ones of step 1; their first update is at step every={every:,}"
 
 
 def budget_of(weights: Sequence[Weight], sparsity: float) -> int:

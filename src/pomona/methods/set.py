@@ -10,7 +10,15 @@ from torch import Tensor
 
 from pomona.budget import num_kept, tell_share, top_k
 from pomona.method import Method, Weight
-from pomona.methods.rigl import Distribution, budget_of, check_layers, check_settings, draw_masks_, drop_and_grow_
+from pomona.methods.rigl import (
+    Distribution,
+    budget_of,
+    check_layers,
+    check_settings,
+    draw_masks_,
+    drop_and_grow_,
+    tell_unchanged,
+)
 from pomona.ops import drop_gradients_, drop_weights_, masks_of, random_scores, sparsity_of
 from pomona.schedule import Every
 from pomona.score import magnitude
@@ -82,7 +90,8 @@ class SET(Method):
             draw_masks_(weights, self.sparsity, self.allocation, self.seed)
         elif Every(self.every, start=self.every, end=self.end)(step):
             for w, growth in zip(weights, random_scores(weights, self.seed, step), strict=True):
-                drop_and_grow_(w, self.drop, growth)
+                if w.moves:
+                    drop_and_grow_(w, self.drop, growth)
         drop_gradients_(weights, masks_of(weights))
 
     def after_step(self, weights: Sequence[Weight], step: int) -> None:
@@ -96,8 +105,11 @@ class SET(Method):
     def budget(self, total: int, step: int) -> int:
         return num_kept(self.sparsity, total)
 
+    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+        return tell_unchanged(self.every, self.drop, step)
+
     def why(self, total: int, kept: int, density: float) -> str:
         return tell_share(total, kept, density, self.allocation)
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
-        return {"sparsity": sparsity_of(masks_of(weights))}
+        return {"sparsity": sparsity_of(weights)}

@@ -46,7 +46,7 @@ class WeightMom(Method):
     is the value below which lie as many of all weights (the pruned ones counted in) as are then to be zero. So the
     pruned share follows the target ``patience`` updates later and never runs ahead of it, and ``harden`` cuts what
     is left by :math:`s` (not by :math:`|w|`) to exactly :math:`\lfloor (1 - \text{sparsity}) N \rfloor`. A run
-    should go on for ``window + patience`` updates at least, and for ``patience`` after a ramp has ended; where it
+    should go on for more than ``max(window, patience)`` updates, and for ``patience`` after a ramp has ended; where it
     does not, ``harden`` does the rest at once, by the history there is, or by :math:`|w|` before the first update.
 
     **Known of the paper, and from where.** We had its abstract (arXiv, and a preprint copy, DOI
@@ -202,10 +202,14 @@ class WeightMom(Method):
 
     def unfinished(self, weights: Sequence[Weight], step: int) -> str:
         num = int(weights[0].state["updates"])
-        if num >= self.window + self.patience:
+        least = max(self.window, self.patience)
+        if num >= least:
             return ""
-        wanted = f"window + patience = {self.window + self.patience} updates, one each {self.every:,} steps"
-        return f"WeightMom needs {wanted}, and has made {num}; the final cut does the rest at once"
+        rest = "nothing is pruned yet" if self.sparsity is None else "the final cut does it all at once"
+        return (
+            f"WeightMom first prunes at update max(window, patience) = {least}, one each {self.every:,} steps, and "
+            f"has made {num}; {rest}"
+        )
 
     def why(self, total: int, kept: int, density: float) -> str:
         if kept == 0:
@@ -216,7 +220,7 @@ class WeightMom(Method):
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
         return {
-            "sparsity": sparsity_of(masks_of(weights)),
+            "sparsity": sparsity_of(weights),
             "waiting": float(sum(int(w.state["count"].count_nonzero()) for w in weights)),
             "updates": float(weights[0].state["updates"]),
         }
