@@ -158,6 +158,18 @@ def test_overrides_of_keys_that_depend_on_each_other_come_in_any_order(file: Pat
         assert load_recipe(file, overrides).prune.learning_rates(1) == [0.1, 0.1, pytest.approx(0.01)]
 
 
+def test_length_shortens_every_stage_with_its_drops(file: Path) -> None:
+    long = ["prune.epochs=30", "prune.lr_drops=[20, 21, 29]", "prune.warmup_epochs=5"]
+    prune = load_recipe(file, [*long, "length=0.1"]).prune
+    assert (prune.epochs, prune.lr_drops, prune.warmup_epochs) == (3, (2,), 1)
+    assert load_recipe(file, [*long, "length=1"]) == load_recipe(file, long)
+
+
+@pytest.mark.parametrize("length", ["0", "1.5", "-1", "short", "nan"])
+def test_a_length_out_of_range_is_told_with_the_range(file: Path, length: str) -> None:
+    assert "length must be in (0, 1]" in refusal(file, f"length={length}")
+
+
 def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None:
     assert load_recipe(file, ["method.sparsity=0.5"]).make_method(1) == GSM(sparsity=0.5)
     file.write_text(TEXT.replace("compression = 4", "sparsity = 0.5"))

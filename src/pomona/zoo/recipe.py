@@ -33,6 +33,8 @@ else:
 
 T = TypeVar("T")
 
+_STAGES = {"base", "prune", "retrain"}
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message says where, which key, what it was and what is allowed."""
@@ -282,7 +284,9 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     Args:
         path_or_name: the file, or one of ``builtin_recipes()``.
         overrides: ``"key=value"`` each, as in ``prune.lr=0.01``; the value is TOML, or else a plain string.
-            ``method.sparsity`` displaces the file's ``method.compression``, and the other way round.
+            ``method.sparsity`` displaces the file's ``method.compression``, and the other way round. ``length=0.4``
+            shortens every stage to 0.4 of its epochs, rounded, with its drops, restarts and warm-up; what the method
+            counts in epochs or steps stays as it is, what it counts in per cent follows.
 
     Raises:
         RecipeError: whatever is wrong with the file, or with the overrides.
@@ -510,7 +514,23 @@ def _overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
                 inner[part] = {}
             inner = inner[part]
         inner[name] = value
+    if "length" in result:
+        length = result.pop("length")
+        if not _is_number(length) or not 0 < length <= 1:
+            raise RecipeError(f"length must be in (0, 1], the share of its epochs that each stage keeps, got {length}")
+        for stage in _STAGES & result.keys():
+            _shorten(result[stage], length)
     return result
+
+
+def _shorten(stage: dict[str, Any], length: float) -> None:
+    """Every time of a stage times ``length``; a stage keeps one epoch, and drops that would coincide are one."""
+    for key in ("epochs", "lr_restart", "warmup_epochs"):
+        if stage.get(key):
+            stage[key] = max(1, round(stage[key] * length))
+    end = stage.get("lr_restart") or stage["epochs"]
+    drops = sorted({max(1, round(epoch * length)) for epoch in stage.get("lr_drops", [])})
+    stage["lr_drops"] = [epoch for epoch in drops if epoch < end]
 
 
 def _value(text: str) -> object:
