@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, get_args
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pomona.budget import (
-    _SAMPLE_STRIDE,
     Allocation,
     check_allocation,
     deal,
     erk,
     global_top_k,
-    kth_largest,
     num_kept,
     tell_share,
     top_k,
@@ -197,7 +194,7 @@ def test_masks_are_bool_and_scores_are_left_alone(min_density: float) -> None:
 
 def test_scores_of_bfloat16_weights_tie_and_are_still_cut_to_exactly_k() -> None:
     w = torch.tensor([256.0, 257.0, 255.0, 256.5], dtype=torch.bfloat16)  # 8 bits: three of them are stored as 256
-    score = saliency(w, torch.ones(4, dtype=torch.bfloat16))
+    score = saliency(w, torch.ones(4, dtype=torch.bfloat16)).tensor()
     assert score.tolist() == [256.0, 256.0, 255.0, 256.0]
     assert lists(global_top_k([score], 2)) == [[True, True, False, False]]
 
@@ -205,7 +202,7 @@ def test_scores_of_bfloat16_weights_tie_and_are_still_cut_to_exactly_k() -> None
 def test_many_scores_of_bfloat16_weights_are_cut_to_exactly_k() -> None:
     generator = torch.Generator().manual_seed(0)
     w, g = (torch.randn(60, 100, generator=generator).bfloat16() for _ in range(2))
-    scores = list(torch.split(saliency(w, g), 20))
+    scores = list(torch.split(saliency(w, g).tensor(), 20))
     masks = global_top_k(scores, 600)
     assert len(set(torch.cat(scores).view(-1).tolist())) < 5_600  # of 6,000: ties are common
     assert num_true(masks) == 600
@@ -390,119 +387,6 @@ def test_where_the_tensors_are_cut_does_not_matter(layers: list[list[float]], da
     k = data.draw(st.integers(0, sum(map(len, layers))), label="k")
     joined = [value for layer in layers for value in layer]
     assert torch.cat(global_top_k(tensors(layers), k)).tolist() == global_top_k(tensors([joined]), k)[0].tolist()
-
-
-# the sampled bracket, which needs more than about 3,500 scores
-
-NUM = 10_100  # a sample of exactly 100
-SAMPLED = torch.arange(NUM) % _SAMPLE_STRIDE == 0
-
-
-def _random(generator: torch.Generator) -> Tensor:
-    return torch.rand(NUM, generator=generator)
-
-
-def _sample_holds_the_largest(generator: torch.Generator) -> Tensor:
-    """The bound comes out too high: only the 16 + 2k/101 largest of the sample exceed it."""
-    return _random(generator) + 2.0 * SAMPLED
-
-
-def _sample_holds_the_smallest(generator: torch.Generator) -> Tensor:
-    """The bound comes out too low: everything outside of the sample exceeds it."""
-    return _random(generator) + 2.0 * ~SAMPLED
-
-
-def _sample_is_zero(generator: torch.Generator) -> Tensor:
-    return _random(generator) * ~SAMPLED
-
-
-def _all_but_the_sample_is_zero(generator: torch.Generator) -> Tensor:
-    return _random(generator) * SAMPLED
-
-
-def _sample_is_infinite(generator: torch.Generator) -> Tensor:
-    return _random(generator).masked_fill(SAMPLED, INF)
-
-
-def _ten_values(generator: torch.Generator) -> Tensor:
-    return (10.0 * _random(generator)).floor()
-
-
-def _one_value(generator: torch.Generator) -> Tensor:
-    return torch.ones(NUM)
-
-
-def _all_zero(generator: torch.Generator) -> Tensor:
-    return torch.zeros(NUM)
-
-
-def _ascending(generator: torch.Generator) -> Tensor:
-    return torch.arange(NUM, dtype=torch.float32)
-
-
-def _descending(generator: torch.Generator) -> Tensor:
-    return torch.arange(NUM, 0, -1, dtype=torch.float32)
-
-
-def _subnormal(generator: torch.Generator) -> Tensor:
-    return _random(generator) * 1e-39
-
-
-MANY: list[Callable[[torch.Generator], Tensor]] = [
-    _random,
-    _sample_holds_the_largest,
-    _sample_holds_the_smallest,
-    _sample_is_zero,
-    _all_but_the_sample_is_zero,
-    _sample_is_infinite,
-    _ten_values,
-    _one_value,
-    _all_zero,
-    _ascending,
-    _descending,
-    _subnormal,
-]
-
-
-@pytest.mark.parametrize("draw", MANY, ids=lambda draw: draw.__name__.strip("_"))
-def test_the_kth_largest_of_many_equals_sorting(draw: Callable[[torch.Generator], Tensor]) -> None:
-    values = draw(torch.Generator().manual_seed(0))
-    descending = values.sort(descending=True).values
-    # 17 of the sample are at or above the bound for k = 51 ... 100; from k = 1,717 on the sample is not used.
-    for k in [1, 2, 16, 17, 18, 50, 51, 99, 100, 101, 102, 1000, 1716, 1717, 5000, NUM - 1, NUM]:
-        assert kth_largest(values, k) == descending[k - 1].item(), k
-
-
-@given(st.integers(3_300, 3_600), st.integers(1, 3_300), st.integers(0, 2**32 - 1), st.sampled_from([3, 100, 10**6]))
-@example(3_434, 1, 0, 100)  # the first length at which the sample is used: 34 // 2 > 16
-@settings(deadline=None, max_examples=60)
-def test_the_kth_largest_equals_sorting_at_the_length_where_sampling_begins(
-    num: int, k: int, seed: int, num_values: int
-) -> None:
-    values = np.random.default_rng(seed).integers(0, num_values, num).astype(np.float32)
-    assert kth_largest(torch.from_numpy(values), k) == np.sort(values)[num - k]
-
-
-@pytest.mark.parametrize("draw", MANY, ids=lambda draw: draw.__name__.strip("_"))
-def test_of_many_scores_the_same_are_kept_as_by_the_oracle(draw: Callable[[torch.Generator], Tensor]) -> None:
-    scores = list(torch.split(draw(torch.Generator().manual_seed(1)), [3_000, 7_000, 100]))
-    for k in (60, 1_500):
-        agree(global_top_k(scores, k), oracles.top_k_mask([score.numpy() for score in scores], k))
-
-
-def test_of_a_million_ties_exactly_k_are_kept_from_the_front() -> None:
-    first, second = global_top_k([torch.ones(600, 1000), torch.ones(400_000)], 600_001)
-    assert first.all()
-    assert second.nonzero().tolist() == [[0]]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("draw", MANY, ids=lambda draw: draw.__name__.strip("_"))
-def test_a_gpu_keeps_the_same(draw: Callable[[torch.Generator], Tensor]) -> None:
-    scores = list(torch.split(draw(torch.Generator().manual_seed(0)), [3_000, 7_000, 100]))
-    for k in (0, 1, 100, 1_000, NUM):
-        masks = global_top_k([score.cuda() for score in scores], k, min_density=0.0)
-        assert lists([mask.cpu() for mask in masks]) == lists(global_top_k(scores, k))
 
 
 # allocations

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from pomona.score import magnitude, saliency
+from pomona import score
+
+
+def magnitude(w: Tensor) -> Tensor:
+    return score.magnitude(w).tensor()
+
+
+def saliency(w: Tensor, g: Tensor) -> Tensor:
+    return score.saliency(w, g).tensor()
+
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -27,15 +37,15 @@ def test_saliency_is_symmetric_in_weight_and_gradient() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_are_float32_whatever_the_weights_are(dtype: torch.dtype) -> None:
     w, g = torch.tensor([-2.0, 0.5], dtype=dtype), torch.tensor([4.0, 8.0], dtype=dtype)
-    for score, answer in [(magnitude(w), [2.0, 0.5]), (saliency(w, g), [8.0, 4.0])]:
-        assert score.dtype is torch.float32
-        assert score.tolist() == answer
+    for found, answer in [(magnitude(w), [2.0, 0.5]), (saliency(w, g), [8.0, 4.0])]:
+        assert found.dtype is torch.float32
+        assert found.tolist() == answer
 
 
 def test_weights_and_gradients_may_differ_in_dtype() -> None:
-    score = saliency(torch.tensor([-2.0]), torch.tensor([4.0], dtype=torch.bfloat16))
-    assert score.dtype is torch.float32
-    assert score.tolist() == [8.0]
+    found = saliency(torch.tensor([-2.0]), torch.tensor([4.0], dtype=torch.bfloat16))
+    assert found.dtype is torch.float32
+    assert found.tolist() == [8.0]
 
 
 def test_a_product_that_underflows_in_half_precision_is_still_a_score() -> None:
@@ -65,8 +75,8 @@ def test_a_score_has_the_shape_of_the_weight(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_are_new_tensors_and_leave_their_inputs_alone(dtype: torch.dtype) -> None:
     w, g = torch.tensor([-2.0, 0.5], dtype=dtype), torch.tensor([-4.0, 8.0], dtype=dtype)
-    for score in (magnitude(w), saliency(w, g)):
-        score.zero_()
+    for found in (magnitude(w), saliency(w, g)):
+        found.zero_()
     assert w.tolist() == [-2.0, 0.5]
     assert g.tolist() == [-4.0, 8.0]
 
@@ -81,3 +91,13 @@ def test_scores_are_outside_of_autograd(dtype: torch.dtype) -> None:
 
 def test_a_nan_gradient_gives_a_nan_score_for_the_budget_to_refuse() -> None:
     assert saliency(torch.tensor([0.0, 1.0]), torch.tensor([torch.inf, torch.nan])).isnan().all()  # 0 * inf is NaN
+
+
+def test_a_score_tells_its_size_without_being_computed() -> None:
+    w = torch.ones(2, 3)
+    assert (score.magnitude(w).shape, score.magnitude(w).numel(), score.magnitude(w).device) == ((2, 3), 6, w.device)
+
+
+def test_a_gradient_of_another_shape_is_told() -> None:
+    with pytest.raises(ValueError, match=r"one shape, got \(2,\) and \(3,\)"):
+        score.saliency(torch.ones(2), torch.ones(3))

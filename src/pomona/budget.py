@@ -7,15 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from pomona.schedule import check_value
+from pomona.score import Score
+from pomona.selection import JoinedSelection, Selection, select_largest
 
 Allocation: TypeAlias = Literal["global", "uniform", "erk"]  # WHERE the budget goes
-
-_SAMPLE_STRIDE = 101  # prime, so that a sample does not fall on one column of a power-of-two layer
 
 
 def num_kept(sparsity: float, total: int) -> int:
@@ -24,24 +22,26 @@ def num_kept(sparsity: float, total: int) -> int:
     return math.floor(round((1.0 - sparsity) * total, 6))
 
 
-def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) -> list[Tensor]:
-    """Keep **exactly** the ``k`` largest scores of all tensors together.
+def select(
+    scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0, refuse_infinity: bool = False
+) -> Selection:
+    """Keep **exactly** the ``k`` largest scores of all tensors together, without a temporary of their size.
 
     Ties are broken by position: the earlier tensor, then the smaller flat index, stays. A score of zero is never
     kept, so that fewer than ``k`` are kept where fewer are non-zero (the GSM authors' ``>= threshold`` keeps
     everything then). The result depends on nothing but the scores.
 
     Args:
-        scores: float32 tensors >= 0 of any shapes, on one device.
+        scores: of any shapes, on one device; a tensor ``t`` stands for the scores ``|t|``.
         k: how many to keep in all, 0 <= k <= number of scores.
         min_density: the largest ``ceil(min_density n)`` scores of every tensor of ``n`` are kept before the rest
-            of ``k`` is dealt out globally, in [0, 1]; any value above 0 keeps every layer alive.
-
-    Returns:
-        Boolean masks, one for each tensor of ``scores``, of its shape.
+            of ``k`` is dealt out globally, in [0, 1]; any value above 0 keeps every layer alive. On a GPU the host
+            waits for the counts if it is above 0, and for nothing else.
+        refuse_infinity: infinite scores, which otherwise rank above all others, raise NonFiniteError.
 
     Raises:
-        ValueError: ``k`` out of range, a NaN among the scores, or floors that together exceed ``k``.
+        ValueError: ``k`` out of range, a NaN among the scores, or floors that together exceed ``k``. (On a GPU a NaN
+            ranks above all others instead: to look for it would make the host wait.)
     """
     sizes = [score.numel() for score in scores]
     if isinstance(k, bool) or not isinstance(k, int):
@@ -50,25 +50,35 @@ def global_top_k(scores: Sequence[Tensor], k: int, *, min_density: float = 0.0) 
         raise ValueError(f"k must be in [0, {sum(sizes)}], the number of scores, got {k}")
     check_min_density(min_density)
     floors = check_floors(sizes, k, min_density)
-    flat = [score.detach().reshape(-1).float() for score in scores]
-    masks = _top_k(flat, k)
-    if min_density > 0.0:
-        masks = _raise_to_floors(flat, masks, floors, k)
-    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
+    asked = [score if isinstance(score, Score) else Score(score) for score in scores]
+    selection = select_largest(asked, k, refuse_infinity=refuse_infinity)
+    return _raise_to_floors(asked, selection, floors, k) if min_density > 0.0 else selection
+
+
+def global_top_k(scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0) -> list[Tensor]:
+    """The masks of ``select``: boolean, one for each tensor of ``scores``, of its shape, True = kept.
+
+    Example:
+        >>> import torch
+        >>> global_top_k([torch.tensor([1.0, 4.0]), torch.tensor([[3.0], [2.0]])], 2)
+        [tensor([False,  True]), tensor([[ True],
+                [False]])]
+    """
+    return select(scores, k, min_density=min_density).masks()
 
 
 def top_k(
-    scores: Sequence[Tensor], k: int, allocation: Allocation = "global", *, min_density: float = 0.0
+    scores: Sequence[Score | Tensor], k: int, allocation: Allocation = "global", *, min_density: float = 0.0
 ) -> list[Tensor]:
     """Keep the ``k`` largest scores in all, dealt to the layers by ``allocation``.
 
     Args:
-        scores: as of ``global_top_k``.
+        scores: as of ``select``.
         k: how many to keep in all.
-        allocation: ``"global"``: one ranking over all layers, ``global_top_k``. ``"uniform"``: the same share of every
+        allocation: ``"global"``: one ranking over all layers, ``select``. ``"uniform"``: the same share of every
             layer. ``"erk"``: shares by ``erk``. The last two ignore ``min_density``, for they empty no layer while
             ``k`` suffices.
-        min_density: as of ``global_top_k``.
+        min_density: as of ``select``.
 
     Returns:
         Boolean masks. Exactly ``k`` are kept, or fewer where scores are zero.
@@ -172,58 +182,19 @@ def check_floors(sizes: Sequence[int], k: int, min_density: float) -> list[int]:
     return floors
 
 
-def _raise_to_floors(flat: list[Tensor], masks: list[Tensor], floors: list[int], k: int) -> list[Tensor]:
+def _raise_to_floors(scores: list[Score], selection: Selection, floors: list[int], k: int) -> Selection:
     """Give layers below their floor their own top scores, and the others what is left, until none is below."""
-    counts = [int(mask.sum()) for mask in masks]
-    raised = {i for i, count in enumerate(counts) if count < floors[i]}
-    while raised:
-        free = [i for i in range(len(flat)) if i not in raised]
-        for i in raised:
-            masks[i] = _top_k([flat[i]], floors[i])[0]
-        budget = min(k - sum(int(masks[i].sum()) for i in raised), sum(flat[i].numel() for i in free))
-        for i, mask in zip(free, _top_k([flat[i] for i in free], budget), strict=True):
-            masks[i] = mask
-        below = {i for i in free if int(masks[i].sum()) < floors[i]}
-        if not below:
+    raised: dict[int, Selection] = {}
+    free, counts = list(range(len(scores))), [int(count) for count in selection.counts]
+    while below := [i for i, count in zip(free, counts, strict=True) if count < floors[i]]:
+        raised |= {i: select_largest([scores[i]], floors[i]) for i in below}
+        if raised.keys() >= set(range(len(scores))):
+            free, counts = [], []
             break
-        raised |= below
-    return masks
-
-
-def _top_k(flat: list[Tensor], k: int) -> list[Tensor]:
-    """Exactly the k largest of 1-d tensors, ties by position, never a zero."""
-    if not flat:
-        return []
-    joined = torch.cat(flat)
-    if joined.numel() and bool(joined.max().isnan()):
-        raise ValueError("a score is NaN; check the gradients before selecting")
-    threshold = kth_largest(joined, k) if k else math.inf
-    kept = joined >= threshold if threshold > 0.0 else joined > 0.0
-    if k:
-        surplus = int(kept.sum()) - k
-        if surplus > 0:
-            ties = (joined == threshold).nonzero().view(-1)
-            kept[ties[-surplus:]] = False
-    else:
-        kept.zero_()
-    return list(torch.split(kept, [t.numel() for t in flat]))
-
-
-def kth_largest(joined: Tensor, k: int) -> float:
-    """The k-th largest value, 1 <= k <= n, exactly.
-
-    On a CPU a sample first gives a bound that about 2k scores exceed; only those are then partitioned. When the
-    sample misleads, that is when fewer than k exceed the bound, everything is.
-    """
-    n = joined.numel()
-    if joined.device.type != "cpu":
-        return float(torch.kthvalue(joined, n - k + 1).values)
-    values = joined.numpy()
-    sample = values[::_SAMPLE_STRIDE]
-    rank = 2 * k // _SAMPLE_STRIDE + 16
-    if rank < sample.size // 2:
-        bound = np.partition(sample, sample.size - rank)[sample.size - rank]
-        above = values[values >= bound]
-        if above.size >= k:
-            values = above
-    return float(np.partition(values, values.size - k)[values.size - k])
+        free = [i for i in free if i not in raised]
+        left = k - sum(int(one.counts[0]) for one in raised.values())
+        selection = select_largest([scores[i] for i in free], min(left, sum(scores[i].numel() for i in free)))
+        counts = [int(count) for count in selection.counts]
+    if not raised:
+        return selection
+    return JoinedSelection([*(([i], one) for i, one in raised.items()), *([(free, selection)] if free else [])])

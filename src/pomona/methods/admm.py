@@ -23,7 +23,7 @@ from pomona.method import Method, Weight
 from pomona.ops import drop_gradients_, drop_weights_
 from pomona.schedule import Schedule, Value, check_count, check_value, value_at
 from pomona.scope import matches
-from pomona.score import magnitude
+from pomona.score import Score, magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class ADMM(Method):
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         return self._keep(weights, [magnitude(w.value) for w in weights])
 
-    def _keep(self, weights: Sequence[Weight], scores: Sequence[Tensor]) -> list[Tensor]:
+    def _keep(self, weights: Sequence[Weight], scores: Sequence[Score]) -> list[Tensor]:
         """Where the projection is not zero."""
         counts = self._counts(weights)
         if counts is None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import global_top_k, kth_largest, num_kept
+from pomona.budget import global_top_k, num_kept
 from pomona.method import Method, Weight
 from pomona.ops import soft_threshold
 from pomona.schedule import check_count, check_value
 from pomona.score import magnitude
+from pomona.selection import kth_largest
 
 # What torch.optim.SGD can do and gRDA cannot go along with. (Nesterov needs momentum.)
 _REFUSED = {
@@ -161,9 +162,9 @@ class GRDA(Method):
     def _approach(self, weights: Sequence[Weight], step: int) -> float:
         """The one threshold of a run with a target, at ``step``."""
         assert self.sparsity is not None and self.steps is not None
-        v = torch.cat([w.state["v"].reshape(-1) for w in weights]).abs_()
-        rank = num_kept(self.sparsity, v.numel()) + 1
-        q = kth_largest(v, rank) if rank <= v.numel() else 0.0
+        scores = [magnitude(w.state["v"]) for w in weights]
+        rank = num_kept(self.sparsity, sum(score.numel() for score in scores)) + 1
+        q = kth_largest(scores, rank)
         threshold = _highest_threshold(weights)
         left = 0.0  # of the way, after this step
         if step < self.steps:

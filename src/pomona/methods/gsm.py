@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import check_floors, check_min_density, global_top_k, num_kept
+from pomona.budget import check_floors, check_min_density, num_kept, select
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.method import Method, Weight
 from pomona.schedule import Value, check_value, highest, value_at
-from pomona.score import magnitude, saliency
+from pomona.score import Score, magnitude, saliency
+from pomona.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +133,18 @@ class GSM(Method):
             for w in weights:
                 w.state["active"].fill_(w.value.numel())
             return
-        scores = [saliency(w.value, w.grad) for w in weights]  # T
-        active = self._keep(scores, sparsity)  # B
-        for w, b in zip(weights, active, strict=True):
-            w.grad.mul_(b)
-            w.state["active"].copy_(b.sum())
+        t = [saliency(w.value, w.grad) for w in weights]
+        b = self._select(t, sparsity, refuse_infinity=True)
+        b.multiply_([w.grad for w in weights])
+        for w, count in zip(weights, b.counts, strict=True):
+            w.state["active"].fill_(count)
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        return self._keep([magnitude(w.value) for w in weights], value_at(self.sparsity, step))
+        return self._select([magnitude(w.value) for w in weights], value_at(self.sparsity, step)).masks()
 
-    def _keep(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-        return global_top_k(scores, num_kept(sparsity, _numel(scores)), min_density=self.min_density)
+    def _select(self, scores: Sequence[Score], sparsity: float, *, refuse_infinity: bool = False) -> Selection:
+        k = num_kept(sparsity, sum(score.numel() for score in scores))
+        return select(scores, k, min_density=self.min_density, refuse_infinity=refuse_infinity)
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)
@@ -167,7 +169,3 @@ class GSM(Method):
             "decay_exponent": min(float(w.state["exponent"]) for w in weights),
             "active": float(sum(int(w.state["active"]) for w in weights)),
         }
-
-
-def _numel(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() for t in tensors)

@@ -103,7 +103,7 @@ class Magnitude(Method):
         return Every(self.every, start=self.begin)(step)
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        scores = [among(magnitude(w.value), w.state["mask"]) for w in weights]  # m |w|
+        scores = [among(magnitude(w.value).tensor(), w.state["mask"]) for w in weights]  # m |w|
         k = self.budget(sum(score.numel() for score in scores), step)
         return top_k(scores, k, self.allocation, min_density=self.min_density)
 

@@ -97,7 +97,7 @@ class RigL(Method):
         elif Every(self.every, start=self.every, end=self.end)(step):
             for w in weights:
                 if w.moves:
-                    drop_and_grow_(w, self._fraction(step), growth=magnitude(w.grad))
+                    drop_and_grow_(w, self._fraction(step), growth=w.grad.abs())
         drop_gradients_(weights, masks_of(weights))
 
     def _fraction(self, step: int) -> float:
@@ -131,7 +131,7 @@ def drop_and_grow_(w: Weight, fraction: float, growth: Tensor) -> None:
     active = w.state["mask"]
     num_active = int(active.sum())
     num = math.floor(round(fraction * num_active, 6))
-    (remaining,) = global_top_k([among(magnitude(w.value), active)], num_active - num)
+    (remaining,) = global_top_k([among(magnitude(w.value).tensor(), active)], num_active - num)
     (grown,) = global_top_k([among(growth, ~remaining)], num)
     set_mask_(w, remaining | grown)
 

@@ -149,7 +149,7 @@ class WeightMom(Method):
     def _update(self, weights: Sequence[Weight], step: int) -> None:
         for w in weights:
             w.state["updates"] += 1
-            w.state["m"].lerp_(magnitude(w.value), 1.0 / self.window)
+            w.state["m"].lerp_(magnitude(w.value).tensor(), 1.0 / self.window)
         for w, stays in zip(weights, self._stays(weights, step), strict=True):
             count, mask = w.state["count"], w.state["mask"]  # k, B
             count.add_(count < 255).mul_(mask & ~stays)  # uint8
@@ -175,7 +175,7 @@ class WeightMom(Method):
         for w, importance in zip(weights, self._importance(weights), strict=True):
             mask = w.state["mask"]
             # m for m_hat: 1 / (1 - beta^e) is the same for all weights of a layer and cancels in s.
-            m = w.state["m"] if int(w.state["updates"]) else magnitude(w.value)
+            m = w.state["m"] if int(w.state["updates"]) else magnitude(w.value).tensor()
             mean = (m * mask).sum() / mask.sum().clamp(min=1)
             s = (m / mean.clamp(min=_TINY)).mul_(importance)
             scores.append(among(s, mask))

@@ -1,0 +1,439 @@
+"""Exact selection: the ``k`` largest of all scores together, without ever holding all of them.
+
+Float32 numbers >= 0 order like their bits, read as int32: these are the *keys*. On a CPU a random sample of the scores
+brackets the k-th largest key; one pass over all scores counts those above the bracket and gathers those inside; the
+answer is an order statistic of the few that were gathered. If the sample misled, three passes of histograms find it. On
+other devices it is the histograms at once, whose number of passes is fixed, so that the host waits for nothing. The
+result depends on the scores alone, never on the sample.
+
+Scratch on a CPU: a few MiB, and at most a sixteenth of the scores where these are many; on other devices a few times
+the largest tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pomona.score import Score
+
+T = TypeVar("T")
+
+Keys = NDArray[np.int32]
+
+LEVELS = ((20, 11), (10, 10), (0, 10))  # shift and bits of the histograms
+INFINITY = 0x7F800000  # the key of infinity; those of NaN are larger
+_LAST = 0x7FFFFFFF
+
+_CHUNK = 1 << 18  # scores at a time: 1 MiB, which stays in a core's cache
+_DEVICE_CHUNK = 1 << 22
+_BLOCK = 16  # neighbours that are sampled together: a cache line
+_NUM_BLOCKS = 1 << 12
+_WIDTH = 8.0  # of the bracket to either side, in standard deviations of independent draws; neighbours are alike
+
+
+class NonFiniteError(ValueError):
+    """A score is NaN, or infinite where that is refused as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """The k-th largest key of all scores.
+
+    Attributes:
+        key: at least 1, so that a score of zero is never kept.
+        greater: of each tensor the number of scores with a larger key.
+        equal: of each tensor the number of scores with this key.
+        num_infinite: scores that are infinite.
+    """
+
+    key: int
+    greater: list[int]
+    equal: list[int]
+    num_infinite: int = 0
+
+
+class Selection(Protocol):
+    """Which scores are kept."""
+
+    @property
+    def counts(self) -> Sequence[int | Tensor]:
+        """How many each tensor keeps; on other devices than a CPU an int64 tensor each."""
+
+    def masks(self) -> list[Tensor]:
+        """Boolean, of the shapes of the scores, True = kept."""
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        """Multiply each tensor by its mask in place, as ``mul_`` does: a dropped NaN or infinity becomes NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class CPUSelection:
+    """Kept are the scores above the threshold, and in each tensor the first in index order of those equal to it.
+
+    Attributes:
+        scores: what was chosen from.
+        key: the threshold.
+        greater: of each tensor how many scores are above it.
+        equal: how many are equal to it.
+        ties: how many of these stay.
+    """
+
+    scores: list[Score]
+    key: int
+    greater: list[int]
+    equal: list[int]
+    ties: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        return [greater + ties for greater, ties in zip(self.greater, self.ties, strict=True)]
+
+    def masks(self) -> list[Tensor]:
+        return [self._mask(i) for i in range(len(self.scores))]
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        for i, tensor in enumerate(tensors):
+            if self.counts[i] == tensor.numel():
+                continue
+            if not tensor.is_contiguous():
+                tensor.mul_(self._mask(i))
+                continue
+            flat = tensor.view(-1)
+            for start, piece in self._pieces(i):
+                flat[start : start + len(piece)].mul_(piece)
+
+    def _mask(self, i: int) -> Tensor:
+        mask = torch.empty(self.scores[i].shape, dtype=torch.bool)
+        flat = mask.view(-1)
+        for start, piece in self._pieces(i):
+            flat[start : start + len(piece)] = piece
+        return mask
+
+    def _pieces(self, i: int) -> Iterator[tuple[int, Tensor]]:
+        """Position and mask, piece by piece; the mask is of bool, or of float32 zeros and ones."""
+        threshold = _as_float(self.key)
+        left = self.ties[i]
+        for chunk in _chunks([self.scores[i]]):
+            values, start = chunk.values, chunk.spans[0].start
+            if left == self.equal[i]:
+                mask = torch.ge(values, threshold, out=values)
+            elif left == 0:
+                mask = torch.gt(values, threshold, out=values)
+            else:
+                mask = values >= threshold
+                tied = (values == threshold).nonzero().view(-1)
+                mask[tied[left:]] = False
+                left -= min(left, len(tied))
+            yield start, mask
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedSelection:
+    """Several selections as one.
+
+    Attributes:
+        parts: each with the places of its tensors among all.
+    """
+
+    parts: list[tuple[list[int], Selection]]
+
+    @property
+    def counts(self) -> list[int | Tensor]:
+        return self._in_order([(places, part.counts) for places, part in self.parts])
+
+    def masks(self) -> list[Tensor]:
+        return self._in_order([(places, part.masks()) for places, part in self.parts])
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        for places, part in self.parts:
+            part.multiply_([tensors[place] for place in places])
+
+    @staticmethod
+    def _in_order(answers: Sequence[tuple[list[int], Sequence[T]]]) -> list[T]:
+        found = {place: one for places, many in answers for place, one in zip(places, many, strict=True)}
+        return [found[place] for place in range(len(found))]
+
+
+def select_largest(scores: Sequence[Score], k: int, *, refuse_infinity: bool = False) -> CPUSelection | DeviceSelection:
+    """The ``k`` largest, ties by position: the earlier tensor, then the smaller flat index, stays. Never a zero.
+
+    Args:
+        scores: on one device.
+        k: how many to keep in all, 0 <= k <= number of scores.
+        refuse_infinity: infinite scores, which otherwise rank above all others, raise NonFiniteError.
+
+    Raises:
+        NonFiniteError: a score is NaN (on other devices than a CPU they are kept: a look at them would wait).
+    """
+    if any(score.device.type != "cpu" for score in scores):
+        return select_on_device(scores, k)
+    found = find_threshold(scores, k)
+    if refuse_infinity and found.num_infinite:
+        raise NonFiniteError("a score is infinite; check the gradients before selecting")
+    return resolve(scores, found, k)
+
+
+def kth_largest(scores: Sequence[Score], k: int) -> float:
+    """The ``k``-th largest score, k >= 1; 0 where fewer are not zero. The host waits for it."""
+    if k > sum(score.numel() for score in scores):
+        return 0.0
+    if any(score.device.type != "cpu" for score in scores):
+        selection = select_on_device(scores, k)
+        found, is_short = selection.key.view(torch.float32), selection.quota == torch.iinfo(torch.int64).max
+        return 0.0 if bool(is_short) else float(found)
+    threshold = find_threshold(scores, k)
+    if sum(threshold.greater) + sum(threshold.equal) < k:
+        return 0.0
+    return _as_float(threshold.key)
+
+
+def _as_float(key: int) -> float:
+    return float(np.int32(key).view(np.float32))
+
+
+def resolve(scores: Sequence[Score], found: Threshold, k: int) -> CPUSelection:
+    """Hand out what is left of ``k`` to the scores equal to the threshold, tensor by tensor."""
+    left = k - sum(found.greater)
+    ties = []
+    for equal in found.equal:
+        ties.append(min(equal, left))
+        left -= ties[-1]
+    return CPUSelection(list(scores), found.key, found.greater, found.equal, ties)
+
+
+def find_threshold(scores: Sequence[Score], k: int) -> Threshold:
+    """The ``k``-th largest key of scores on a CPU; of ``k = 0`` one that no score reaches."""
+    total = sum(score.numel() for score in scores)
+    if k == 0:
+        return _count(scores, _LAST)
+    low, high = (1, _LAST) if total <= _CHUNK else _bracket(scores, total, k)
+    return _in_bracket(scores, k, low, high) or _by_histograms(scores, k)
+
+
+def _in_bracket(scores: Sequence[Score], k: int, low: int, high: int) -> Threshold | None:
+    """The threshold if it lies in [low, high], and not too many scores do."""
+    most = max(_CHUNK, sum(score.numel() for score in scores) // 16)
+    inside: list[list[Keys]] = [[] for _ in scores]
+    above = [0] * len(scores)
+    gathered = num_infinite = 0
+    for chunk in _chunks(scores):
+        keys = chunk.keys()
+        num_infinite += _check(keys)
+        is_high = keys >= low
+        found = keys[is_high]
+        offset = 0
+        for span in chunk.spans:
+            # One tensor in the chunk, as is usual: no need to count.
+            num = len(found) if len(chunk.spans) == 1 else int(np.count_nonzero(is_high[span.place]))
+            mine = found[offset : offset + num]
+            offset += num
+            within = mine[mine <= high]
+            above[span.tensor] += len(mine) - len(within)
+            inside[span.tensor].append(within)
+            gathered += len(within)
+        if gathered > most:
+            return None
+    left = k - sum(above)
+    if left <= 0 or (left > gathered and low > 1):
+        return None
+    key = 1
+    if left <= gathered:
+        every = np.concatenate(list(itertools.chain(*inside)))
+        key = int(np.partition(every, gathered - left)[gathered - left])
+    for i, pieces in enumerate(inside):
+        above[i] += sum(int(np.count_nonzero(piece > key)) for piece in pieces)
+    equal = [sum(int(np.count_nonzero(piece == key)) for piece in pieces) for pieces in inside]
+    return Threshold(key, above, equal, num_infinite)
+
+
+def _by_histograms(scores: Sequence[Score], k: int) -> Threshold:
+    """Three passes, each of which settles some bits of the key, from the highest on."""
+    prefix, left = 0, k
+    for shift, bits in LEVELS:
+        bins = np.zeros(1 << bits, np.int64)
+        for chunk in _chunks(scores):
+            keys = chunk.keys()
+            _check(keys)
+            bins += np.bincount(digits(keys, prefix, shift, bits), minlength=1 << bits)
+        digit, above = pick(bins, left)
+        prefix, left = prefix << bits | digit, left - above
+    return _count(scores, max(prefix, 1))
+
+
+def digits(keys: Keys, prefix: int, shift: int, bits: int) -> Keys:
+    """Of the keys that begin with ``prefix`` the ``bits`` that follow, ``shift`` bits from the end."""
+    mine = keys if prefix == 0 and shift + bits == 31 else keys[keys >> (shift + bits) == prefix]
+    return (mine >> shift) & ((1 << bits) - 1)
+
+
+def pick(bins: NDArray[np.int64], k: int) -> tuple[int, int]:
+    """The bin that holds the ``k``-th largest, and how many are in the bins above; bin 0 if there are fewer."""
+    from_above = bins[::-1].cumsum()
+    place = min(int(np.searchsorted(from_above, k)), len(bins) - 1)
+    return len(bins) - 1 - place, int(from_above[place] - bins[len(bins) - 1 - place])
+
+
+def _count(scores: Sequence[Score], key: int) -> Threshold:
+    greater, equal = [0] * len(scores), [0] * len(scores)
+    num_infinite = 0
+    for chunk in _chunks(scores):
+        keys = chunk.keys()
+        num_infinite += _check(keys)
+        for span in chunk.spans:
+            greater[span.tensor] += int(np.count_nonzero(keys[span.place] > key))
+            equal[span.tensor] += int(np.count_nonzero(keys[span.place] == key))
+    return Threshold(key, greater, equal, num_infinite)
+
+
+def _check(keys: Keys) -> int:
+    """How many are infinite; NonFiniteError if one is NaN."""
+    largest = int(keys.max())
+    if largest > INFINITY:
+        raise NonFiniteError("a score is NaN; check the gradients before selecting")
+    return int(np.count_nonzero(keys == INFINITY)) if largest == INFINITY else 0
+
+
+def _bracket(scores: Sequence[Score], total: int, k: int) -> tuple[int, int]:
+    """Keys between which the ``k``-th largest lies, almost always: from a random sample of blocks of neighbours."""
+    ends = np.cumsum([score.numel() for score in scores])
+    starts = np.random.default_rng(0).integers(0, total, _NUM_BLOCKS)
+    drawn = []
+    for i, score in enumerate(scores):
+        mine = starts[(starts >= ends[i] - score.numel()) & (starts < ends[i])] - (ends[i] - score.numel())
+        if len(mine):
+            places = (mine[:, None] + np.arange(_BLOCK)).reshape(-1) % score.numel()
+            drawn.append(_draw(score, torch.from_numpy(places)))
+    sample = torch.cat(drawn).numpy().view(np.int32)
+    share = k / total
+    rank, width = share * len(sample), _WIDTH * (len(sample) * share * (1.0 - share)) ** 0.5 + _WIDTH
+    first, last = len(sample) - 1 - int(rank + width), len(sample) - 1 - int(rank - width)
+    wanted = sorted({min(max(place, 0), len(sample) - 1) for place in (first, last)})
+    ordered = np.partition(sample, wanted)
+    low = int(ordered[wanted[0]]) if first >= 0 else 1
+    high = int(ordered[wanted[-1]]) if last < len(sample) else _LAST
+    return max(low, 1), high
+
+
+def _draw(score: Score, places: Tensor) -> Tensor:
+    w = torch.take(score.w.detach(), places)
+    return Score(w, None if score.g is None else torch.take(score.g.detach(), places)).tensor()
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A piece of one tensor in a chunk: ``place`` there, from ``start`` of the flat tensor on."""
+
+    tensor: int
+    start: int
+    place: slice
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Scores of one tensor or several small ones, in scratch memory that the next chunk takes over."""
+
+    values: Tensor  # float32, 1-d
+    spans: list[_Span]
+
+    def keys(self) -> Keys:
+        return self.values.numpy().view(np.int32)
+
+
+def _chunks(scores: Sequence[Score]) -> Iterator[_Chunk]:
+    """All scores in order, a cacheful at a time; a tensor that is not contiguous is copied."""
+    scratch = torch.empty(min(_CHUNK, sum(score.numel() for score in scores)))
+    spans: list[_Span] = []
+    filled = 0
+    for i, score in enumerate(scores):
+        w = score.w.detach().reshape(-1)
+        g = None if score.g is None else score.g.detach().reshape(-1)
+        start = 0
+        while start < len(w):
+            num = min(len(w) - start, len(scratch) - filled)
+            _compute(w[start : start + num], None if g is None else g[start : start + num], scratch[filled:][:num])
+            spans.append(_Span(i, start, slice(filled, filled + num)))
+            start += num
+            filled += num
+            if filled == len(scratch):
+                yield _Chunk(scratch, spans)
+                spans, filled = [], 0
+    if filled:
+        yield _Chunk(scratch[:filled], spans)
+
+
+def _compute(w: Tensor, g: Tensor | None, out: Tensor) -> None:
+    if g is None:
+        torch.abs(w, out=out) if w.dtype is torch.float32 else out.copy_(w).abs_()
+    else:
+        torch.mul(w.float(), g.float(), out=out).abs_()
+
+
+# On other devices: nothing here makes the host wait, nor depends on values, so that a CUDA graph can hold it.
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSelection:
+    """As ``CPUSelection``, with the numbers on the device.
+
+    Attributes:
+        scores: what was chosen from.
+        key: int32, the threshold of all.
+        quota: int64, how many of the scores equal to it stay, the first of all.
+    """
+
+    scores: list[Score]
+    key: Tensor
+    quota: Tensor
+
+    @property
+    def counts(self) -> list[Tensor]:
+        return [mask.sum() for mask in self._each()]
+
+    def masks(self) -> list[Tensor]:
+        return list(self._each())
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor, mask in zip(tensors, self._each(), strict=True):
+            tensor.mul_(mask)
+
+    def _each(self) -> Iterator[Tensor]:
+        num_before = torch.zeros((), dtype=torch.int64, device=self.key.device)
+        for score in self.scores:
+            keys = score.tensor().reshape(-1).view(torch.int32)
+            rank = (keys == self.key).cumsum(0) + num_before
+            yield ((keys > self.key) | ((keys == self.key) & (rank <= self.quota))).view(score.shape)
+            num_before = rank[-1] if len(rank) else num_before
+
+
+def select_on_device(scores: Sequence[Score], k: int) -> DeviceSelection:
+    """As ``select_largest``, without a word from the device to the host; a NaN ranks above all."""
+    device = scores[0].device
+    key = torch.zeros((), dtype=torch.int32, device=device)
+    left = torch.full((), k, dtype=torch.int64, device=device)
+    for shift, bits in LEVELS:
+        bins = torch.zeros(1 << bits, dtype=torch.int64, device=device)
+        for score in scores:
+            w, g = score.w.reshape(-1), None if score.g is None else score.g.reshape(-1)
+            for start in range(0, len(w), _DEVICE_CHUNK):
+                piece = slice(start, start + _DEVICE_CHUNK)
+                keys = Score(w[piece], None if g is None else g[piece]).tensor().view(torch.int32)
+                is_mine = (keys >> (shift + bits)) == key
+                bins.scatter_add_(0, ((keys >> shift) & ((1 << bits) - 1)).long(), is_mine.long())
+        from_above = bins.flip(0).cumsum(0)
+        place = (from_above < left).sum().clamp(max=len(bins) - 1)
+        above = from_above.gather(0, place.view(1)) - bins.flip(0).gather(0, place.view(1))
+        left = left - above.view(())
+        key = (key << bits) | (len(bins) - 1 - place).int()
+    # A threshold of zero: fewer than k are not zero, and all of them stay, those equal to the smallest number too.
+    everything = key == 0
+    if k == 0:
+        return DeviceSelection(list(scores), torch.full_like(key, _LAST), torch.zeros_like(left))
+    return DeviceSelection(list(scores), key.clamp(min=1), torch.where(everything, torch.iinfo(torch.int64).max, left))
