@@ -1,0 +1,304 @@
+// Masks, and what is multiplied or stepped under them.
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "pomona.h"
+#include "scores.h"
+
+namespace pomona {
+namespace {
+
+constexpr int64_t kTieBlock = 256;
+
+struct Keep {
+  int32_t threshold;
+  int64_t num_ties;  // -1: all
+};
+
+int check_keep(int32_t threshold, int64_t num_ties) {
+  return threshold < 1 || num_ties < -1 ? POMONA_BAD_VALUE : POMONA_OK;
+}
+
+// How many keys equal to its tensor's threshold come before each chunk; empty where no tensor limits its ties. To be
+// called before anything is written.
+template <typename ScoreOf, typename KeepOf>
+std::vector<int64_t> ties_before(const Work& work, ScoreOf&& score_of, KeepOf&& keep_of) {
+  bool is_limited = false;
+  for (size_t i = 0; i < work.chunks.size() && !is_limited; ++i) is_limited = keep_of(work.chunks[i].tensor).num_ties > 0;
+  if (!is_limited) return {};
+  const Kernels& kernel = kernels();
+  std::vector<int64_t> before(work.chunks.size());
+  work.run([&](const Chunk& chunk, int64_t index, int) {
+    const Keep keep = keep_of(chunk.tensor);
+    if (keep.num_ties <= 0) return;
+    int64_t greater = 0, equal = 0;
+    for_floats(score_of(chunk.tensor), chunk.begin, chunk.n, [&](const float* a, const float* b, int64_t, int64_t m) {
+      kernel.count(a, b, m, keep.threshold, &greater, &equal);
+    });
+    before[static_cast<size_t>(index)] = equal;
+  });
+  int64_t passed = 0;
+  for (size_t i = 0; i < before.size(); ++i) {
+    if (i > 0 && work.chunks[i].tensor != work.chunks[i - 1].tensor) passed = 0;
+    const int64_t equal = before[i];
+    before[i] = passed;
+    passed += equal;
+  }
+  return before;
+}
+
+// Calls f(begin, n, above) for consecutive parts of [0, n), in which exactly the keys > above are to be kept, and sums
+// what it returns. At most `left` ties are kept (-1: all).
+template <typename F>
+int64_t split_at_ties(const float* a, const float* b, int64_t n, int32_t threshold, int64_t* left, F&& f) {
+  if (*left < 0) return f(0, n, threshold - 1);
+  const Kernels& kernel = kernels();
+  const auto count_equal = [&](int64_t begin, int64_t m) {
+    int64_t greater = 0, equal = 0;
+    kernel.count(a + begin, b ? b + begin : nullptr, m, threshold, &greater, &equal);
+    return equal;
+  };
+  int64_t kept = 0;
+  for (int64_t begin = 0; begin < n;) {
+    if (*left == 0) return kept + f(begin, n - begin, threshold);
+    int64_t part = std::min(kTieBlock, n - begin);
+    int64_t equal = count_equal(begin, part);
+    if (equal > *left) {  // the last tie to be kept is in this block: the part ends behind it
+      equal = 0;
+      for (part = 0; equal < *left; ++part) equal += count_equal(begin + part, 1);
+    }
+    kept += f(begin, part, threshold - 1);
+    *left -= equal;
+    begin += part;
+  }
+  return kept;
+}
+
+// Runs f(chunk, left) for all chunks, where at most `left` (-1: all) of the chunk's ties are to be kept; f returns how
+// many it kept.
+template <typename ScoreOf, typename KeepOf, typename F>
+void run_masked(const Work& work, int64_t num_tensors, int64_t* kept, ScoreOf&& score_of, KeepOf&& keep_of, F&& f) {
+  const std::vector<int64_t> before = ties_before(work, score_of, keep_of);
+  std::vector<int64_t> chunk_kept(work.chunks.size());
+  work.run([&](const Chunk& chunk, int64_t index, int) {
+    int64_t left = keep_of(chunk.tensor).num_ties;
+    if (left > 0) left = std::max<int64_t>(0, left - before[static_cast<size_t>(index)]);
+    chunk_kept[static_cast<size_t>(index)] = f(chunk, left);
+  });
+  if (kept == nullptr) return;
+  std::fill(kept, kept + num_tensors, 0);
+  for (size_t i = 0; i < chunk_kept.size(); ++i) kept[work.chunks[i].tensor] += chunk_kept[i];
+}
+
+// Calls f(a, b, begin, n, above) for parts of a chunk, in each of which the keys > above are to be kept.
+template <typename F>
+int64_t for_parts(const pomona_score& score, const Chunk& chunk, int32_t threshold, int64_t left, F&& f) {
+  int64_t kept = 0;
+  for_floats(score, chunk.begin, chunk.n, [&](const float* a, const float* b, int64_t begin, int64_t n) {
+    kept += split_at_ties(a, b, n, threshold, &left, [&](int64_t offset, int64_t m, int32_t above) {
+      return f(a + offset, b ? b + offset : nullptr, begin + offset, m, above);
+    });
+  });
+  return kept;
+}
+
+// x *= 0 by bits, for types that are not multiplied here: infinities and NaNs become a NaN, the others a signed zero.
+template <typename Bits>
+void drop(Bits* values, const uint8_t* mask, int64_t n, Bits exponent) {
+  const Bits sign = static_cast<Bits>(Bits{1} << (sizeof(Bits) * 8 - 1)), nan = static_cast<Bits>(~sign);
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits value = values[i];
+    const Bits zero = static_cast<Bits>(value & sign);
+    const Bits dropped = (value & exponent) == exponent ? static_cast<Bits>(zero | nan) : zero;
+    values[i] = mask[i] ? value : dropped;
+  }
+}
+
+void drop_any(void* values, int32_t type, const uint8_t* mask, int64_t n) {
+  switch (type) {
+    case POMONA_BF16: return drop<uint16_t>(static_cast<uint16_t*>(values), mask, n, 0x7f80);
+    case POMONA_F16: return drop<uint16_t>(static_cast<uint16_t*>(values), mask, n, 0x7c00);
+    default: return drop<uint64_t>(static_cast<uint64_t*>(values), mask, n, 0x7ff0000000000000);
+  }
+}
+
+int check_keeps(int64_t num, const int32_t* thresholds, const int64_t* num_ties) {
+  if (num > 0 && (thresholds == nullptr || num_ties == nullptr)) return POMONA_BAD_POINTER;
+  for (int64_t i = 0; i < num; ++i) {
+    if (const int error = check_keep(thresholds[i], num_ties[i])) return error;
+  }
+  return POMONA_OK;
+}
+
+int check_step(const pomona_step& s, const pomona_sgd* groups, int64_t num_groups) {
+  if (s.group < 0 || s.group >= num_groups) return POMONA_BAD_VALUE;
+  const bool has_momentum = groups[s.group].momentum != 0.0;
+  for (const float* values : {s.w, s.g, has_momentum ? s.z : s.w}) {
+    if (const int error = check_array(values, s.n, POMONA_F32)) return error;
+  }
+  if (s.flags & ~(POMONA_STEP_FIRST | POMONA_STEP_MASK)) return POMONA_BAD_VALUE;
+  return s.threshold == 0 ? POMONA_OK : check_keep(s.threshold, s.num_ties);
+}
+
+struct StepPlan {
+  StepScalars scalars;
+  int form;
+  int64_t swapped_from;  // elements from here on are of kStepSwapped
+};
+
+StepPlan plan_step(const pomona_step& s, const pomona_sgd& group) {
+  StepPlan plan{};
+  plan.scalars = {static_cast<float>(-group.lr), static_cast<float>(group.momentum),
+                  static_cast<float>(1.0 - group.dampening), static_cast<float>(group.weight_decay)};
+  plan.form = (group.weight_decay != 0.0 ? kStepDecay : 0) | (s.flags & POMONA_STEP_MASK ? kStepMask : 0) |
+              (group.rounding == POMONA_ROUND_SEPARATE ? kStepSeparate : 0);
+  if (group.momentum != 0.0) {
+    plan.form |= kStepMomentum | (group.nesterov ? kStepNesterov : 0) | (s.flags & POMONA_STEP_FIRST ? kStepFirst : 0);
+  }
+  plan.swapped_from = group.rounding == POMONA_ROUND_FUSED ? s.n - s.n % 8 : s.n;
+  return plan;
+}
+
+int64_t step_part(const pomona_step& s, const StepPlan& plan, int64_t begin, int64_t n, int32_t above) {
+  const Kernels& kernel = kernels();
+  const int64_t end = begin + n, middle = std::clamp(plan.swapped_from, begin, end);
+  const auto run = [&](int64_t from, int64_t to, int form) -> int64_t {
+    if (from == to) return 0;
+    float* z = form & kStepMomentum ? s.z + from : nullptr;
+    return kernel.step(s.w + from, s.g + from, z, to - from, above, plan.scalars, form);
+  };
+  const int64_t kept = run(begin, middle, plan.form);
+  return kept + run(middle, end, plan.form | kStepSwapped);
+}
+
+}  // namespace
+}  // namespace pomona
+
+using namespace pomona;
+
+extern "C" {
+
+int pomona_mask(const pomona_score* scores, int64_t num_scores, const int32_t* thresholds, const int64_t* num_ties,
+                uint8_t* const* masks, int num_threads, int64_t* kept) {
+  return guarded([&]() -> int {
+    Work work;
+    if (const int error = check_scores(scores, num_scores, num_threads, &work)) return error;
+    if (const int error = check_keeps(num_scores, thresholds, num_ties)) return error;
+    if (num_scores > 0 && masks == nullptr) return POMONA_BAD_POINTER;
+    for (int64_t i = 0; i < num_scores; ++i) {
+      if (scores[i].n > 0 && masks[i] == nullptr) return POMONA_BAD_POINTER;
+    }
+    const auto score_of = [&](int64_t i) -> const pomona_score& { return scores[i]; };
+    const auto keep_of = [&](int64_t i) { return Keep{thresholds[i], num_ties[i]}; };
+    run_masked(work, num_scores, kept, score_of, keep_of, [&](const Chunk& chunk, int64_t left) {
+      uint8_t* mask = masks[chunk.tensor];
+      return for_parts(scores[chunk.tensor], chunk, thresholds[chunk.tensor], left,
+                       [&](const float* a, const float* b, int64_t begin, int64_t n, int32_t above) {
+                         return kernels().mask(a, b, n, above, mask + begin);
+                       });
+    });
+    return POMONA_OK;
+  });
+}
+
+int pomona_multiply(const pomona_score* scores, int64_t num_scores, const int32_t* thresholds, const int64_t* num_ties,
+                    void* const* targets, const int32_t* target_types, int num_threads, int64_t* kept) {
+  return guarded([&]() -> int {
+    Work work;
+    if (const int error = check_scores(scores, num_scores, num_threads, &work)) return error;
+    if (const int error = check_keeps(num_scores, thresholds, num_ties)) return error;
+    if (num_scores > 0 && (targets == nullptr || target_types == nullptr)) return POMONA_BAD_POINTER;
+    for (int64_t i = 0; i < num_scores; ++i) {
+      if (const int error = check_array(targets[i], scores[i].n, target_types[i])) return error;
+    }
+    const auto score_of = [&](int64_t i) -> const pomona_score& { return scores[i]; };
+    const auto keep_of = [&](int64_t i) { return Keep{thresholds[i], num_ties[i]}; };
+    run_masked(work, num_scores, kept, score_of, keep_of, [&](const Chunk& chunk, int64_t left) {
+      void* target = targets[chunk.tensor];
+      const int32_t type = target_types[chunk.tensor];
+      return for_parts(scores[chunk.tensor], chunk, thresholds[chunk.tensor], left,
+                       [&](const float* a, const float* b, int64_t begin, int64_t n, int32_t above) -> int64_t {
+                         if (type == POMONA_F32) {
+                           return kernels().multiply(a, b, n, above, static_cast<float*>(target) + begin);
+                         }
+                         uint8_t mask[kBlock];
+                         int64_t part_kept = 0;
+                         for (int64_t i = 0; i < n; i += kBlock) {
+                           const int64_t m = std::min(kBlock, n - i);
+                           part_kept += kernels().mask(a + i, b ? b + i : nullptr, m, above, mask);
+                           char* values = static_cast<char*>(target) + (begin + i) * size_of(type);
+                           drop_any(values, type, mask, m);
+                         }
+                         return part_kept;
+                       });
+    });
+    return POMONA_OK;
+  });
+}
+
+int pomona_gsm_step(const pomona_step* steps, int64_t num_steps, const pomona_sgd* groups, int64_t num_groups,
+                    int num_threads, int64_t* kept) {
+  return guarded([&]() -> int {
+    Work work;
+    if (num_steps < 0 || num_groups < 0) return POMONA_BAD_SIZE;
+    if ((num_steps > 0 && steps == nullptr) || (num_groups > 0 && groups == nullptr)) return POMONA_BAD_POINTER;
+    if (num_threads < 1) return POMONA_BAD_VALUE;
+    for (int64_t i = 0; i < num_groups; ++i) {
+      if (groups[i].rounding < POMONA_ROUND_LOOP || groups[i].rounding > POMONA_ROUND_SEPARATE) return POMONA_BAD_VALUE;
+    }
+    std::vector<StepPlan> plans;
+    plans.reserve(static_cast<size_t>(num_steps));
+    for (int64_t i = 0; i < num_steps; ++i) {
+      if (const int error = check_step(steps[i], groups, num_groups)) return error;
+      if (work.total > kMaxTotal / 8 - steps[i].n) return POMONA_BAD_SIZE;
+      work.add(i, steps[i].n);
+      plans.push_back(plan_step(steps[i], groups[steps[i].group]));
+    }
+    work.use_threads(num_threads);
+    const auto score_of = [&](int64_t i) {
+      return pomona_score{steps[i].w, steps[i].g, steps[i].n, POMONA_F32, POMONA_F32};
+    };
+    const auto keep_of = [&](int64_t i) {
+      return Keep{steps[i].threshold, steps[i].threshold == 0 ? -1 : steps[i].num_ties};
+    };
+    run_masked(work, num_steps, kept, score_of, keep_of, [&](const Chunk& chunk, int64_t left) {
+      const pomona_step& s = steps[chunk.tensor];
+      const StepPlan& plan = plans[static_cast<size_t>(chunk.tensor)];
+      return for_parts(score_of(chunk.tensor), chunk, s.threshold, left,
+                       [&](const float*, const float*, int64_t begin, int64_t n, int32_t above) {
+                         return step_part(s, plan, begin, n, above);
+                       });
+    });
+    return POMONA_OK;
+  });
+}
+
+int pomona_finite(const void* const* tensors, const int64_t* sizes, const int32_t* types, int64_t num_tensors,
+                  int num_threads, int64_t* num_bad) {
+  return guarded([&]() -> int {
+    Work work;
+    if (num_tensors < 0) return POMONA_BAD_SIZE;
+    if (num_threads < 1) return POMONA_BAD_VALUE;
+    if (num_bad == nullptr) return POMONA_BAD_POINTER;
+    if (num_tensors > 0 && (tensors == nullptr || sizes == nullptr || types == nullptr)) return POMONA_BAD_POINTER;
+    for (int64_t i = 0; i < num_tensors; ++i) {
+      if (const int error = check_array(tensors[i], sizes[i], types[i])) return error;
+      if (work.total > kMaxTotal / 8 - sizes[i]) return POMONA_BAD_SIZE;
+      work.add(i, sizes[i]);
+    }
+    work.use_threads(num_threads);
+    std::vector<int64_t> bad(work.chunks.size());
+    work.run([&](const Chunk& chunk, int64_t index, int) {
+      const int32_t type = types[chunk.tensor];
+      bad[static_cast<size_t>(index)] = kernels().nonfinite(element(tensors[chunk.tensor], type, chunk.begin), chunk.n, type);
+    });
+    *num_bad = 0;
+    for (const int64_t n : bad) *num_bad += n;
+    return POMONA_OK;
+  });
+}
+
+}

@@ -1,0 +1,65 @@
+// What is compiled once for every instruction set. All results are the same on all of them, bit for bit.
+#ifndef POMONA_KERNELS_H
+#define POMONA_KERNELS_H
+
+#include <cstdint>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define POMONA_X86 1
+#else
+#define POMONA_X86 0
+#endif
+
+namespace pomona {
+
+constexpr int kGatherSlack = 16;    // keys that `gather` may write beyond those it gathers
+constexpr int kHistogramLanes = 4;  // copies of a histogram, so that equal keys in a row do not wait for each other
+
+struct Tally {
+  int64_t num_greater = 0;
+  int64_t num_infinite = 0;
+  int64_t num_nan = 0;
+};
+
+// torch.optim.SGD's scalars as float32.
+struct StepScalars {
+  float minus_lr, momentum, one_minus_dampening, weight_decay;
+};
+
+// Which of the branches of one step are taken; all are the same for a whole tensor.
+enum StepForm : int {
+  kStepDecay = 1,      // weight_decay != 0
+  kStepMomentum = 2,   // momentum != 0
+  kStepFirst = 4,      // z = d
+  kStepNesterov = 8,   //
+  kStepSeparate = 16,  // no fma
+  kStepSwapped = 32,   // fma(momentum, z, round((1 - dampening) d)), as torch's fused kernel in its last n mod 8
+  kStepMask = 64,      // write the masked gradient
+};
+
+// `b` is NULL where the score is |a|. All kernels take any n in [0, 2^20].
+struct Kernels {
+  // Appends the keys in [low, high] to `out`, which has room for n + kGatherSlack; returns how many. Adds to the tally,
+  // num_greater of `high`.
+  int64_t (*gather)(const float* a, const float* b, int64_t n, int32_t low, int32_t high, int32_t* out, Tally* tally);
+  // Adds to kHistogramLanes histograms, each of which has num_bins + 2 bins: [num_bins] below, [num_bins + 1] above.
+  void (*histogram)(const float* a, const float* b, int64_t n, int32_t low, int32_t high, int shift, int64_t num_bins,
+                    uint32_t* lanes, Tally* tally);
+  void (*count)(const float* a, const float* b, int64_t n, int32_t threshold, int64_t* greater, int64_t* equal);
+  // These three keep the keys > above, -1 <= above, and return how many.
+  int64_t (*mask)(const float* a, const float* b, int64_t n, int32_t above, uint8_t* out);
+  int64_t (*multiply)(const float* a, const float* b, int64_t n, int32_t above, float* target);
+  int64_t (*step)(float* w, float* g, float* z, int64_t n, int32_t above, const StepScalars& scalars, int form);
+  int64_t (*nonfinite)(const void* values, int64_t n, int type);
+  void (*to_float)(const void* values, int64_t n, int type, float* out);  // magnitudes right, signs perhaps lost
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();    // nullptr where the build has none
+const Kernels* avx512_kernels();  // nullptr where the build has none
+
+const Kernels& kernels();  // those in use
+
+}  // namespace pomona
+
+#endif
