@@ -32,7 +32,7 @@
 extern "C" {
 #endif
 
-#define POMONA_ABI 1 /* to be raised with every change of a signature, a struct or a constant in this file */
+#define POMONA_ABI 2 /* to be raised with every change of a signature, a struct or a constant in this file */
 
 #define POMONA_KEY_INFINITE 0x7f800000
 #define POMONA_KEY_MAX 0x7fffffff
@@ -70,13 +70,18 @@ typedef struct {
   int32_t num_passes; /* over all scores, the sample apart: 1 unless the sample misled or keys tie by the million */
 } pomona_selection;
 
+typedef struct {
+  int64_t num_greater, num_equal; /* as of pomona_selection, of one tensor */
+} pomona_counts;
+
 /* The k-th largest key of all scores together, 0 <= k <= number of scores.
  *
  * Zeros are never selected: with fewer than k other keys the threshold is 1, the smallest key of a score that is not
  * zero. With k = 0 it is POMONA_KEY_MAX. So in every case num_greater <= k, and exactly the keys > threshold and the
- * first min(num_equal, k - num_greater) equal ones are to be kept. */
+ * first min(num_equal, k - num_greater) equal ones are to be kept. `counts` has room for
+ * num_scores, and costs no pass of its own unless the threshold was found by histograms. */
 POMONA_API int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads,
-                             pomona_selection* out);
+                             pomona_selection* out, pomona_counts* counts);
 
 typedef struct {
   int64_t num_greater; /* keys > high */

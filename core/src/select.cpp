@@ -44,9 +44,10 @@ struct Found {
   int64_t num_greater, num_equal;
 };
 
-// The rank-th largest (1 <= rank <= n) of keys in [low, high], which are reordered.
-Found select_among(int32_t* keys, int64_t n, int64_t rank, int32_t low, int32_t high) {
+// The rank-th largest (1 <= rank <= n) of keys in [low, high].
+Found select_among(const int32_t* keys, int64_t n, int64_t rank, int32_t low, int32_t high) {
   int64_t greater = 0;
+  std::unique_ptr<int32_t[]> few;
   while (low < high) {
     const int shift = shift_for(static_cast<uint32_t>(high - low));
     uint32_t bins[kHistogramLanes][kBins] = {};
@@ -71,12 +72,16 @@ Found select_among(int32_t* keys, int64_t n, int64_t rank, int32_t low, int32_t 
       n = inside;
       break;
     }
+    // One more than fit: each key is written, and stays if it is inside.
+    std::unique_ptr<int32_t[]> fewer(new int32_t[static_cast<size_t>(inside) + 1]);
     int64_t m = 0;
     for (int64_t j = 0; j < n; ++j) {
       const int32_t key = keys[j];
-      keys[m] = key;
+      fewer[static_cast<size_t>(m)] = key;
       m += (key >= low) & (key <= high);
     }
+    few = std::move(fewer);
+    keys = few.get();
     n = m;
   }
   return {low, greater, n};
@@ -212,22 +217,29 @@ Tally sum(const std::vector<Worker>& workers) {
   return total;
 }
 
+// What a chunk has above the bracket, and where its keys inside are.
+struct Segment {
+  int64_t greater, begin, n;
+};
+
 // Copies keys in [low, high] to `keys` as far as there is room. Returns how many there are, or, if that is more and
-// `stop_early`, something above `capacity`.
+// `segments` are wanted (one a chunk), which need them all, something above `capacity`.
 int64_t gather_all(const pomona_score* scores, const Work& work, int32_t low, int32_t high, int32_t* keys,
-                   int64_t capacity, bool stop_early, Tally* tally) {
+                   int64_t capacity, Segment* segments, Tally* tally) {
   const Kernels& kernel = kernels();
   std::vector<Worker> workers(static_cast<size_t>(work.num_threads));
   for (Worker& w : workers) w.keys.reset(new int32_t[kChunk + kGatherSlack]);
   std::atomic<int64_t> used{0};
-  work.run([&](const Chunk& chunk, int64_t, int worker) {
-    if (stop_early && used.load(std::memory_order_relaxed) > capacity) return;
+  work.run([&](const Chunk& chunk, int64_t index, int worker) {
+    if (segments != nullptr && used.load(std::memory_order_relaxed) > capacity) return;
     Worker& mine = workers[static_cast<size_t>(worker)];
+    const int64_t before = mine.tally.num_greater;
     int64_t n = 0;
     for_floats(scores[chunk.tensor], chunk.begin, chunk.n, [&](const float* a, const float* b, int64_t, int64_t m) {
       n += kernel.gather(a, b, m, low, high, mine.keys.get() + n, &mine.tally);
     });
     const int64_t begin = used.fetch_add(n, std::memory_order_relaxed);
+    if (segments != nullptr) segments[index] = {mine.tally.num_greater - before, begin, n};
     const int64_t room = std::min(n, capacity - begin);
     if (room > 0) std::memcpy(keys + begin, mine.keys.get(), static_cast<size_t>(room) * sizeof(int32_t));
   });
@@ -288,7 +300,9 @@ std::vector<Count> count_all(const pomona_score* scores, const Work& work, int32
 // Shrinks an interval of keys until the wanted one is known.
 class Selector {
  public:
-  Selector(const pomona_score* scores, const Work& work, int64_t k) : scores_(scores), work_(work), k_(k) {}
+  // `counts`: of each tensor the keys above the threshold and equal to it.
+  Selector(const pomona_score* scores, const Work& work, int64_t k, pomona_counts* counts)
+      : scores_(scores), work_(work), k_(k), counts_(counts) {}
 
   pomona_selection select() {
     if (k_ == 0) {
@@ -305,6 +319,7 @@ class Selector {
         narrow(low_, high_);
       }
     }
+    if (!has_counts_) count_each();
     return {greater_, num_equal_, tally_.num_infinite, tally_.num_nan, low_, num_passes_};
   }
 
@@ -328,7 +343,8 @@ class Selector {
     const int64_t capacity = std::min(kMaxGathered, num_inside_ < 0 ? work_.total : num_inside_);
     const std::unique_ptr<int32_t[]> keys(new int32_t[static_cast<size_t>(capacity)]);
     Tally tally;
-    const int64_t n = gather_all(scores_, work_, low, high, keys.get(), capacity, true, &tally);
+    std::vector<Segment> segments(work_.chunks.size());
+    const int64_t n = gather_all(scores_, work_, low, high, keys.get(), capacity, segments.data(), &tally);
     ++num_passes_;
     if (n > capacity) return false;
     tally_ = tally;
@@ -336,13 +352,42 @@ class Selector {
     if (rank > n && low == 1) {  // fewer than k keys are not zero, and those up to `high` are all here
       const int64_t ones = std::count(keys.get(), keys.get() + n, 1);
       finish(1, tally.num_greater + n - ones, ones);
+      count_each(segments, keys.get());
     } else if (rank < 1 || rank > n) {
       step_aside(low, high, tally.num_greater, n);
     } else {
       const Found found = select_among(keys.get(), n, rank, low, high);
       finish(found.threshold, tally.num_greater + found.num_greater, found.num_equal);
+      count_each(segments, keys.get());
     }
     return true;
+  }
+
+  // From what one pass gathered.
+  void count_each(const std::vector<Segment>& segments, const int32_t* keys) {
+    for (size_t i = 0; i < segments.size(); ++i) {
+      const Segment& s = segments[i];
+      int64_t greater = s.greater, equal = 0;
+      for (int64_t j = s.begin; j < s.begin + s.n; ++j) {
+        greater += keys[j] > low_;
+        equal += keys[j] == low_;
+      }
+      add(work_.chunks[i].tensor, greater, equal);
+    }
+    has_counts_ = true;
+  }
+
+  // By one more pass.
+  void count_each() {
+    const std::vector<Count> counts = count_all(scores_, work_, low_);
+    ++num_passes_;
+    for (size_t i = 0; i < counts.size(); ++i) add(work_.chunks[i].tensor, counts[i].greater, counts[i].equal);
+    has_counts_ = true;
+  }
+
+  void add(int64_t tensor, int64_t greater, int64_t equal) {
+    counts_[tensor].num_greater += greater;
+    counts_[tensor].num_equal += equal;
   }
 
   // One pass that finds which 2,048th of [low, high] the wanted key is in.
@@ -394,6 +439,8 @@ class Selector {
   const pomona_score* scores_;
   const Work& work_;
   const int64_t k_;
+  pomona_counts* const counts_;
+  bool has_counts_ = false;
   int32_t low_ = 1, high_ = POMONA_KEY_MAX;  // the wanted key is in here, unless fewer than k are not zero
   int64_t greater_ = 0;                      // keys above high_
   int64_t num_inside_ = -1;                  // keys in [low_, high_], at most; -1: not known
@@ -410,13 +457,15 @@ using namespace pomona;
 
 extern "C" {
 
-int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads, pomona_selection* out) {
+int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads, pomona_selection* out,
+                  pomona_counts* counts) {
   return guarded([&]() -> int {
     Work work;
-    if (out == nullptr) return POMONA_BAD_POINTER;
+    if (out == nullptr || (num_scores > 0 && counts == nullptr)) return POMONA_BAD_POINTER;
     if (const int error = check_scores(scores, num_scores, num_threads, &work)) return error;
     if (k < 0 || k > work.total) return POMONA_BAD_VALUE;
-    *out = Selector(scores, work, k).select();
+    std::fill(counts, counts + num_scores, pomona_counts{0, 0});
+    *out = Selector(scores, work, k, counts).select();
     return POMONA_OK;
   });
 }
@@ -445,7 +494,7 @@ int pomona_gather(const pomona_score* scores, int64_t num_scores, int32_t low, i
     if (capacity < 0) return POMONA_BAD_SIZE;
     if (const int error = check_scores(scores, num_scores, num_threads, &work)) return error;
     Tally tally;
-    *count = gather_all(scores, work, low, high, keys, capacity, false, &tally);
+    *count = gather_all(scores, work, low, high, keys, capacity, nullptr, &tally);
     return POMONA_OK;
   });
 }

@@ -22,9 +22,7 @@ def num_kept(sparsity: float, total: int) -> int:
     return math.floor(round((1.0 - sparsity) * total, 6))
 
 
-def select(
-    scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0, refuse_infinity: bool = False
-) -> Selection:
+def select(scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0) -> Selection:
     """Keep **exactly** the ``k`` largest scores of all tensors together, without a temporary of their size.
 
     Ties are broken by position: the earlier tensor, then the smaller flat index, stays. A score of zero is never
@@ -37,7 +35,6 @@ def select(
         min_density: the largest ``ceil(min_density n)`` scores of every tensor of ``n`` are kept before the rest
             of ``k`` is dealt out globally, in [0, 1]; any value above 0 keeps every layer alive. On a GPU the host
             waits for the counts if it is above 0, and for nothing else.
-        refuse_infinity: infinite scores, which otherwise rank above all others, raise NonFiniteError.
 
     Raises:
         ValueError: ``k`` out of range, a NaN among the scores, or floors that together exceed ``k``. (On a GPU a NaN
@@ -51,7 +48,7 @@ def select(
     check_min_density(min_density)
     floors = check_floors(sizes, k, min_density)
     asked = [score if isinstance(score, Score) else Score(score) for score in scores]
-    selection = select_largest(asked, k, refuse_infinity=refuse_infinity)
+    selection = select_largest(asked, k)
     return _raise_to_floors(asked, selection, floors, k) if min_density > 0.0 else selection
 
 

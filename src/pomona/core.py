@@ -5,8 +5,8 @@ package was installed without a compiler, :func:`is_available` is false, :func:`
 another path. ``POMONA_CORE=0`` in the environment switches it off; ``portable``, ``avx2`` or ``avx512`` limit it to an
 instruction set, which changes no result.
 
-A score is named by its *key*, the bits of the float32 ``|a b|`` or ``|a|`` as an int32: keys order as scores do, zero is
-0, and NaNs come last. All tensors are on the CPU, in float32, bfloat16, float16 or float64, dense, and tensors that
+A score is named by its *key*, the bits of the float32 ``|a b|`` or ``|a|`` as an int32: keys order as scores do, zero
+is 0, and NaNs come last. All tensors are on the CPU, in float32, bfloat16, float16 or float64, dense, and tensors that
 belong together lie in memory in the same order (:func:`fits`); "the first" of equal scores are the first in that order.
 Every call uses up to ``torch.get_num_threads()`` threads, and no result depends on how many.
 """
@@ -18,7 +18,8 @@ import functools
 import os
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ KEY_MAX = 0x7FFFFFFF
 
 ROUND_LOOP, ROUND_FUSED, ROUND_SEPARATE = range(3)  # see `sgd_rounding`
 
-_ABI = 1  # POMONA_ABI of pomona.h
+_ABI = 2  # POMONA_ABI of pomona.h
 _ISAS = ("portable", "avx2", "avx512")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ERRORS = {
@@ -63,14 +64,28 @@ class _Tally(ctypes.Structure):
     )
 
 
+_is_off = False
+
+
 def is_available() -> bool:
     """Whether the functions below can be called."""
-    return _load()[0] is not None
+    return not _is_off and _load()[0] is not None
 
 
 def why_not() -> str | None:
     """Why the core is not available, in one clause; None if it is."""
-    return _load()[1]
+    return "switched(False)" if _is_off else _load()[1]
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Inside the block the core is off (or on, where it is available); for tests and measurements."""
+    global _is_off
+    before, _is_off = _is_off, not on
+    try:
+        yield
+    finally:
+        _is_off = before
 
 
 def isa() -> str:
@@ -125,7 +140,7 @@ def library_path() -> Path:
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, int64, int32, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int
-    library.pomona_select.argtypes = (pointer, int64, int64, integer, pointer)
+    library.pomona_select.argtypes = (pointer, int64, int64, integer, pointer, pointer)
     library.pomona_histogram.argtypes = (pointer, int64, int32, int32, integer, pointer, int64, integer, pointer)
     library.pomona_gather.argtypes = (pointer, int64, int32, int32, pointer, int64, integer, pointer)
     library.pomona_count.argtypes = (pointer, int64, int32, pointer, pointer, integer)
@@ -218,6 +233,8 @@ class Selection:
     num_infinite: int  # of all scores
     num_nan: int
     num_passes: int  # over all scores
+    greater: list[int]  # keys above the threshold of each tensor
+    equal: list[int]
 
     def num_ties(self, k: int) -> int:
         """How many of the scores equal to the threshold are to be kept."""
@@ -226,11 +243,12 @@ class Selection:
 
 def select(scores: Scores, k: int) -> Selection:
     """The k-th largest of all scores together, exactly, 0 <= k <= number of scores."""
-    out = _Selection()
+    out, counts = _Selection(), (ctypes.c_int64 * (2 * scores.num))()
     _check(
-        _library().pomona_select(scores.packed, scores.num, k, torch.get_num_threads(), ctypes.byref(out)),
+        _library().pomona_select(scores.packed, scores.num, k, torch.get_num_threads(), ctypes.byref(out), counts),
     )
-    return Selection(out.threshold, out.num_greater, out.num_equal, out.num_infinite, out.num_nan, out.num_passes)
+    found = out.threshold, out.num_greater, out.num_equal, out.num_infinite, out.num_nan, out.num_passes
+    return Selection(*found, greater=counts[0::2], equal=counts[1::2])
 
 
 def count(scores: Scores, threshold: int) -> tuple[list[int], list[int]]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pomona.diagnosis import Diagnosis
+from pomona.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,16 @@ class Method(ABC):
         """
         return {}
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
-        """Gradients are final, weights have not moved."""
+    def checks_gradients(self, step: int) -> bool:
+        """Whether ``before_step`` raises NonFiniteError for a gradient that is not finite, before it changes anything.
+
+        Saves the Pruner a look at each of them.
+        """
+        return False
+
+    def before_step(self, weights: Sequence[Weight], step: int) -> Selection | None:
+        """Gradients are final, weights have not moved. Gradients outside of a returned selection are dropped."""
+        return None
 
     def after_step(self, weights: Sequence[Weight], step: int) -> None:
         """Weights have moved."""

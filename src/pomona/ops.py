@@ -21,6 +21,16 @@ def soft_threshold(v: Tensor, threshold: float) -> Tensor:
     return torch.where(v.abs() <= threshold, 0.0, v - threshold * v.sign())
 
 
+def all_finite(grads: Sequence[Tensor]) -> bool:
+    """One cheap pass; a finite sum has finite terms, and only a sum that is not needs a second look."""
+    if not grads:
+        return True
+    dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
+    dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
+    sums = [g.sum(dtype=torch.float32).to(dense[0].device) for g in dense]
+    return bool(torch.stack(sums).isfinite().all()) or all(bool(g.isfinite().all()) for g in dense)
+
+
 def drop_gradients_(weights: Sequence[Weight], masks: Sequence[Tensor]) -> None:
     """Zero the gradients outside the masks (True = kept)."""
     for w, mask in zip(weights, masks, strict=True):

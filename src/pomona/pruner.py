@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from pomona.diagnosis import Diagnosis, rehearse
+from pomona.fused import check_fused, fused_step_
 from pomona.harden import count_revived, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
+from pomona.ops import all_finite
 from pomona.report import Report, report_layer
 from pomona.schedule import FAR_AWAY, Schedule
 from pomona.scope import Scope
+from pomona.selection import NonFiniteError, Selection
 from pomona.state import FORMAT, check_state, describe
 
 
@@ -37,6 +40,8 @@ class Pruner:
             step (so not LBFGS); it must hold every weight in scope.
         method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
         scope: which weights; default: every trainable weight of two or more dimensions.
+        fused: take the step of ``torch.optim.SGD`` for the weights in scope in the same pass that drops gradients
+            (GSM on a CPU): the same numbers bit for bit, in about half the time. Their ``.grad`` stays as it was.
 
     Attributes:
         num_steps: optimizer steps counted so far.
@@ -58,7 +63,15 @@ class Pruner:
         20
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, *, scope: Scope | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        *,
+        scope: Scope | None = None,
+        fused: bool = False,
+    ) -> None:
         optimizer = _unwrap(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -75,6 +88,7 @@ class Pruner:
         self.optimizer = optimizer
         self.method = method
         self.scope = scope or Scope()
+        self.fused = fused
         self.num_steps = 0
         self.num_skipped = 0
 
@@ -95,6 +109,8 @@ class Pruner:
         self._state: dict[str, dict[str, Tensor]] = {}
         weights = self._weights(with_grad=False)
         method.check_weights(weights)
+        if fused:
+            check_fused(optimizer, weights)
         self._state = {w.name: method.init(w) for w in weights}
         self._in_step: list[Weight] | None = None
         self._masked: list[tuple[int, int]] = []  # id and version of the gradients of the step under way
@@ -219,16 +235,36 @@ class Pruner:
         self._in_step = None
         if self._is_phantom():
             return
-        if not self._gradients_usable():
+        is_left_to_method = not self.is_hardened and self.method.checks_gradients(self.num_steps + 1)
+        if not self._gradients_usable(but_for_scope=is_left_to_method):
             self._skip()
             return
+        weights = self._weights(with_grad=True)
+        if self.is_hardened:
+            for w in weights:
+                zero_(w.grad, self._pruned[w.name])
+        else:
+            try:
+                selection = self.method.before_step(weights, self.num_steps + 1)
+            except NonFiniteError:
+                if not is_left_to_method or all_finite(self._grads()):
+                    raise
+                self._skip()
+                return
+            if selection is not None:
+                self._drop_gradients(weights, selection)
         self.num_steps += 1
-        self._in_step = weights = self._weights(with_grad=True)
-        if not self.is_hardened:
-            self.method.before_step(weights, self.num_steps)
-        for w in weights if self.is_hardened else ():
-            zero_(w.grad, self._pruned[w.name])
+        self._in_step = weights
         self._masked = self._grad_versions()
+
+    def _drop_gradients(self, weights: list[Weight], selection: Selection) -> None:
+        """Outside of the selection; with ``fused`` the optimizer's step of these weights is taken right here."""
+        if not self.fused:
+            selection.multiply_([w.grad for w in weights])
+            return
+        parameters = self.parameters().values()
+        fused_step_(self.optimizer, dict(zip(parameters, weights, strict=True)), selection)
+        self._hide_gradients(parameters)  # so that the optimizer passes over them
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -261,8 +297,11 @@ class Pruner:
             return False
         return not any(bool(g.any()) for g in grads)
 
-    def _gradients_usable(self) -> bool:
-        """Undo a loss scale that the optimizer itself would undo, and tell whether all gradients are finite."""
+    def _gradients_usable(self, *, but_for_scope: bool) -> bool:
+        """Undo a loss scale that the optimizer itself would undo, and tell whether all gradients are finite.
+
+        ``but_for_scope``: leave those in scope to the method.
+        """
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return False
@@ -272,7 +311,10 @@ class Pruner:
             for grad in grads:
                 grad.div_(scale.to(grad.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
-        return _all_finite(grads)
+        if but_for_scope:
+            inside = {id(p.grad) for p in self.parameters().values() if p.grad is not None and p.is_cpu}
+            grads = [g for g in grads if id(g) not in inside]
+        return all_finite(grads)
 
     def _skip(self) -> None:
         if self.num_skipped == 0:
@@ -283,7 +325,11 @@ class Pruner:
             )
         self.num_skipped += 1
         # An optimizer passes over parameters without a gradient: no update, no decay, no momentum, no step count.
-        for parameter in self._all_parameters():
+        self._hide_gradients(self._all_parameters())
+
+    def _hide_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Until the end of the step."""
+        for parameter in parameters:
             if parameter.grad is not None:
                 self._hidden_grads.append((parameter, parameter.grad))
                 parameter.grad = None
@@ -609,13 +655,3 @@ def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
     if grad.layout is not torch.strided:
         raise ValueError(f"{name} has a sparse gradient; make its module with sparse=False, or exclude it")
     return grad
-
-
-def _all_finite(grads: list[Tensor]) -> bool:
-    """One cheap pass; a finite sum has finite terms, and only a sum that is not needs a second look."""
-    if not grads:
-        return True
-    dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
-    dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
-    sums = [g.sum(dtype=torch.float32).to(dense[0].device) for g in dense]
-    return bool(torch.stack(sums).isfinite().all()) or all(bool(g.isfinite().all()) for g in dense)

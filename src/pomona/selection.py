@@ -2,9 +2,9 @@
 
 Float32 numbers >= 0 order like their bits, read as int32: these are the *keys*. On a CPU a random sample of the scores
 brackets the k-th largest key; one pass over all scores counts those above the bracket and gathers those inside; the
-answer is an order statistic of the few that were gathered. If the sample misled, three passes of histograms find it. On
-other devices it is the histograms at once, whose number of passes is fixed, so that the host waits for nothing. The
-result depends on the scores alone, never on the sample.
+answer is an order statistic of the few that were gathered. If the sample misled, histograms find it. Where the compiled
+core (``pomona.core``) was built, it does the same faster. On other devices it is the histograms at once, whose number
+of passes is fixed, so that the host waits for nothing. The result depends on the scores alone, never on the sample.
 
 Scratch on a CPU: a few MiB, and at most a sixteenth of the scores where these are many; on other devices a few times
 the largest tensor.
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pomona import core
 from pomona.score import Score
 
 T = TypeVar("T")
@@ -37,10 +38,11 @@ _DEVICE_CHUNK = 1 << 22
 _BLOCK = 16  # neighbours that are sampled together: a cache line
 _NUM_BLOCKS = 1 << 12
 _WIDTH = 8.0  # of the bracket to either side, in standard deviations of independent draws; neighbours are alike
+_NAN = "a score is NaN; check the gradients before selecting"
 
 
 class NonFiniteError(ValueError):
-    """A score is NaN, or infinite where that is refused as well."""
+    """A score, or what it is made of, is NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,14 @@ class Threshold:
         greater: of each tensor the number of scores with a larger key.
         equal: of each tensor the number of scores with this key.
         num_infinite: scores that are infinite.
+        packed: the scores for the compiled core, if it can take them.
     """
 
     key: int
     greater: list[int]
     equal: list[int]
     num_infinite: int = 0
+    packed: core.Scores | None = None
 
 
 class Selection(Protocol):
@@ -66,6 +70,10 @@ class Selection(Protocol):
     @property
     def counts(self) -> Sequence[int | Tensor]:
         """How many each tensor keeps; on other devices than a CPU an int64 tensor each."""
+
+    @property
+    def num_infinite(self) -> int:
+        """Scores that are infinite; 0 on other devices than a CPU, where nobody looks."""
 
     def masks(self) -> list[Tensor]:
         """Boolean, of the shapes of the scores, True = kept."""
@@ -84,6 +92,8 @@ class CPUSelection:
         greater: of each tensor how many scores are above it.
         equal: how many are equal to it.
         ties: how many of these stay.
+        num_infinite: scores that are infinite.
+        packed: the scores for the compiled core, if it can take them.
     """
 
     scores: list[Score]
@@ -91,17 +101,24 @@ class CPUSelection:
     greater: list[int]
     equal: list[int]
     ties: list[int]
+    num_infinite: int
+    packed: core.Scores | None = None
 
     @property
     def counts(self) -> list[int]:
         return [greater + ties for greater, ties in zip(self.greater, self.ties, strict=True)]
 
     def masks(self) -> list[Tensor]:
-        return [self._mask(i) for i in range(len(self.scores))]
+        if self.packed is None or not self._has_memory_order():
+            return [self._mask(i) for i in range(len(self.scores))]
+        return core.mask(self.packed, [self.key] * len(self.scores), self.ties)[0]
 
     def multiply_(self, tensors: Sequence[Tensor]) -> None:
-        for i, tensor in enumerate(tensors):
-            if self.counts[i] == tensor.numel():
+        if self.packed is not None and self._has_memory_order() and self._are_alike(tensors):
+            core.multiply_(self.packed, [self.key] * len(self.scores), self.ties, tensors)
+            return
+        for i, (tensor, count) in enumerate(zip(tensors, self.counts, strict=True)):
+            if count == tensor.numel():
                 continue
             if not tensor.is_contiguous():
                 tensor.mul_(self._mask(i))
@@ -109,6 +126,15 @@ class CPUSelection:
             flat = tensor.view(-1)
             for start, piece in self._pieces(i):
                 flat[start : start + len(piece)].mul_(piece)
+
+    def _has_memory_order(self) -> bool:
+        """Whether the first ties in memory, which the core keeps, are the first in index order."""
+        places = zip(self.scores, self.ties, self.equal, strict=True)
+        return all(ties in (0, equal) or score.w.is_contiguous() for score, ties, equal in places)
+
+    def _are_alike(self, tensors: Sequence[Tensor]) -> bool:
+        pairs = zip(self.scores, tensors, strict=True)
+        return all(tensor is score.g or core.fits(score.w, tensor) for score, tensor in pairs)
 
     def _mask(self, i: int) -> Tensor:
         mask = torch.empty(self.scores[i].shape, dtype=torch.bool)
@@ -149,6 +175,10 @@ class JoinedSelection:
     def counts(self) -> list[int | Tensor]:
         return self._in_order([(places, part.counts) for places, part in self.parts])
 
+    @property
+    def num_infinite(self) -> int:
+        return sum(part.num_infinite for _, part in self.parts)
+
     def masks(self) -> list[Tensor]:
         return self._in_order([(places, part.masks()) for places, part in self.parts])
 
@@ -162,23 +192,19 @@ class JoinedSelection:
         return [found[place] for place in range(len(found))]
 
 
-def select_largest(scores: Sequence[Score], k: int, *, refuse_infinity: bool = False) -> CPUSelection | DeviceSelection:
+def select_largest(scores: Sequence[Score], k: int) -> CPUSelection | DeviceSelection:
     """The ``k`` largest, ties by position: the earlier tensor, then the smaller flat index, stays. Never a zero.
 
     Args:
         scores: on one device.
         k: how many to keep in all, 0 <= k <= number of scores.
-        refuse_infinity: infinite scores, which otherwise rank above all others, raise NonFiniteError.
 
     Raises:
         NonFiniteError: a score is NaN (on other devices than a CPU they are kept: a look at them would wait).
     """
     if any(score.device.type != "cpu" for score in scores):
         return select_on_device(scores, k)
-    found = find_threshold(scores, k)
-    if refuse_infinity and found.num_infinite:
-        raise NonFiniteError("a score is infinite; check the gradients before selecting")
-    return resolve(scores, found, k)
+    return resolve(scores, find_threshold(scores, k), k)
 
 
 def kth_largest(scores: Sequence[Score], k: int) -> float:
@@ -206,16 +232,33 @@ def resolve(scores: Sequence[Score], found: Threshold, k: int) -> CPUSelection:
     for equal in found.equal:
         ties.append(min(equal, left))
         left -= ties[-1]
-    return CPUSelection(list(scores), found.key, found.greater, found.equal, ties)
+    return CPUSelection(list(scores), found.key, found.greater, found.equal, ties, found.num_infinite, found.packed)
 
 
 def find_threshold(scores: Sequence[Score], k: int) -> Threshold:
     """The ``k``-th largest key of scores on a CPU; of ``k = 0`` one that no score reaches."""
     total = sum(score.numel() for score in scores)
+    packed = _pack(scores)
+    if packed is not None:
+        found = core.select(packed, k)
+        if found.num_nan:
+            raise NonFiniteError(_NAN)
+        return Threshold(found.threshold, found.greater, found.equal, found.num_infinite, packed)
     if k == 0:
         return _count(scores, _LAST)
     low, high = (1, _LAST) if total <= _CHUNK else _bracket(scores, total, k)
     return _in_bracket(scores, k, low, high) or _by_histograms(scores, k)
+
+
+def _pack(scores: Sequence[Score]) -> core.Scores | None:
+    """The scores for the compiled core; None if it is not there, or cannot take them."""
+    if not scores or not core.is_available():
+        return None
+    if (scores[0].g is None) != (scores[-1].g is None):
+        return None
+    if not all(core.fits(score.w) if score.g is None else core.fits(score.w, score.g) for score in scores):
+        return None
+    return core.Scores([s.w for s in scores], None if scores[0].g is None else [s.g for s in scores if s.g is not None])
 
 
 def _in_bracket(scores: Sequence[Score], k: int, low: int, high: int) -> Threshold | None:
@@ -297,7 +340,7 @@ def _check(keys: Keys) -> int:
     """How many are infinite; NonFiniteError if one is NaN."""
     largest = int(keys.max())
     if largest > INFINITY:
-        raise NonFiniteError("a score is NaN; check the gradients before selecting")
+        raise NonFiniteError(_NAN)
     return int(np.count_nonzero(keys == INFINITY)) if largest == INFINITY else 0
 
 
@@ -387,11 +430,13 @@ class DeviceSelection:
         scores: what was chosen from.
         key: int32, the threshold of all.
         quota: int64, how many of the scores equal to it stay, the first of all.
+        num_infinite: not looked at.
     """
 
     scores: list[Score]
     key: Tensor
     quota: Tensor
+    num_infinite: int = 0
 
     @property
     def counts(self) -> list[Tensor]:

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from pomona.budget import check_floors, check_min_density, num_kept, select
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.method import Method, Weight
+from pomona.ops import all_finite
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score, magnitude, saliency
-from pomona.selection import Selection
+from pomona.selection import NonFiniteError, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,27 +125,34 @@ class GSM(Method):
             "active": torch.zeros((), dtype=torch.int64, device=w.value.device),
         }
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
-        for w in weights:
+    def checks_gradients(self, step: int) -> bool:
+        return value_at(self.sparsity, step) > 0.0
+
+    def before_step(self, weights: Sequence[Weight], step: int) -> Selection | None:
+        b = self._active(weights, value_at(self.sparsity, step))
+        counts = b.counts if b else [w.value.numel() for w in weights]
+        for w, count in zip(weights, counts, strict=True):
+            w.state["active"].fill_(count)
             if w.moves:
                 w.state["exponent"] += decay_per_step(w.lr, w.group)
-        sparsity = value_at(self.sparsity, step)
+        return b
+
+    def _active(self, weights: Sequence[Weight], sparsity: float) -> Selection | None:
+        """B; None where all is active."""
         if sparsity == 0.0:
-            for w in weights:
-                w.state["active"].fill_(w.value.numel())
-            return
+            return None
         t = [saliency(w.value, w.grad) for w in weights]
-        b = self._select(t, sparsity, refuse_infinity=True)
-        b.multiply_([w.grad for w in weights])
-        for w, count in zip(weights, b.counts, strict=True):
-            w.state["active"].fill_(count)
+        b = self._select(t, sparsity)
+        if b.num_infinite and not all_finite([w.grad for w in weights]):
+            raise NonFiniteError("a gradient is not finite")
+        return b
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         return self._select([magnitude(w.value) for w in weights], value_at(self.sparsity, step)).masks()
 
-    def _select(self, scores: Sequence[Score], sparsity: float, *, refuse_infinity: bool = False) -> Selection:
+    def _select(self, scores: Sequence[Score], sparsity: float) -> Selection:
         k = num_kept(sparsity, sum(score.numel() for score in scores))
-        return select(scores, k, min_density=self.min_density, refuse_infinity=refuse_infinity)
+        return select(scores, k, min_density=self.min_density)
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)
