@@ -5,8 +5,8 @@ package was installed without a compiler, :func:`is_available` is false, :func:`
 another path. ``POMONA_CORE=0`` in the environment switches it off; ``portable``, ``avx2`` or ``avx512`` limit it to an
 instruction set, which changes no result.
 
-A score is named by its *key*, the bits of the float32 ``|a b|`` or ``|a|`` as an int32: keys order as scores do, zero is
-0, and NaNs come last. All tensors are on the CPU, in float32, bfloat16, float16 or float64, dense, and tensors that
+A score is named by its *key*, the bits of the float32 ``|a b|`` or ``|a|`` as an int32: keys order as scores do, zero
+is 0, and NaNs come last. All tensors are on the CPU, in float32, bfloat16, float16 or float64, dense, and tensors that
 belong together lie in memory in the same order (:func:`fits`); "the first" of equal scores are the first in that order.
 Every call uses up to ``torch.get_num_threads()`` threads, and no result depends on how many.
 """
