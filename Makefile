@@ -7,7 +7,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow format clean
+.PHONY: demo test test-slow sanitize format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
@@ -24,12 +24,18 @@ test: $(VENV)/.test  ## all that CI runs
 test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kills at random moments
 	$(RUN) pytest -m slow
 
+sanitize:  ## random calls of the compiled core under the sanitizers, without Python
+	for kinds in address,undefined thread; do \
+	  cmake -S core -B build/$$kinds -DPOMONA_TESTS=ON -DPOMONA_SANITIZE=$$kinds && \
+	  cmake --build build/$$kinds --target fuzz && build/$$kinds/fuzz || exit 1; \
+	done
+
 format: $(VENV)/.test
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build src/pomona/_core.*
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer"; exit 1; }
@@ -39,6 +45,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.zoo: EXTRA := zoo
 $(VENV)/.test: EXTRA := test
-$(VENV)/.zoo $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+CORE := hatch_build.py $(wildcard core/CMakeLists.txt core/include/* core/src/*)
+$(VENV)/.zoo $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(CORE)
 	$(INSTALL) -e '.[$(EXTRA)]' || $(INSTALL) --extra-index-url $(TORCH_INDEX) -e '.[$(EXTRA)]'
 	@touch $@

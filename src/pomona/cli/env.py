@@ -1,0 +1,63 @@
+"""``pomona env``: what this installation runs on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+import numpy
+import torch
+
+import pomona
+from pomona import core
+
+_EXTRAS = {"zoo": ("matplotlib", "mlxtend")}
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "env",
+        help="print versions, the number of threads, and which code selects weights here",
+        description="Print what to quote in a bug report: versions, the number of threads, and whether weights are "
+        "selected by the compiled core or by numpy, and then why.",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    rows = {
+        "pomona": pomona.__version__,
+        "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "threads": str(torch.get_num_threads()),
+        "selection": _selection(),
+    }
+    rows |= {f"extra {name}": _extra(packages) for name, packages in _EXTRAS.items()}
+    for name, value in rows.items():
+        print(f"{name:12}{value}")
+    return 0
+
+
+def _selection() -> str:
+    if core.is_available():
+        return f"compiled core, {core.isa()}"
+    return f"numpy; no compiled core: {core.why_not()}"
+
+
+def _extra(packages: tuple[str, ...]) -> str:
+    found = {name: _version(name) for name in packages}
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        return f"missing {', '.join(missing)} (pip install 'pomona[zoo]')"
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
