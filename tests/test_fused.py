@@ -28,9 +28,10 @@ def net() -> nn.Sequential:
     )
 
 
-def run(
-    fused: bool, steps: int, method: pomona.GSM, **settings: Any
-) -> tuple[nn.Module, torch.optim.SGD, pomona.Pruner]:
+Run = tuple[nn.Module, torch.optim.SGD, pomona.Pruner]
+
+
+def run(is_fused: bool, steps: int, method: pomona.GSM, settings: dict[str, Any]) -> Run:
     model = net()
     groups = [{"params": model[0].parameters()}, {"params": model[1:].parameters(), "weight_decay": 2e-3, "lr": 0.02}]
     optimizer = torch.optim.SGD(groups, **{"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, **settings})
