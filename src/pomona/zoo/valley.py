@@ -287,12 +287,12 @@ class Landscape:
         loss, right = 0.0, 0
         for batch in batches:
             labels = self.data.train_labels[batch]
-            logits = self._logits(parameters, buffers, self.data.train_images[batch])
+            logits = self._logits(parameters, buffers, self.data.train_inputs[batch])
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
         test_right, num_test = 0, len(self.data.test_labels)
         for start in range(0, num_test, _BATCH):
-            logits = self._logits(parameters, buffers, self.data.test_images[start : start + _BATCH])
+            logits = self._logits(parameters, buffers, self.data.test_inputs[start : start + _BATCH])
             test_right += int((logits.argmax(1) == self.data.test_labels[start : start + _BATCH]).sum())
         return Point(loss / num, 100 * right / num, 100 * test_right / num_test)
 
@@ -306,7 +306,7 @@ class Landscape:
         for norm in self._norms:
             norm.train()
         try:
-            return self._logits(parameters, buffers, self.data.train_images[batch])
+            return self._logits(parameters, buffers, self.data.train_inputs[batch])
         finally:
             for norm in self._norms:
                 norm.eval()
