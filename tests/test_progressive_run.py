@@ -263,7 +263,7 @@ def test_candidates_are_tested_on_held_out_examples_and_only_the_last_on_the_tes
     assert all(torch.equal(weights[name], kept[name]) for name in kept)
     assert result["data"] == DESCRIPTION
     note = "accuracies in this table: on 40 held out training examples"
-    assert result["table"].splitlines()[-1] == note and in_width.out.splitlines()[-2] == note
+    assert result["table"].splitlines()[-1] == note and in_width.out.splitlines()[-3] == note
     assert in_width.out.splitlines()[-1] == (
         f"400.3x compression; accuracy {accuracy['base']:.2f} dense, {final:.2f} retrained, on {DESCRIPTION}"
     )

@@ -304,7 +304,7 @@ def test_a_run_goes_on_from_the_dense_network_that_it_began_with(
 
     recipe, data, progress = load_recipe(three), load_mnist(digits), Progress(quiet=True)
     base = train_base(recipe, data, shared.folder.with_name("dense"), threads=1, progress=progress)
-    again = make_base(base.model, base.accuracy, "dense")
+    again = make_base(base.model, base.accuracy, "dense", loss=base.loss)
     assert again == base and train(recipe, data, run, threads=1, progress=progress, base=again, pictures=False)
     changed = dict(base.model)
     changed["fc3.bias"] = changed["fc3.bias"] + 1e-3
