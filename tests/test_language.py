@@ -14,6 +14,7 @@ from torch import Tensor
 from pomona.zoo.data import DATA, Dataset, load_shakespeare
 from pomona.zoo.models import build_model
 from pomona.zoo.recipe import load_recipe
+from pomona.zoo.valley import Landscape
 from tests.runs import Done, assert_same_end, command_line, result_of, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed")
@@ -136,3 +137,26 @@ def test_held_out_windows_are_tested_on(text: Path, tmp_path: Path) -> None:
     told = "a text, 2,688 training and 256 test characters in windows of 128"
     assert result_of(tmp_path / "run")["data"].startswith(told)
     assert "of which the last 5 training examples serve as the test" in done.out
+
+
+def test_the_loss_of_a_language_model_has_second_derivatives(text: Path) -> None:
+    model, data = build_model("gpt-tiny", seed=0).double(), load_shakespeare(text)
+    land = Landscape(model, data, torch.arange(3))
+    at = {name: p.detach() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        logits = model(data.train_inputs[:3]).flatten(0, 1)
+    expected = float(F.cross_entropy(logits, data.train_labels[:3].flatten()))
+    assert land.measure(at).loss == pytest.approx(expected, rel=1e-12)
+
+    weight = at["blocks.0.qkv.weight"]
+    direction = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(0))
+
+    def slope(step: float) -> Tensor:
+        here = (weight + step * direction).requires_grad_()
+        loss = land.loss({**at, "blocks.0.qkv.weight": here}, torch.arange(3))
+        (gradient,) = torch.autograd.grad(loss, here, create_graph=True)
+        along = (gradient * direction).sum()
+        return torch.stack([along.detach(), (torch.autograd.grad(along, here)[0] * direction).sum()])
+
+    (before, _), (_, bend), (after, _) = slope(-1e-4), slope(0.0), slope(1e-4)
+    assert float(bend) == pytest.approx(float(after - before) / 2e-4, rel=1e-5)  # the difference errs by its square

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pomona
@@ -311,8 +312,9 @@ class Landscape:
             for norm in self._norms:
                 norm.eval()
 
-    def _logits(self, parameters: Parameters, buffers: Parameters, images: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.model, {**parameters, **buffers}, (images,))
+    def _logits(self, parameters: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            logits: Tensor = functional_call(self.model, {**parameters, **buffers}, (inputs,))
         return logits
 
 
