@@ -20,8 +20,8 @@ from tests.runs import Done, assert_same_end, command_line, result_of, rows_of
 pytestmark = pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed")
 
 RECIPES = ("gpt-tiny-gsm", "gpt-tiny-magnitude", "gpt-tiny-admm")
-# 5 steps an epoch of 21 windows.
-TINY = "batch_size=4 base.epochs=2 base.lr_drops=[] base.warmup_epochs=0 prune.epochs=2 prune.lr_drops=[]".split()
+# 5 steps an epoch of 10 windows.
+TINY = "batch_size=2 base.epochs=2 base.lr_drops=[] base.warmup_epochs=0 prune.epochs=2 prune.lr_drops=[]".split()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     words = ["plum", "pear", "quince", "cherry", "fig"]
     folder = tmp_path_factory.mktemp("text")
-    (folder / "input.txt").write_text(" ".join(random.choice(words, 600))[:3_020])
+    (folder / "input.txt").write_text(" ".join(random.choice(words, 400))[:1_500])
     return folder
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_held_out_windows_are_tested_on(text: Path, tmp_path: Path) -> None:
     done = train(text, tmp_path / "run", "gpt-tiny-gsm", "validation=5", "base.epochs=1", "prune.epochs=1")
     assert done.status == 0
-    told = "a text, 2,688 training and 256 test characters in windows of 128"
+    told = "a text, 1,280 training and 128 test characters in windows of 128"
     assert result_of(tmp_path / "run")["data"].startswith(told)
     assert "of which the last 5 training examples serve as the test" in done.out
 
