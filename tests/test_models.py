@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pomona.zoo.models import MODELS, LeNet5, LeNet300100, build_model
+import pomona
+from pomona.zoo.models import MODELS, LeNet5, LeNet300100, Transformer, build_model
 
 KERNELS = {
     "lenet-300-100": {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)},
@@ -20,7 +21,7 @@ KERNELS = {
         "fc2.weight": (10, 500),
     },
 }
-CIFAR = [name for name in MODELS if name not in KERNELS]
+CIFAR = [name for name in MODELS if name not in (*KERNELS, "gpt-tiny")]
 
 
 def kernels(model):
@@ -263,3 +264,109 @@ def test_an_unknown_model_names_the_known_and_the_closest():
         build_model("lenet5", seed=0)
     with pytest.raises(ValueError, match=r"one of lenet-300-100, lenet-5, vgg16-cifar, .*, got 'transformer'$"):
         build_model("transformer", seed=0)
+
+
+# The language model
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return build_model("gpt-tiny", seed=0)
+
+
+@pytest.fixture
+def text():
+    return torch.randint(65, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def test_kernel_weights_of_the_language_model_count(gpt):
+    sizes = {key: value.numel() for key, value in kernels(gpt).items()}
+    blocks = sum(size for key, size in sizes.items() if key.startswith("blocks."))
+    assert blocks == 4 * (96 * 288 + 96 * 96 + 2 * 96 * 384) == 442_368
+    assert sizes["token.weight"] == 65 * 96 == 6_240 and sizes["position.weight"] == 128 * 96 == 12_288
+    assert sum(sizes.values()) == 460_896
+
+
+def test_the_head_is_the_embedding_and_counts_once(gpt):
+    assert gpt.head.weight is gpt.token.weight
+    assert {"head.weight", "token.weight"} <= set(gpt.state_dict())
+    report = pomona.report(gpt)
+    assert report.total == 460_896
+    assert report.outside["head.weight"] == "tied to token.weight"
+
+
+def test_the_head_stays_tied_when_weights_are_drawn_loaded_and_moved(gpt):
+    other = build_model("gpt-tiny", seed=1)
+    other.load_state_dict(gpt.state_dict())
+    other = other.to(memory_format=torch.channels_last).double()
+    assert other.head.weight is other.token.weight
+    assert torch.equal(other.head.weight, gpt.token.weight.double())
+
+
+@torch.no_grad()
+def test_the_language_model_is_its_formula(text):
+    gpt = build_model("gpt-tiny", seed=0).double()
+    for p in gpt.parameters():
+        p.add_(torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
+
+    def normed(x, norm):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+
+    x = gpt.token.weight[text] + gpt.position.weight[:20]
+    later = torch.ones(20, 20, dtype=torch.bool).triu(1)
+    for block in gpt.blocks:
+        q, k, v = (normed(x, block.norm1) @ block.qkv.weight.T + block.qkv.bias).split(96, dim=-1)
+        heads = []
+        for i in range(3):
+            mine = slice(32 * i, 32 * i + 32)
+            scores = q[..., mine] @ k[..., mine].transpose(1, 2) / math.sqrt(32)
+            heads.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v[..., mine])
+        x = x + torch.cat(heads, -1) @ block.out.weight.T + block.out.bias
+        up = normed(x, block.norm2) @ block.up.weight.T + block.up.bias
+        x = x + (up * (1 + torch.erf(up / math.sqrt(2))) / 2) @ block.down.weight.T + block.down.bias
+    torch.testing.assert_close(gpt(text), normed(x, gpt.norm) @ gpt.token.weight.T)  # default tolerance of float64
+
+
+@torch.no_grad()
+def test_no_logit_depends_on_a_later_character(gpt, text):
+    changed = text.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 65
+    before, after = gpt(text), gpt(changed)
+    assert before.shape == (2, 20, 65)
+    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=0, atol=1e-6)  # kernels may sum in another order
+    assert bool((before[:, 12:] != after[:, 12:]).any(-1).all())
+
+
+@torch.no_grad()
+def test_the_language_model_takes_at_most_its_context(gpt):
+    assert gpt(torch.zeros(1, 128, dtype=torch.int64)).shape == (1, 128, 65)
+    with pytest.raises(IndexError):
+        gpt(torch.zeros(1, 129, dtype=torch.int64))
+
+
+def test_every_parameter_of_the_language_model_gets_a_gradient(text):
+    gpt = build_model("gpt-tiny", seed=0)
+    F.cross_entropy(gpt(text).flatten(0, 1), text.flatten()).backward()
+    assert [key for key, p in gpt.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@torch.no_grad()
+def test_dropout_of_the_language_model_is_of_training_alone(text):
+    model = Transformer(dropout=0.5)
+    model.reset(torch.Generator().manual_seed(0))
+    assert not torch.equal(model(text), model(text))
+    model.eval()
+    assert torch.equal(model(text), model(text))
+
+
+@torch.no_grad()
+def test_the_language_model_is_initialised_by_the_fan_in(gpt):
+    for block in gpt.blocks:
+        for layer, fan in ((block.qkv, 96), (block.up, 96), (block.out, 8 * 96), (block.down, 8 * 384)):
+            assert_normal(layer.weight, 2 * fan)
+            assert not layer.bias.any()
+    for embedding in (gpt.token, gpt.position):
+        assert_normal(embedding.weight, 2 / 0.05**2)
+    for norm in layers(gpt, nn.LayerNorm):
+        assert bool((norm.weight == 1).all()) and not norm.bias.any()

@@ -248,6 +248,13 @@ def test_the_numbers_of_the_page_are_those_of_the_result(tmp_path: Path) -> None
     assert page.row("base model") == ["base model", "98.21 %", "+0.00", "98.19 %", "\u2713 within 0.2"]
     assert page.row("trained, before the cut")[1:4] == ["98.28 %", "+0.07", "\u2013"]
     assert page.row("after the cut")[1:] == ["98.25 %", "+0.04", "98.18 %", "\u2713 within 0.2"]
+    losses = {"base": 0.0612, "before_cut": 0.0587, "after_cut": 0.05905}
+    page = make_page(tmp_path, make_rows(), make_result() | {"loss": losses})
+    assert [page.row(name)[-1] for name in ("base model", "trained, before the cut", "after the cut")] == [
+        "0.0612",
+        "0.0587",
+        "0.05905",
+    ]
     shape = "300\u00d7784"
     assert page.row("fc1.weight")[1:6] == [shape, "235,200", "2,900", "1.23 %", "81.1x"]
     assert page.row("fc1.weight")[6:] == ["38 of 300", "2.4e-06", make_result()["report"]["layers"][0]["reason"]]

@@ -132,7 +132,7 @@ def test_the_zeros_of_a_parent_stay_at_every_step(
 def test_the_result_is_the_last_candidates_with_all_that_was_tried(in_chain: Finished, digits: Path) -> None:
     result, last = result_of(in_chain.folder), result_of(in_chain.folder / "32x-from-9x")
     data = load_mnist(digits)
-    final = accuracy_of(weights_of(in_chain.folder), data.test_images, data.test_labels)
+    final = accuracy_of(weights_of(in_chain.folder), data.test_inputs, data.test_labels)
     # The base of each candidate is its parent; that of the whole run is the dense network.
     dense = rows_of(in_chain.folder / "dense")[-1]["test_accuracy"]
     assert result["accuracy"] == last["accuracy"] | {"base": dense} and result["accuracy"]["final"] == final
@@ -243,13 +243,13 @@ def test_candidates_are_tested_on_held_out_examples_and_only_the_last_on_the_tes
     for entry in result["rounds"]:
         path = entry["path"]
         folder = in_width.folder / f"{path[-1]}x-from-{'dense' if len(path) == 1 else f'{path[-2]}x'}"
-        held_out = accuracy_of(weights_of(folder), data.train_images[160:], data.train_labels[160:])
+        held_out = accuracy_of(weights_of(folder), data.train_inputs[160:], data.train_labels[160:])
         assert entry["accuracy"] == held_out == result_of(folder)["accuracy"]["final"]
-        assert result_of(folder)["data"].endswith("of which the last 40 training images serve as the test")
+        assert result_of(folder)["data"].endswith("of which the last 40 training examples serve as the test")
         assert {row["step"] for row in rows_of(folder)} == {8}
 
     weights = weights_of(in_width.folder)
-    final = accuracy_of(weights, data.test_images, data.test_labels)
+    final = accuracy_of(weights, data.test_inputs, data.test_labels)
     accuracy = result["accuracy"]
     assert accuracy == {
         "base": accuracy["base"],
@@ -262,8 +262,8 @@ def test_candidates_are_tested_on_held_out_examples_and_only_the_last_on_the_tes
     kept = weights_of(in_width.folder / f"400x-from-{best['path'][-2]}x")
     assert all(torch.equal(weights[name], kept[name]) for name in kept)
     assert result["data"] == DESCRIPTION
-    note = "accuracies in this table: on 40 held out training images"
-    assert result["table"].splitlines()[-1] == note and in_width.out.splitlines()[-2] == note
+    note = "accuracies in this table: on 40 held out training examples"
+    assert result["table"].splitlines()[-1] == note and in_width.out.splitlines()[-3] == note
     assert in_width.out.splitlines()[-1] == (
         f"400.3x compression; accuracy {accuracy['base']:.2f} dense, {final:.2f} retrained, on {DESCRIPTION}"
     )
@@ -288,8 +288,8 @@ def test_a_stopped_search_of_several_models_goes_on_to_the_same_result(
 
         def load(data_dir: Any, batch: int = batch) -> Any:
             data = load_mnist(data_dir)
-            images: Any = Cut(data.train_images, batch, (signal.SIGTERM,))
-            return replace(data, train_images=images)
+            images: Any = Cut(data.train_inputs, batch, (signal.SIGTERM,))
+            return replace(data, train_inputs=images)
 
         with monkeypatch.context() as patch:
             patch.setitem(DATA, "mnist", load)

@@ -142,7 +142,7 @@ def test_the_final_accuracy_is_that_of_the_retrained_weights(finished: Finished,
     accuracy, rows, data = result_of(finished.folder)["accuracy"], rows_of(finished.folder), load_mnist(digits)
     assert list(accuracy) == ["base", "before_cut", "after_cut", "retrained", "final"]
     assert accuracy["final"] == accuracy["retrained"] == rows[-1]["test_accuracy"]
-    assert accuracy["final"] == accuracy_of(weights_of(finished.folder), data.test_images, data.test_labels)
+    assert accuracy["final"] == accuracy_of(weights_of(finished.folder), data.test_inputs, data.test_labels)
     assert (accuracy["base"], accuracy["before_cut"]) == (rows[0]["test_accuracy"], rows[2]["test_accuracy"])
     assert accuracy["after_cut"] == rows[2]["accuracy_if_cut"]
     assert finished.out.splitlines()[-1] == (
@@ -304,7 +304,7 @@ def test_a_run_goes_on_from_the_dense_network_that_it_began_with(
 
     recipe, data, progress = load_recipe(three), load_mnist(digits), Progress(quiet=True)
     base = train_base(recipe, data, shared.folder.with_name("dense"), threads=1, progress=progress)
-    again = make_base(base.model, base.accuracy, "dense")
+    again = make_base(base.model, base.accuracy, "dense", loss=base.loss)
     assert again == base and train(recipe, data, run, threads=1, progress=progress, base=again, pictures=False)
     changed = dict(base.model)
     changed["fc3.bias"] = changed["fc3.bias"] + 1e-3
@@ -383,7 +383,7 @@ def trained_by_hand(digits: Path, make: Callable[[list[dict[str, Any]]], torch.o
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     for batch in order.split(20):
         optimizer.zero_grad()
-        F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch]).backward()
+        F.cross_entropy(model(data.train_inputs[batch]), data.train_labels[batch]).backward()
         optimizer.step()
     return model
 
@@ -479,10 +479,10 @@ def test_held_out_examples_are_tested_on_and_neither_trained_on_nor_mixed_with_t
 ) -> None:
     done = finish(three, digits, tmp_path / "run", "validation=40")
     data, result = load_mnist(digits), result_of(tmp_path / "run")
-    told = f"{DESCRIPTION}, of which the last 40 training images serve as the test"
+    told = f"{DESCRIPTION}, of which the last 40 training examples serve as the test"
     assert result["data"] == told and f"data: {told}\n" in done.out and done.out.splitlines()[-1].endswith(f"on {told}")
     assert {row["step"] / row["epoch"] for row in rows_of(tmp_path / "run")} == {8.0}  # of 160 images
-    last = accuracy_of(weights_of(tmp_path / "run"), data.train_images[160:], data.train_labels[160:])
+    last = accuracy_of(weights_of(tmp_path / "run"), data.train_inputs[160:], data.train_labels[160:])
     assert result["accuracy"]["final"] == last
 
     # The same run again where the test set and the last 40 labels are others: not a bit of the weights depends on them.

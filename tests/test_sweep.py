@@ -148,8 +148,8 @@ def test_the_search_is_on_held_out_examples_and_the_test_set_is_used_once_at_the
     for compression, points in tried.items():
         (folder,) = (tmp_path / "out" / "validation").glob(f"cut-{compression:g}x-*")
         result = json.loads((folder / "result.json").read_text())
-        assert result["data"].endswith("of which the last 40 training images serve as the test")
-        final = accuracy_of(weights_of(folder), data.train_images[160:], data.train_labels[160:])
+        assert result["data"].endswith("of which the last 40 training examples serve as the test")
+        final = accuracy_of(weights_of(folder), data.train_inputs[160:], data.train_labels[160:])
         assert result["accuracy"]["final"] == final
         assert f"{result['accuracy']['base'] - final:.2f}" == f"{points:.2f}"
 
@@ -157,7 +157,7 @@ def test_the_search_is_on_held_out_examples_and_the_test_set_is_used_once_at_the
     (folder,) = (tmp_path / "out" / "test").glob("cut-*")
     assert folder.name == f"cut-{max(good):g}x-seed0"
     result = json.loads((folder / "result.json").read_text())
-    final = accuracy_of(weights_of(folder), data.test_images, data.test_labels)
+    final = accuracy_of(weights_of(folder), data.test_inputs, data.test_labels)
     assert result["accuracy"]["final"] == final < 20  # its labels are wrong, and so nothing before looked at it
     assert done.out.splitlines()[-1] == (
         f"highest compression within 20 points: {max(good):g}x ({min(bad):g}x loses more), found on held out examples; "

@@ -142,7 +142,7 @@ def test_the_accuracy_of_a_ticket_is_that_of_its_weights(
     data, model = load_mnist(digits), build_model("lenet-300-100", seed=1)
     model.load_state_dict(weights)
     with torch.no_grad():
-        right = model(data.test_images).argmax(1) == data.test_labels
+        right = model(data.test_inputs).argmax(1) == data.test_labels
     accuracy = result_of(finished.folder)["tickets"]["method"]["accuracy"]
     assert accuracy == pytest.approx(100 * right.double().mean().item(), abs=1e-9)
 

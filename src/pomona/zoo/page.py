@@ -100,7 +100,7 @@ def _accuracy(result: Result) -> str:
     accuracy, expected = result.get("accuracy") or {}, result.get("expected") or {}
     if not accuracy:
         return ""
-    base, tolerance = accuracy.get("base"), expected.get("tolerance")
+    base, tolerance, loss = accuracy.get("base"), expected.get("tolerance"), result.get("loss") or {}
     cases = (
         ("base model", base, expected.get("base_accuracy")),
         ("trained, before the cut", accuracy.get("before_cut"), None),
@@ -112,6 +112,10 @@ def _accuracy(result: Result) -> str:
         head += [">expected", "verdict"]
         for cells, (_, value, wanted) in zip(body, cases, strict=True):
             cells += [_percent(wanted), _verdict(value, wanted, tolerance)]
+    if loss:  # runs of earlier versions have none
+        head += [">test loss (nats)"]
+        for cells, key in zip(body, ("base", "before_cut", "after_cut"), strict=True):
+            cells += [_number(loss.get(key))]
     return _table(head, body)
 
 
@@ -239,8 +243,8 @@ def _environment(result: Result) -> str:
 def _last_epochs(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    head = ["stage", ">epoch", ">step", ">learning rate", ">loss", ">train", ">test", ">if cut", ">active"]
-    head += [">decay exponent", ">largest cut", ">seconds"]
+    head = ["stage", ">epoch", ">step", ">learning rate", ">loss", ">train", ">test", ">if cut"]
+    head += [">test loss", ">loss if cut", ">active", ">decay exponent", ">largest cut", ">seconds"]
     body = [
         [
             str(row.get("stage") or _NONE),
@@ -251,6 +255,8 @@ def _last_epochs(rows: Sequence[Row]) -> str:
             _percent(row.get("train_accuracy")),
             _percent(row.get("test_accuracy")),
             _percent(row.get("accuracy_if_cut")),
+            _number(row.get("test_loss")),
+            _number(row.get("loss_if_cut")),
             _count(row.get("active")),
             _number(row.get("decay_exponent")),
             _number(row.get("largest_cut")),

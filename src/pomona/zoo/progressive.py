@@ -20,7 +20,7 @@ from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 from pomona.zoo.progress import Progress
 from pomona.zoo.recipe import Recipe
-from pomona.zoo.run import claim, evaluate, identity_of
+from pomona.zoo.run import Tested, claim, evaluate, identity_of
 from pomona.zoo.train import Base, make_base, read_run, train, train_base
 
 
@@ -64,7 +64,8 @@ def train_progressive(
             result = train(child, data, folder / name, base=parent.base, pictures=False, **how)
             weights = torch.load(folder / name / "model.pt", weights_only=True)
             accuracy: float = result["accuracy"]["final"]
-            return _Model(make_base(weights, accuracy, name), accuracy, compression, f"{compression:g}x", result)
+            node = make_base(weights, accuracy, name, loss=result["loss"]["final"])
+            return _Model(node, accuracy, compression, f"{compression:g}x", result)
 
         tried = progressive(dense, [*plan.compressions, recipe.method["compression"]], prune, width=plan.width)
         best = [candidate for candidate in tried if candidate.kept][-1]
@@ -82,17 +83,23 @@ def _conclude(
     held_out = recipe.progressive.validation
     if held_out:
         base, final = (_test(recipe, data, node.base) for node in (dense, best.node))
-        cut = dict.fromkeys(("before_cut", "after_cut")) | {"retrained" if recipe.retrain else "after_cut": final}
-        accuracy = {"base": base, **cut, "final": final}
-        table = f"{result['table']}\naccuracies in this table: on {held_out:,} held out training images"
+        last = "retrained" if recipe.retrain else "after_cut"
+        cut: dict[str, Tested | None] = {**dict.fromkeys(("before_cut", "after_cut")), last: final}
+        stages = {"base": base, **cut, "final": final}
+        worth = {
+            key: {stage: getattr(one, key) if one else None for stage, one in stages.items()}
+            for key in ("accuracy", "loss")
+        }
+        table = f"{result['table']}\naccuracies in this table: on {held_out:,} held out training examples"
     else:
-        accuracy, table = result["accuracy"] | {"base": dense.accuracy}, result["table"]
+        worth = {key: result[key] | {"base": getattr(dense.base, key)} for key in ("accuracy", "loss")}
+        table = result["table"]
     told = {
         "title": recipe.title,
         "recipe": plain,
         "data": data.description,
         "expected": plain.get("expected"),
-        "accuracy": accuracy,
+        **worth,
         "table": table,
         "rounds": [
             {
@@ -114,7 +121,7 @@ def _conclude(
     return read_run(folder)
 
 
-def _test(recipe: Recipe, data: Dataset, base: Base) -> float:
+def _test(recipe: Recipe, data: Dataset, base: Base) -> Tested:
     model = build_model(recipe.model, seed=recipe.seed)
     model.load_state_dict(dict(base.model))
     return evaluate(model, data)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import Recipe, Stage
 
 _CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
-_EVAL_BATCH = 1000
+_EVAL_BATCH = 1000  # labels at a time
 _HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
 
 Memory = dict[str, Any]  # what one phase leaves to the next: tensors and plain values
@@ -192,25 +192,25 @@ class Run:
 
     def _order(self, phase: Phase, epoch: int) -> Tensor:
         seed = (self.recipe.seed * 1_000 + phase.order) * 1_000_000 + epoch
-        return torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(seed))
+        return self.data.order(torch.Generator().manual_seed(seed))
 
     def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
         lr = stage.learning_rate(learner.step, self.steps_per_epoch)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        images, labels = self.data.train_images[batch], self.data.train_labels[batch]
+        inputs, labels = self.data.batch(batch)
         learner.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = learner.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+            logits = learner.model(inputs)
+        loss = cross_entropy(logits.float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         learner.optimizer.step()
         learner.loss_sum += loss.detach()
-        learner.num_right += (logits.detach().argmax(1) == labels).sum()
+        learner.num_right += count_right(logits.detach(), labels)
         learner.step += 1
 
-    def evaluate(self, model: nn.Module) -> float:
-        """Accuracy on the test set in percent, in float32."""
+    def evaluate(self, model: nn.Module) -> Tested:
+        """On the test set, in float32."""
         return evaluate(model, self.data)
 
     # What is told and kept
@@ -218,13 +218,14 @@ class Run:
     def _end_epoch(self, index: int, learner: Learner) -> None:
         phase = self.phases[index]
         epoch = learner.step // self.steps_per_epoch
+        num_examples = self.steps_per_epoch * self.recipe.batch_size
         row: dict[str, Any] = {
             "stage": phase.name,
             "epoch": epoch,
             "step": learner.step,
             "lr": learner.optimizer.param_groups[0]["lr"],
             "loss": float(learner.loss_sum) / self.steps_per_epoch,
-            "train_accuracy": 100.0 * int(learner.num_right) / (self.steps_per_epoch * self.recipe.batch_size),
+            "train_accuracy": 100.0 * int(learner.num_right) / (num_examples * self.data.train_labels[0].numel()),
         }
         # With a pruner weights stay finite: it skips the steps that would change that.
         if not math.isfinite(row["loss"]) or not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
@@ -234,7 +235,7 @@ class Run:
             )
         is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
         if is_tested:
-            row["test_accuracy"] = self.evaluate(learner.model)
+            row["test_accuracy"], row["test_loss"] = self.evaluate(learner.model)
         if learner.pruner and not learner.pruner.is_hardened:
             row |= learner.pruner.metrics()
             if is_tested:
@@ -261,8 +262,10 @@ class Run:
     def _cut_now(self, model: nn.Module, pruner: Pruner) -> dict[str, Any]:
         histogram = _histogram([p.detach() for p in pruner.parameters().values()])
         with pruner.trial_cut() as cut:
+            accuracy, loss = self.evaluate(model)
             return {
-                "accuracy_if_cut": self.evaluate(model),
+                "accuracy_if_cut": accuracy,
+                "loss_if_cut": loss,
                 "largest_cut": cut.largest_cut,
                 "kept": {layer.name: layer.nonzero for layer in cut.layers},
                 "histogram": histogram,
@@ -328,16 +331,36 @@ class Run:
                 signal.signal(number, handler)
 
 
-def evaluate(model: nn.Module, data: Dataset) -> float:
-    """Accuracy on the test set in percent, in float32; leaves the model in training mode."""
+class Tested(NamedTuple):
+    """Of all labels of the test set: accuracy in percent, and mean cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+
+
+def evaluate(model: nn.Module, data: Dataset) -> Tested:
+    """On the test set, in float32; leaves the model in training mode."""
     model.eval()
-    right = 0
+    right, loss = 0, 0.0
+    examples = max(1, _EVAL_BATCH // data.test_labels[0].numel())
     with torch.no_grad():
-        for start in range(0, len(data.test_labels), _EVAL_BATCH):
-            logits = model(data.test_images[start : start + _EVAL_BATCH])
-            right += int((logits.argmax(1) == data.test_labels[start : start + _EVAL_BATCH]).sum())
+        for start in range(0, len(data.test_labels), examples):
+            labels = data.test_labels[start : start + examples]
+            logits = model(data.test_inputs[start : start + examples])
+            right += int(count_right(logits, labels))
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
     model.train()
-    return 100.0 * right / len(data.test_labels)
+    return Tested(100.0 * right / data.test_labels.numel(), loss / data.test_labels.numel())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+    """In nats; ``logits`` have a further, last dimension."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
+
+
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels have the largest logit."""
+    return (logits.argmax(-1) == labels).sum()
 
 
 def _make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
@@ -382,7 +405,9 @@ _COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
     "loss": ("loss", ".4f"),
     "train_accuracy": ("train", ".2f"),
     "test_accuracy": ("test", ".2f"),
+    "test_loss": ("test loss", ".4f"),
     "accuracy_if_cut": ("if cut", ".2f"),
+    "loss_if_cut": ("loss if cut", ".4f"),
     "largest_cut": ("largest cut", ".2g"),
     "active": ("active", ",.0f"),
     "decay_exponent": ("decay", ".2f"),

@@ -71,7 +71,7 @@ def _finish_ticket(mask: str) -> Callable[[Run, Learner], None]:
         assert learner.pruner is not None
         report = learner.pruner.verify()
         run.memory["tickets"][mask] = {
-            "accuracy": run.evaluate(learner.model),
+            **run.evaluate(learner.model)._asdict(),
             "nonzero": report.nonzero,
             "compression": report.compression,
             "kept": {layer.name: layer.nonzero for layer in report.layers},

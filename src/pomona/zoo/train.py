@@ -25,7 +25,7 @@ from pomona.zoo.page import write_page
 from pomona.zoo.pictures import draw_all
 from pomona.zoo.progress import Progress
 from pomona.zoo.recipe import Recipe
-from pomona.zoo.run import FolderError, Learner, Memory, Phase, Run, diagnose, open_run, read_rows
+from pomona.zoo.run import FolderError, Learner, Memory, Phase, Run, Tested, diagnose, open_run, read_rows
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class Base:
     Attributes:
         model: its state dict.
         accuracy: on the test set, in percent.
+        loss: the same network's, in nats.
         identity: what tells it from others, for the manifest of runs that start from it.
     """
 
     model: Mapping[str, Tensor]
     accuracy: float | None
+    loss: float | None
     identity: Mapping[str, str]
 
 
@@ -73,16 +75,21 @@ def hold_zeros(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per
 def finish_base(run: Run, learner: Learner) -> None:
     """Keep the dense network."""
     run.memory["model"] = learner.model.state_dict()
-    run.memory["accuracy"] = {"base": run.evaluate(learner.model)}
+    _remember(run.memory, base=run.evaluate(learner.model))
 
 
 def _finish_prune(run: Run, learner: Learner) -> None:
     assert learner.pruner is not None
-    report = learner.pruner.harden(evaluate=lambda: run.evaluate(learner.model))
+    tested: list[Tested] = []
+
+    def evaluate() -> float:
+        tested.append(run.evaluate(learner.model))
+        return tested[-1].accuracy
+
+    report = learner.pruner.harden(evaluate=evaluate)
     learner.pruner.verify()
     run.memory["model"] = learner.model.state_dict()
-    run.memory.setdefault("accuracy", {"base": None})
-    run.memory["accuracy"] |= {"before_cut": report.accuracy_before, "after_cut": report.accuracy_after}
+    _remember(run.memory, before_cut=tested[0], after_cut=tested[1])
     run.memory["report"] = report.to_dict()
     run.memory["table"] = str(report)
     run.memory["method"] = str(learner.pruner.method)
@@ -92,7 +99,14 @@ def _finish_retrain(run: Run, learner: Learner) -> None:
     assert learner.pruner is not None
     learner.pruner.verify()
     run.memory["model"] = learner.model.state_dict()
-    run.memory["accuracy"] |= {"retrained": run.evaluate(learner.model)}
+    _remember(run.memory, retrained=run.evaluate(learner.model))
+
+
+def _remember(memory: Memory, **tested: Tested) -> None:
+    """What the network of a stage was worth."""
+    for key in ("accuracy", "loss"):
+        known = memory.setdefault(key, {"base": None})
+        known |= {stage: getattr(one, key) for stage, one in tested.items()}
 
 
 def train_phases(recipe: Recipe, base: Base | None = None) -> list[Phase]:
@@ -108,7 +122,7 @@ def train_phases(recipe: Recipe, base: Base | None = None) -> list[Phase]:
 
 def _from(base: Base) -> Callable[[Recipe, Memory], nn.Module]:
     def start(recipe: Recipe, memory: Memory) -> nn.Module:
-        memory["accuracy"] = {"base": base.accuracy}
+        memory["accuracy"], memory["loss"] = {"base": base.accuracy}, {"base": base.loss}
         return trained(recipe, {"model": base.model})
 
     return start
@@ -123,15 +137,15 @@ def train_base(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, pro
         raise ValueError(f"{recipe.title!r} has no [base] stage, it prunes from the initial weights")
     run = open_run("base", recipe, data, folder, train_phases(recipe)[:1], threads=threads, progress=progress)
     memory = run.go()
-    return make_base(memory["model"], memory["accuracy"]["base"], folder.name)
+    return make_base(memory["model"], memory["accuracy"]["base"], folder.name, loss=memory["loss"]["base"])
 
 
-def make_base(model: Mapping[str, Tensor], accuracy: float | None, name: str) -> Base:
+def make_base(model: Mapping[str, Tensor], accuracy: float | None, name: str, *, loss: float | None = None) -> Base:
     """A network to start from, known by its name and the checksum of its weights."""
     digest = hashlib.sha256()
     for tensor in model.values():
         digest.update(tensor.contiguous().numpy().tobytes())
-    return Base(model, accuracy, {"name": name, "checksum": digest.hexdigest()[:16]})
+    return Base(model, accuracy, loss, {"name": name, "checksum": digest.hexdigest()[:16]})
 
 
 def train(
@@ -189,7 +203,7 @@ def conclude(run: Run, threads: int, more: Mapping[str, Any], *, pictures: bool 
 
 
 def _result(run: Run, threads: int) -> dict[str, Any]:
-    recipe, memory, accuracy = run.recipe, run.memory, run.memory["accuracy"]
+    recipe, memory = run.recipe, run.memory
     diagnosis = diagnose(recipe, run.steps_per_epoch)
     sizes = {name: p.numel() for name, p in build_model(recipe.model, seed=recipe.seed).named_parameters()}
     report = memory["report"]
@@ -204,7 +218,7 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
         "commit": ", ".join(filter(None, memory["commits"])) or None,
         "seconds": sum(memory["seconds"].values()),
         "method": memory["method"],
-        "accuracy": accuracy | {"final": accuracy.get("retrained", accuracy["after_cut"])},
+        **{key: _with_final(memory[key]) for key in ("accuracy", "loss")},
         "expected": plain.get("expected"),
         "diagnosis": diagnosis
         and {
@@ -215,6 +229,10 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
         "report": report | {"outside": outside},
         "table": memory["table"],
     }
+
+
+def _with_final(stages: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {**stages, "final": stages.get("retrained", stages.get("after_cut"))}
 
 
 def _title(recipe: Mapping[str, Any], data: str) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pomona
@@ -39,7 +39,7 @@ from pomona.zoo.checkpoint import Checkpoints, write_atomically
 from pomona.zoo.data import DATA, Dataset
 from pomona.zoo.models import build_model
 from pomona.zoo.progress import Progress
-from pomona.zoo.run import commit_of_source
+from pomona.zoo.run import commit_of_source, count_right, cross_entropy
 from pomona.zoo.train import read_run
 
 Parameters = dict[str, Tensor]  # name -> value
@@ -267,7 +267,7 @@ class Landscape:
 
     def loss(self, parameters: Parameters, batch: Tensor) -> Tensor:
         """The mean over a batch of training examples."""
-        return F.cross_entropy(self._logits_by_batch(parameters, self._fresh(), batch), self.data.train_labels[batch])
+        return cross_entropy(self._logits_by_batch(parameters, self._fresh(), batch), self.data.train_labels[batch])
 
     def losses(self) -> list[Loss]:
         """Functions whose sum is the mean loss over the examples."""
@@ -280,20 +280,21 @@ class Landscape:
     @torch.no_grad()
     def measure(self, parameters: Parameters) -> Point:
         """Loss and accuracy on the examples, and accuracy on the test set."""
-        buffers, num = self._fresh(), len(self.examples)
-        batches = self.examples.tensor_split(math.ceil(num / _BATCH))
+        buffers = self._fresh()
+        batches = self.examples.tensor_split(math.ceil(len(self.examples) / _BATCH))
         for batch in batches if self._norms else ():
             self._logits_by_batch(parameters, buffers, batch)
         loss, right = 0.0, 0
         for batch in batches:
             labels = self.data.train_labels[batch]
-            logits = self._logits(parameters, buffers, self.data.train_images[batch])
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            right += int((logits.argmax(1) == labels).sum())
-        test_right, num_test = 0, len(self.data.test_labels)
-        for start in range(0, num_test, _BATCH):
-            logits = self._logits(parameters, buffers, self.data.test_images[start : start + _BATCH])
-            test_right += int((logits.argmax(1) == self.data.test_labels[start : start + _BATCH]).sum())
+            logits = self._logits(parameters, buffers, self.data.train_inputs[batch])
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            right += int(count_right(logits, labels))
+        num = self.data.train_labels[self.examples].numel()
+        test_right, num_test = 0, self.data.test_labels.numel()
+        for start in range(0, len(self.data.test_labels), _BATCH):
+            logits = self._logits(parameters, buffers, self.data.test_inputs[start : start + _BATCH])
+            test_right += int(count_right(logits, self.data.test_labels[start : start + _BATCH]))
         return Point(loss / num, 100 * right / num, 100 * test_right / num_test)
 
     def _fresh(self) -> Parameters:
@@ -306,13 +307,14 @@ class Landscape:
         for norm in self._norms:
             norm.train()
         try:
-            return self._logits(parameters, buffers, self.data.train_images[batch])
+            return self._logits(parameters, buffers, self.data.train_inputs[batch])
         finally:
             for norm in self._norms:
                 norm.eval()
 
-    def _logits(self, parameters: Parameters, buffers: Parameters, images: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.model, {**parameters, **buffers}, (images,))
+    def _logits(self, parameters: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            logits: Tensor = functional_call(self.model, {**parameters, **buffers}, (inputs,))
         return logits
 
 
