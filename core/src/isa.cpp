@@ -4,39 +4,54 @@
 #include "kernels.h"
 #include "pomona.h"
 
-#if POMONA_X86 && defined(_MSC_VER) && !defined(__clang__)
+#if POMONA_X86 && defined(_MSC_VER)
 #include <intrin.h>
+#elif POMONA_X86
+#include <cpuid.h>
 #endif
 
 namespace pomona {
 namespace {
 
-#if POMONA_X86 && defined(_MSC_VER) && !defined(__clang__)
+#if POMONA_X86
 
-int detect() {
-  int registers[4];
-  __cpuid(registers, 0);
-  if (registers[0] < 7) return POMONA_PORTABLE;
-  __cpuid(registers, 1);
-  const int fma = registers[2] >> 12 & 1, popcnt = registers[2] >> 23 & 1, osxsave = registers[2] >> 27 & 1;
-  if (!osxsave) return POMONA_PORTABLE;
-  const unsigned long long enabled = _xgetbv(0);  // registers that the operating system saves
-  __cpuidex(registers, 7, 0);
-  const unsigned features = static_cast<unsigned>(registers[1]);
-  if (!fma || !popcnt || !(features >> 5 & 1) || (enabled & 0x6) != 0x6) return POMONA_PORTABLE;
-  const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
-  return (features & avx512) == avx512 && (enabled & 0xe6) == 0xe6 ? POMONA_AVX512 : POMONA_AVX2;
+// Asked of the processor itself: compilers' own helpers need run-time libraries that not all of them bring.
+struct Registers {
+  unsigned eax, ebx, ecx, edx;
+};
+
+Registers cpuid(unsigned leaf) {
+#if defined(_MSC_VER)
+  int out[4];
+  __cpuidex(out, static_cast<int>(leaf), 0);
+  return {static_cast<unsigned>(out[0]), static_cast<unsigned>(out[1]), static_cast<unsigned>(out[2]),
+          static_cast<unsigned>(out[3])};
+#else
+  Registers r{};
+  __cpuid_count(leaf, 0, r.eax, r.ebx, r.ecx, r.edx);
+  return r;
+#endif
 }
 
-#elif POMONA_X86
+// Which registers the operating system saves.
+unsigned saved_registers() {
+#if defined(_MSC_VER)
+  return static_cast<unsigned>(_xgetbv(0));
+#else
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+#endif
+}
 
 int detect() {
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
-  if (!avx2) return POMONA_PORTABLE;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? POMONA_AVX512 : POMONA_AVX2;
+  const auto has = [](unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; };
+  if (cpuid(0).eax < 7) return POMONA_PORTABLE;
+  if (!has(cpuid(1).ecx, 1u << 12 | 1u << 23 | 1u << 27)) return POMONA_PORTABLE;  // FMA, POPCNT, OSXSAVE
+  const unsigned features = cpuid(7).ebx, saved = saved_registers();
+  if (!has(features, 1u << 5) || !has(saved, 0x6)) return POMONA_PORTABLE;  // AVX2
+  const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;        // F, DQ, BW, VL
+  return has(features, avx512) && has(saved, 0xe6) ? POMONA_AVX512 : POMONA_AVX2;
 }
 
 #else

@@ -24,7 +24,7 @@ constexpr int64_t kBins = int64_t{1} << kBits;
 constexpr int64_t kSmallTotal = int64_t{1} << 15;     // so few that all their keys are gathered
 constexpr int64_t kMaxGathered = int64_t{1} << 22;    // 16 MiB
 constexpr int64_t kSampleBlock = 16;                  // a cache line of float32
-constexpr int64_t kMinSampleBlocks = int64_t{1} << 11;
+constexpr int64_t kMinSampleBlocks = int64_t{1} << 10;
 constexpr int64_t kMaxSampleBlocks = int64_t{1} << 16;
 // Standard deviations of a sample of independent keys on either side. Keys of one block of a convolution's weights are
 // alike, which makes the true deviation about 2.4 times as large.
@@ -97,7 +97,7 @@ class Sample {
     const double wanted = 2.0 * kHalfWidth * static_cast<double>(total_) / (static_cast<double>(kMaxGathered) / 4.0);
     const double keys = wanted * wanted * share * (1.0 - share);
     int64_t num_blocks = static_cast<int64_t>(std::min(keys / kSampleBlock, static_cast<double>(kMaxSampleBlocks)));
-    num_blocks = std::max(num_blocks, std::min(int64_t{4} * kMinSampleBlocks, std::max(kMinSampleBlocks, total_ / 2048)));
+    num_blocks = std::max(num_blocks, std::min(int64_t{8} * kMinSampleBlocks, std::max(kMinSampleBlocks, total_ / 2048)));
     num_blocks = std::min(num_blocks, total_ / kSampleBlock);
     draw(scores, work, num_blocks);
     std::memset(coarse_, 0, sizeof coarse_);
@@ -134,7 +134,8 @@ class Sample {
       const Chunk& c = work.chunks[chunk];
       places[static_cast<size_t>(i)] = {c.tensor, c.begin + std::max<int64_t>(0, at - passed) / kSampleBlock * kSampleBlock};
     }
-    keys_.reserve(static_cast<size_t>(num_blocks * kSampleBlock));
+    keys_.resize(static_cast<size_t>(num_blocks * kSampleBlock));
+    int32_t* out = keys_.data();
     constexpr size_t kAhead = 24;
     for (size_t i = 0; i < places.size(); ++i) {
       if (i + kAhead < places.size()) {
@@ -147,12 +148,13 @@ class Sample {
       for_floats(score, places[i].begin, n, [&](const float* a, const float* b, int64_t, int64_t m) {
         for (int64_t j = 0; j < m; ++j) {
           const float value = b ? a[j] * b[j] : a[j];
-          int32_t key;
-          std::memcpy(&key, &value, sizeof key);
-          keys_.push_back(key & POMONA_KEY_MAX);
+          std::memcpy(out + j, &value, sizeof value);
+          out[j] &= POMONA_KEY_MAX;
         }
+        out += m;
       });
     }
+    keys_.resize(static_cast<size_t>(out - keys_.data()));
   }
 
   static uint64_t next_random(uint64_t* state) {  // SplitMix64
