@@ -101,9 +101,8 @@ class GSM(Method):
                 )
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
-        total = sum(w.value.numel() for w in weights)
-        k = num_kept(highest(self.sparsity), total)
-        check_floors([w.value.numel() for w in weights], k, self.min_density)
+        sizes = [w.numel for w in weights]
+        check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
         self._warn_of_rounding(weights)
 
     def _warn_of_rounding(self, weights: Sequence[Weight]) -> None:
@@ -131,20 +130,22 @@ class GSM(Method):
         sparsity = value_at(self.sparsity, step)
         if sparsity == 0.0:
             for w in weights:
-                w.state["active"].fill_(w.value.numel())
+                w.state["active"].fill_(w.numel)
             return
         t = [saliency(w.value, w.grad) for w in weights]
-        b = self._select(t, sparsity, refuse_infinity=True)
+        b = self._select(weights, t, sparsity, refuse_infinity=True)
         b.multiply_([w.grad for w in weights])
         for w, count in zip(weights, b.counts, strict=True):
             w.state["active"].fill_(count)
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        return self._select([magnitude(w.value) for w in weights], value_at(self.sparsity, step)).masks()
+        return self._select(weights, [magnitude(w.value) for w in weights], value_at(self.sparsity, step)).masks()
 
-    def _select(self, scores: Sequence[Score], sparsity: float, *, refuse_infinity: bool = False) -> Selection:
-        k = num_kept(sparsity, sum(score.numel() for score in scores))
-        return select(scores, k, min_density=self.min_density, refuse_infinity=refuse_infinity)
+    def _select(
+        self, weights: Sequence[Weight], scores: Sequence[Score], sparsity: float, *, refuse_infinity: bool = False
+    ) -> Selection:
+        k = num_kept(sparsity, sum(w.numel for w in weights))
+        return select(scores, k, of=weights, min_density=self.min_density, refuse_infinity=refuse_infinity)
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)
