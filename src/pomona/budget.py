@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
 from pomona.schedule import check_value
 from pomona.score import Score
-from pomona.selection import JoinedSelection, Selection, select_largest
+from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
+
+if TYPE_CHECKING:
+    from pomona.method import Weight
 
 Allocation: TypeAlias = Literal["global", "uniform", "erk"]  # WHERE the budget goes
 
@@ -22,7 +25,13 @@ def num_kept(sparsity: float, total: int) -> int:
     return math.floor(round((1.0 - sparsity) * total, 6))
 
 
-def select(scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0) -> Selection:
+def select(
+    scores: Sequence[Score | Tensor],
+    k: int,
+    *,
+    of: Sequence[Weight] | None = None,
+    min_density: float = 0.0,
+) -> Selection:
     """Keep **exactly** the ``k`` largest scores of all tensors together, without a temporary of their size.
 
     Ties are broken by position: the earlier tensor, then the smaller flat index, stays. A score of zero is never
@@ -32,6 +41,9 @@ def select(scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0
     Args:
         scores: of any shapes, on one device; a tensor ``t`` stands for the scores ``|t|``.
         k: how many to keep in all, 0 <= k <= number of scores.
+        of: the weights that the scores are of, in the same order. Where these are sharded over ranks it is needed:
+            ``k`` is then of the whole tensors, all ranks choose together what one process would choose, and each gets
+            its part. All ranks must call it.
         min_density: the largest ``ceil(min_density n)`` scores of every tensor of ``n`` are kept before the rest
             of ``k`` is dealt out globally, in [0, 1]; any value above 0 keeps every layer alive. On a GPU the host
             waits for the counts if it is above 0, and for nothing else.
@@ -39,20 +51,32 @@ def select(scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0
     Raises:
         ValueError: ``k`` out of range, a NaN among the scores, or floors that together exceed ``k``. (On a GPU a NaN
             ranks above all others instead: to look for it would make the host wait.)
+        RuntimeError: ``of`` is missing where weights are sharded.
     """
-    sizes = [score.numel() for score in scores]
+    asked = [score if isinstance(score, Score) else Score(score) for score in scores]
+    shards = find_shards(asked, of)
+    sizes = [score.numel() for score in asked] if shards is None else [shard.shape.numel() for shard in shards]
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an integer, got {k!r}")
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must be in [0, {sum(sizes)}], the number of scores, got {k}")
     check_min_density(min_density)
     floors = check_floors(sizes, k, min_density)
-    asked = [score if isinstance(score, Score) else Score(score) for score in scores]
-    selection = select_largest(asked, k)
-    return _raise_to_floors(asked, selection, floors, k) if min_density > 0.0 else selection
+
+    def choose(places: Sequence[int], k: int) -> Selection:
+        """The ``k`` largest of some of the tensors."""
+        mine = [asked[i] for i in places]
+        if shards is None:
+            return select_largest(mine, k)
+        return select_over_ranks(mine, [shards[i] for i in places], k)
+
+    selection = choose(range(len(asked)), k)
+    return _raise_to_floors(choose, selection, sizes, floors, k) if min_density > 0.0 else selection
 
 
-def global_top_k(scores: Sequence[Score | Tensor], k: int, *, min_density: float = 0.0) -> list[Tensor]:
+def global_top_k(
+    scores: Sequence[Score | Tensor], k: int, *, of: Sequence[Weight] | None = None, min_density: float = 0.0
+) -> list[Tensor]:
     """The masks of ``select``: boolean, one for each tensor of ``scores``, of its shape, True = kept.
 
     Example:
@@ -61,11 +85,16 @@ def global_top_k(scores: Sequence[Score | Tensor], k: int, *, min_density: float
         [tensor([False,  True]), tensor([[ True],
                 [False]])]
     """
-    return select(scores, k, min_density=min_density).masks()
+    return select(scores, k, of=of, min_density=min_density).masks()
 
 
 def top_k(
-    scores: Sequence[Score | Tensor], k: int, allocation: Allocation = "global", *, min_density: float = 0.0
+    scores: Sequence[Score | Tensor],
+    k: int,
+    allocation: Allocation = "global",
+    *,
+    of: Sequence[Weight] | None = None,
+    min_density: float = 0.0,
 ) -> list[Tensor]:
     """Keep the ``k`` largest scores in all, dealt to the layers by ``allocation``.
 
@@ -75,6 +104,7 @@ def top_k(
         allocation: ``"global"``: one ranking over all layers, ``select``. ``"uniform"``: the same share of every
             layer. ``"erk"``: shares by ``erk``. The last two ignore ``min_density``, for they empty no layer while
             ``k`` suffices.
+        of: as of ``select``.
         min_density: as of ``select``.
 
     Returns:
@@ -82,9 +112,17 @@ def top_k(
     """
     check_allocation(allocation)
     if allocation == "global":
-        return global_top_k(scores, k, min_density=min_density)
-    counts = deal(allocation, [score.shape for score in scores], k)
-    return [global_top_k([score], count)[0] for score, count in zip(scores, counts, strict=True)]
+        return global_top_k(scores, k, of=of, min_density=min_density)
+    counts = deal(allocation, [score.shape for score in scores] if of is None else [w.shape for w in of], k)
+    return top_k_each(scores, counts, of=of)
+
+
+def top_k_each(
+    scores: Sequence[Score | Tensor], counts: Sequence[int], *, of: Sequence[Weight] | None = None
+) -> list[Tensor]:
+    """Of each tensor keep as many of the largest scores as its count says."""
+    alone = [None] * len(scores) if of is None else [[w] for w in of]
+    return [global_top_k([s], count, of=w)[0] for s, count, w in zip(scores, counts, alone, strict=True)]
 
 
 def check_allocation(allocation: str) -> None:
@@ -179,18 +217,24 @@ def check_floors(sizes: Sequence[int], k: int, min_density: float) -> list[int]:
     return floors
 
 
-def _raise_to_floors(scores: list[Score], selection: Selection, floors: list[int], k: int) -> Selection:
+def _raise_to_floors(
+    choose: Callable[[Sequence[int], int], Selection],
+    selection: Selection,
+    sizes: Sequence[int],
+    floors: Sequence[int],
+    k: int,
+) -> Selection:
     """Give layers below their floor their own top scores, and the others what is left, until none is below."""
     raised: dict[int, Selection] = {}
-    free, counts = list(range(len(scores))), [int(count) for count in selection.counts]
+    free, counts = list(range(len(sizes))), [int(count) for count in selection.counts]
     while below := [i for i, count in zip(free, counts, strict=True) if count < floors[i]]:
-        raised |= {i: select_largest([scores[i]], floors[i]) for i in below}
-        if raised.keys() >= set(range(len(scores))):
+        raised |= {i: choose([i], floors[i]) for i in below}
+        if raised.keys() >= set(range(len(sizes))):
             free, counts = [], []
             break
         free = [i for i in free if i not in raised]
         left = k - sum(int(one.counts[0]) for one in raised.values())
-        selection = select_largest([scores[i] for i in free], min(left, sum(scores[i].numel() for i in free)))
+        selection = choose(free, min(left, sum(sizes[i] for i in free)))
         counts = [int(count) for count in selection.counts]
     if not raised:
         return selection

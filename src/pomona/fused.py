@@ -27,6 +27,8 @@ def _why_not(optimizer: Optimizer, weights: Sequence[Weight]) -> str:
     if type(optimizer) is not SGD:
         return f"is the step of torch.optim.SGD, not of {type(optimizer).__name__}"
     for w in weights:
+        if w.shard is not None:
+            return "is for weights that one process holds, and these are sharded"
         if not (w.value.is_cpu and w.value.dtype is torch.float32 and w.value.is_contiguous()):
             return f"needs contiguous float32 weights on a CPU, and {w.name} is not"
         for key in ("maximize", "differentiable"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pomona.distributed import Shard, local, reshard, sum_counts
 from pomona.method import Method, Weight
 from pomona.scope import Scope
 
@@ -29,34 +30,38 @@ def zero_copy_(copy: nn.Module, pruned: Mapping[str, Tensor]) -> None:
     """Write the zeros of a pruned model into a copy of it, such as an exponential moving average.
 
     An average of zeros stays zero, so once is enough. Parameters are found by name, with or without the
-    ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front.
+    ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front. Of a sharded model each rank
+    zeroes its blocks of a copy that is sharded alike.
     """
-    for name, parameter in same_names(copy, pruned).items():
-        zero_(parameter, pruned[name].to(parameter.device))
+    for name, value in same_names(copy, pruned).items():
+        zero_(value, pruned[name].to(value.device))
 
 
-def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's blocks of the copy's weights, by the names of the pruned model, whose blocks are of their shapes."""
+    reshard(copy)
     parameters = dict(copy.named_parameters(remove_duplicate=False))  # tied ones under each of their names
     found = {}
     for name, mask in pruned.items():
         parameter = next(
             (parameters[n] for n in (name, f"module.{name}", name.removeprefix("module.")) if n in parameters), None
         )
-        if parameter is None or parameter.shape != mask.shape:
-            have = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+        if parameter is None or local(parameter).shape != mask.shape:
+            have = "no such parameter" if parameter is None else f"shape {tuple(local(parameter).shape)}"
             raise ValueError(
                 f"{type(copy).__name__} is not a copy of the pruned model: {name} has shape {tuple(mask.shape)} "
                 f"there and {have} here"
             )
-        found[name] = parameter
+        found[name] = local(parameter)
     return found
 
 
-def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, int]:
-    """Name -> number of weights that should be zero in ``copy`` and are not, where there are any."""
+def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, int]:
+    """Name -> number of weights that should be zero in ``copy`` and are not, where there are any, on all ranks."""
     found = same_names(copy, pruned)
-    counts = {name: int((p.detach()[pruned[name].to(p.device)] != 0).sum()) for name, p in found.items()}
-    return {name: count for name, count in counts.items() if count}
+    here = [(value[pruned[name].to(value.device)] != 0).sum() for name, value in found.items()]
+    counts = sum_counts(here, [shards.get(name) for name in found])
+    return {name: count for name, count in zip(found, counts, strict=True) if count}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +108,14 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     from pomona.pruner import Pruner
 
     pruner = Pruner(model, optimizer, _Zeros(), scope=scope)
-    if pruner.harden().nonzero == sum(p.numel() for p in pruner.parameters().values()):
+    report = pruner.harden()
+    if report.nonzero == report.total:
         pruner.detach()
         raise ValueError(
             "hold() found no zero in the weights in scope; prune the model first (when "
             "resuming: load its state first), or widen the scope"
         )
-    empty = [name for name, p in pruner.parameters().items() if not p.detach().any()]
+    empty = [layer.name for layer in report.layers if not layer.nonzero]
     if empty:
         warnings.warn(
             f"{', '.join(empty)} is zero throughout and will stay so; Scope(exclude=[...]) lets it train",

@@ -24,16 +24,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pomona.diagnosis import Diagnosis
+from pomona.distributed import Shard
 from pomona.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """What a method sees of one pruned tensor.
+
+    Where several ranks hold the tensor together, its tensors are plain tensors too: the block of this rank. What
+    depends on the whole network is asked for by functions that take the weights: selections with ``of=weights``,
+    counts with :func:`pomona.ops.count`.
 
     Attributes:
         name: full parameter name.
@@ -44,6 +50,7 @@ class Weight:
         moves: False in a step without a gradient for it: the optimizer passes it over, decay included.
         buffers: what the optimizer itself remembers of each single weight, such as momentum or Adam's moments: tensors
             of the same shape, none before its first step; edit in place.
+        shard: which block of the whole tensor this is, if other ranks hold the rest.
     """
 
     name: str
@@ -53,6 +60,17 @@ class Weight:
     state: dict[str, Tensor]
     moves: bool = True
     buffers: tuple[Tensor, ...] = ()
+    shard: Shard | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        return self.value.shape if self.shard is None else self.shard.shape
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of the whole tensor."""
+        return self.shape.numel()
 
     @property
     def lr(self) -> float:
@@ -72,7 +90,7 @@ class Method(ABC):
         """Raise ValueError if the method cannot prune these weights as it is set."""
 
     def init(self, w: Weight) -> dict[str, Tensor]:
-        """State of one weight. Tensors made by ``zeros_like(w.value)`` reshard by themselves.
+        """State of one weight: tensors of the shape of ``w.value``, which reshard by themselves, or of no dimension.
 
         What depends on the weights' values is filled in at step 1, because they may be loaded after construction.
         """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from pomona.distributed import sum_counts, sum_vectors
 from pomona.method import Weight
+
+_SUM_CHUNK = 1 << 20
 
 
 def soft_threshold(v: Tensor, threshold: float) -> Tensor:
@@ -55,9 +59,41 @@ def masks_of(weights: Sequence[Weight]) -> list[Tensor]:
     return [w.state["mask"] for w in weights]
 
 
+def count(masks: Sequence[Tensor], *, of: Sequence[Weight]) -> list[int]:
+    """How many are True, or not zero, in each tensor; on all ranks together where the weights are sharded."""
+    return sum_counts([mask.count_nonzero() for mask in masks], [w.shard for w in of])
+
+
+def total(tensors: Sequence[Tensor], *, of: Sequence[Weight]) -> list[float]:
+    """The sum of each tensor of float32 numbers >= 0, on all ranks together where the weights are sharded.
+
+    It is rounded once, at the end, and so does not depend on how the numbers are laid out.
+    """
+    digits = sum_vectors([_sum_by_exponent(t) for t in tensors], [w.shard for w in of])
+    return [_add_up(numbers.tolist()) for numbers in digits]
+
+
+def _sum_by_exponent(numbers: Tensor) -> Tensor:
+    """Of each of the 256 exponents of float32 the sum of the mantissas, as integers, exact up to 2^39 numbers."""
+    sums = torch.zeros(256, dtype=torch.int64, device=numbers.device)
+    for piece in torch.split(numbers.detach().reshape(-1), _SUM_CHUNK):
+        bits = piece.view(torch.int32) & 0x7FFFFFFF
+        exponent = bits >> 23
+        mantissa = (bits & 0x7FFFFF) + (exponent > 0) * (1 << 23)
+        sums.scatter_add_(0, exponent.long(), mantissa.long())
+    return sums.cpu()
+
+
+def _add_up(sums: Sequence[int]) -> float:
+    if sums[255]:
+        return math.nan  # an infinity or a NaN was among them
+    return math.ldexp(sum(one << max(exponent - 1, 0) for exponent, one in enumerate(sums)), -149)
+
+
 def sparsity_of(weights: Sequence[Weight]) -> float:
     """Fraction of zeros among the weights, as the report counts them."""
-    return sum(int((w.value == 0).sum()) for w in weights) / max(1, sum(w.value.numel() for w in weights))
+    num = sum(w.numel for w in weights)
+    return (num - sum(count([w.value for w in weights], of=weights))) / max(1, num)
 
 
 def among(score: Tensor, mask: Tensor) -> Tensor:
@@ -70,10 +106,15 @@ def among(score: Tensor, mask: Tensor) -> Tensor:
 
 
 def random_scores(weights: Sequence[Weight], seed: int, step: int) -> Iterator[Tensor]:
-    """For each weight scores in (0, 1], which follow from ``seed``, ``step`` and its place among the weights."""
+    """For each weight scores in (0, 1], which follow from ``seed``, ``step`` and its place among the weights.
+
+    Where ranks share a tensor, each draws the whole of it and takes its block, so that the numbers are the same however
+    it is sharded; this takes the time and, one tensor at a time, the memory of the whole.
+    """
     for i, w in enumerate(weights):
         device = w.value.device
-        yield 1.0 - torch.rand(w.value.shape, generator=generator(seed, step, device, layer=i), device=device)
+        drawn = 1.0 - torch.rand(w.shape, generator=generator(seed, step, device, layer=i), device=device)
+        yield drawn if w.shard is None else w.shard.block(drawn, w.value.shape).clone()
 
 
 def generator(seed: int, step: int, device: torch.device, *, layer: int = 0) -> torch.Generator:

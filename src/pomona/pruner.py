@@ -15,15 +15,29 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from pomona.diagnosis import Diagnosis, rehearse
+from pomona.distributed import (
+    differing,
+    is_sharded,
+    like,
+    local,
+    max_over,
+    refuse_flat,
+    replicas,
+    reshard,
+    shards_of,
+    sum_counts,
+    take,
+    working_on,
+)
 from pomona.fused import check_fused, fused_step_
 from pomona.harden import count_revived, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
 from pomona.ops import all_finite
-from pomona.report import Report, report_layer
-from pomona.schedule import FAR_AWAY, Schedule
+from pomona.report import Report, report_layers
+from pomona.schedule import FAR_AWAY, Schedule, check_count
 from pomona.scope import Scope
 from pomona.selection import NonFiniteError, Selection
-from pomona.state import FORMAT, check_state, describe
+from pomona.state import FORMAT, check_state, describe, whole_shapes
 
 
 class Pruner:
@@ -34,6 +48,11 @@ class Pruner:
     as a whole, counted in ``num_skipped`` and warned of once; weights, momentum and step count stay as they were.
     A step with all learning rates and all gradients zero is not a step (distributed checkpointing makes such ones).
 
+    On several ranks the model is wrapped or sharded first (``DistributedDataParallel``, ``fully_shard``,
+    ``parallelize_module``), then come the optimizer and the Pruner, on each rank. The budget is one for all ranks and
+    the masks are those of one process. Where weights are sharded, every method of a Pruner but ``detach`` must be
+    called on all ranks.
+
     Args:
         model: parameters are neither renamed nor replaced; its ``state_dict()`` stays plain.
         optimizer: any ``torch.optim`` optimizer that the method accepts and that evaluates its gradients once a
@@ -42,6 +61,8 @@ class Pruner:
         scope: which weights; default: every trainable weight of two or more dimensions.
         fused: take the step of ``torch.optim.SGD`` for the weights in scope in the same pass that drops gradients
             (GSM on a CPU): the same numbers bit for bit, in about half the time. Their ``.grad`` stays as it was.
+        check_every: under ``DistributedDataParallel``, steps from one comparison of the ranks' weights to the next, a
+            few bytes a tensor; 0: never.
 
     Attributes:
         num_steps: optimizer steps counted so far.
@@ -71,7 +92,9 @@ class Pruner:
         *,
         scope: Scope | None = None,
         fused: bool = False,
+        check_every: int = 100,
     ) -> None:
+        refuse_flat(model, optimizer)
         optimizer = _unwrap(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -89,16 +112,18 @@ class Pruner:
         self.method = method
         self.scope = scope or Scope()
         self.fused = fused
+        check_count("check_every", check_every, low=0)
+        self.check_every = check_every
         self.num_steps = 0
         self.num_skipped = 0
 
+        reshard(model)
         selection = self.scope.select(model)
+        self._shards = shards_of(selection.inside)
+        self._is_sharded = {name: is_sharded(p) for name, p in selection.inside.items()}
         self._outside = selection.outside
         self._places = {name: _owner(model, name) for name in selection.inside}
         self._group_of = self._find_groups(selection.inside)
-        for name, parameter in selection.inside.items():
-            if hasattr(parameter, "to_local"):
-                raise ValueError(f"{name} is a DTensor; sharded weights cannot be pruned yet")
         groups = [optimizer.param_groups[i] for i in sorted(set(self._group_of.values()))]
         method.check(optimizer, groups)
 
@@ -108,10 +133,12 @@ class Pruner:
         self._accuracy: tuple[float | None, float | None] = (None, None)  # before and after harden()
         self._state: dict[str, dict[str, Tensor]] = {}
         weights = self._weights(with_grad=False)
-        method.check_weights(weights)
+        with working_on(self._shards):
+            method.check_weights(weights)
+            self._state = {w.name: method.init(w) for w in weights}
+        self._check_shapes(weights)
         if fused:
             check_fused(optimizer, weights)
-        self._state = {w.name: method.init(w) for w in weights}
         self._in_step: list[Weight] | None = None
         self._masked: list[tuple[int, int]] = []  # id and version of the gradients of the step under way
         self._is_trying = False
@@ -128,7 +155,35 @@ class Pruner:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter in scope, looked up in the model now."""
+        parameters = self._look_up()
+        if self._shards and self._changed(parameters):
+            reshard(self.model)  # a forward pass without a backward pass leaves whole weights in the root module
+            parameters = self._look_up()
+        changed = self._changed(parameters)
+        if changed:
+            raise RuntimeError(
+                f"{changed} was {'a DTensor' if self._is_sharded[changed] else 'no DTensor'} when the Pruner was made "
+                f"and has been replaced since: shard first (fully_shard, parallelize_module), then make the optimizer, "
+                f"then the Pruner"
+            )
+        return parameters
+
+    def _look_up(self) -> dict[str, nn.Parameter]:
         return {name: getattr(module, leaf) for name, (module, leaf) in self._places.items()}
+
+    def _changed(self, parameters: Mapping[str, nn.Parameter]) -> str:
+        """The first that was sharded, or put together, since the Pruner was made."""
+        return next((name for name, p in parameters.items() if is_sharded(p) != self._is_sharded[name]), "")
+
+    def _check_shapes(self, weights: list[Weight]) -> None:
+        for w in weights:
+            for key, t in self._state[w.name].items() if w.shard else ():
+                if t.ndim and t.shape != w.value.shape:
+                    raise ValueError(
+                        f"{type(self.method).__name__} remembers {key} of shape {tuple(t.shape)} for {w.name}, which "
+                        f"is sharded over ranks; state that can be saved then is of the shape of w.value "
+                        f"({tuple(w.value.shape)} here) or of no dimension"
+                    )
 
     def _find_groups(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
         group_of = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
@@ -147,7 +202,7 @@ class Pruner:
         groups = self.optimizer.param_groups
         weights = []
         for name, parameter in self.parameters().items():
-            value = parameter.detach()
+            value = local(parameter)
             weights.append(
                 Weight(
                     name=name,
@@ -157,13 +212,16 @@ class Pruner:
                     state=self._state.get(name, {}),
                     moves=parameter.grad is not None,
                     buffers=self._buffers(parameter),
+                    shard=self._shards.get(name),
                 )
             )
         return weights
 
     def _buffers(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
         state = self.optimizer.state.get(parameter, {})
-        return tuple(t for t in state.values() if isinstance(t, Tensor) and t.shape == parameter.shape and t.ndim)
+        shape = local(parameter).shape
+        blocks = [local(t) for t in state.values() if isinstance(t, Tensor) and t.ndim]
+        return tuple(t for t in blocks if t.shape == shape)
 
     # Around optimizer.step()
 
@@ -233,9 +291,13 @@ class Pruner:
         if self._in_step is not None and self._masked == self._grad_versions():
             return  # a subclass that calls super().step() fires the hooks twice
         self._in_step = None
+        self.parameters()  # raises if they are not what they were
         if self._is_phantom():
             return
-        is_left_to_method = not self.is_hardened and self.method.checks_gradients(self.num_steps + 1)
+        # Over ranks it is asked here, for all of them have to go the same way.
+        is_left_to_method = (
+            not self.is_hardened and not self._shards and self.method.checks_gradients(self.num_steps + 1)
+        )
         if not self._gradients_usable(but_for_scope=is_left_to_method):
             self._skip()
             return
@@ -245,7 +307,8 @@ class Pruner:
                 zero_(w.grad, self._pruned[w.name])
         else:
             try:
-                selection = self.method.before_step(weights, self.num_steps + 1)
+                with working_on(self._shards):
+                    selection = self.method.before_step(weights, self.num_steps + 1)
             except NonFiniteError:
                 if not is_left_to_method or all_finite(self._grads()):
                     raise
@@ -254,6 +317,7 @@ class Pruner:
             if selection is not None:
                 self._drop_gradients(weights, selection)
         self.num_steps += 1
+        self._check_replicas()
         self._in_step = weights
         self._masked = self._grad_versions()
 
@@ -274,14 +338,15 @@ class Pruner:
         for parameter, grad in hidden:
             parameter.grad = grad
         if weights is not None and not self.is_hardened:
-            self.method.after_step(weights, self.num_steps)
+            with working_on(self._shards):
+                self.method.after_step(weights, self.num_steps)
         if weights is not None and self.is_hardened:
             for w in weights:
                 zero_(w.value, self._pruned[w.name])
         self._mark()
 
     def _grad_versions(self) -> list[tuple[int, int]]:
-        return [(id(g), g._version) for g in self._grads()]
+        return [(id(g), local(g)._version) for g in self._grads()]
 
     def _all_parameters(self) -> Iterator[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
@@ -295,7 +360,24 @@ class Pruner:
             return True
         if any(group["lr"] != 0.0 for group in self.optimizer.param_groups):
             return False
-        return not any(bool(g.any()) for g in grads)
+        return not self._on_any_rank(any(bool(local(g).any()) for g in grads))
+
+    def _on_any_rank(self, claim: bool) -> bool:
+        return next(iter(self._shards.values())).ranks.any(claim) if self._shards else claim
+
+    def _check_replicas(self) -> None:
+        """Data-parallel ranks prune alike because their weights are alike; say so when they have drifted apart."""
+        if not self.check_every or self.num_steps % self.check_every:
+            return
+        twins = replicas(self.model)
+        drifted = differing({name: local(p) for name, p in self.parameters().items()}, twins) if twins else []
+        if drifted:
+            raise RuntimeError(
+                f"{', '.join(drifted[:3])} {'differ' if len(drifted) > 1 else 'differs'} between the ranks of "
+                f"DistributedDataParallel at step {self.num_steps:,}, so the ranks would prune different weights. "
+                f"Something changes them on some ranks only, such as an edit by hand, an optimizer state that was "
+                f"loaded on one rank, or gradients that are not synchronised (no_sync)"
+            )
 
     def _gradients_usable(self, *, but_for_scope: bool) -> bool:
         """Undo a loss scale that the optimizer itself would undo, and tell whether all gradients are finite.
@@ -303,18 +385,18 @@ class Pruner:
         ``but_for_scope``: leave those in scope to the method.
         """
         found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if self._on_any_rank(not (found_inf is None or not bool(local(found_inf)))):
             return False
         scale = getattr(self.optimizer, "grad_scale", None)
-        grads = self._grads()
+        grads = [local(g) for g in self._grads()]
         if scale is not None:
             for grad in grads:
-                grad.div_(scale.to(grad.device))
+                grad.div_(local(scale).to(grad.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
         if but_for_scope:
             inside = {id(p.grad) for p in self.parameters().values() if p.grad is not None and p.is_cpu}
             grads = [g for g in grads if id(g) not in inside]
-        return all_finite(grads)
+        return not self._on_any_rank(not all_finite(grads))
 
     def _skip(self) -> None:
         if self.num_skipped == 0:
@@ -335,13 +417,14 @@ class Pruner:
                 parameter.grad = None
 
     def _read_versions(self) -> list[int]:
-        return [p._version for p in self.parameters().values()]
+        return [local(p)._version for p in self.parameters().values()]
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
         """A few values of one weight; every step of an optimizer moves them, fused ones without a new version."""
-        first = next(iter(self.parameters().values()))
-        return first.detach()[(0,) * (first.ndim - 1)][:8].clone() if first.ndim else first.detach().clone()
+        blocks = [local(p) for p in self.parameters().values()]
+        first = next((block for block in blocks if block.numel()), blocks[0])
+        return first[(0,) * (first.ndim - 1)][:8].clone() if first.ndim and first.numel() else first.clone()
 
     def _mark(self) -> None:
         self._versions, self._seen = self._read_versions(), self._sample()
@@ -397,7 +480,7 @@ class Pruner:
                 "harden() inside trial_cut() would be undone at the end of the block; call it afterwards"
             )
         for copy in copies:
-            same_names(copy, self.parameters())
+            same_names(copy, {name: local(p) for name, p in self.parameters().items()})
         if not self.is_hardened:
             masks = self._masks()
             self._warn_of_haste()
@@ -439,31 +522,34 @@ class Pruner:
     def _masks(self) -> list[Tensor]:
         """The method's support; it must not be larger than promised. Smaller it is where a layer has too many zeros."""
         weights = self._weights(with_grad=False)
-        masks = self.method.support(weights, self.num_steps)
-        budget = self.method.budget(sum(w.value.numel() for w in weights), self.num_steps)
-        kept = sum(int(mask.sum()) for mask in masks)
+        with working_on(self._shards):
+            masks = self.method.support(weights, self.num_steps)
+        budget = self.method.budget(sum(w.numel for w in weights), self.num_steps)
+        kept = sum(sum_counts([mask.sum() for mask in masks], [w.shard for w in weights]))
         if budget is not None and kept > budget:
             raise RuntimeError(f"{self.method} has a budget of {budget} weights, but its support has {kept}")
         return masks
 
     def _loses_weights(self, masks: list[Tensor]) -> bool:
-        return any(bool(p.detach()[~mask].any()) for p, mask in zip(self.parameters().values(), masks, strict=True))
+        cut = zip(self.parameters().values(), masks, strict=True)
+        return self._on_any_rank(any(bool(local(p)[~mask].any()) for p, mask in cut))
 
     @torch.no_grad()
     def _cut(self, masks: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Zero all but the support: name -> what is zeroed, name -> largest magnitude lost by it."""
         weights = self._weights(with_grad=False)
-        pruned, cuts = {}, {}
+        pruned, here = {}, []
         for w, mask in zip(weights, masks, strict=True):
             pruned[w.name] = ~mask
             lost = w.value[pruned[w.name]]
-            cuts[w.name] = float(lost.abs().max()) if lost.numel() else 0.0
+            here.append(float(lost.abs().max()) if lost.numel() else 0.0)
             zero_(w.value, pruned[w.name])
-        return pruned, cuts
+        return pruned, dict(zip(pruned, max_over(here, [w.shard for w in weights]), strict=True))
 
     def _warn_of_haste(self) -> None:
         """A method that is not done, or a schedule that has not come to its end, prunes other than its user thinks."""
-        why = self.method.unfinished(self._weights(with_grad=False), self.num_steps)
+        with working_on(self._shards):
+            why = self.method.unfinished(self._weights(with_grad=False), self.num_steps)
         if why:
             warnings.warn(f"harden() at step {self.num_steps:,} comes early: {why}", stacklevel=3)
         hyper_parameters: Any = self.method
@@ -480,12 +566,15 @@ class Pruner:
                 )
 
     def _warn_of_loss(self) -> None:
-        diagnosis = self.method.diagnose(self._weights(with_grad=False), self.num_steps)
+        with working_on(self._shards):
+            diagnosis = self.method.diagnose(self._weights(with_grad=False), self.num_steps)
         if diagnosis is not None and not diagnosis.is_enough:
             warnings.warn(f"harden() cuts weights that have not decayed: {diagnosis}", stacklevel=3)
 
     def verify(self, *copies: nn.Module) -> Report:
         """Prove the contract after ``harden()``: every zero is zero, and no more weights are left than the budget.
+
+        On several ranks it must be called on all; they must also agree on the step, and copies of a weight be equal.
 
         Args:
             copies: models that were given to ``harden`` and are checked as well.
@@ -498,18 +587,42 @@ class Pruner:
         self._check_attached()
         wrong = []
         for model in (self.model, *copies):
-            for name, count in count_revived(model, self._pruned).items():
+            for name, count in count_revived(model, self._pruned, self._shards).items():
                 wrong.append(f"{count} of the zeros of {name} in {type(model).__name__} are not zero any more")
         report = self.report()
         budget = self.method.budget(report.total, self._hardened_at)
-        num_survivors = sum(int((~mask).sum()) for mask in self._pruned.values())
+        num_survivors = sum(self._num_kept(self._pruned).values())
         if budget is not None and num_survivors > budget:
             wrong.append(f"{num_survivors} weights survived, more than the budget of {budget}")
         if report.nonzero > num_survivors:
             wrong.append(f"{report.nonzero} weights are not zero, but only {num_survivors} survived the cut")
+        wrong += self._disagreements()
         if wrong:
             raise RuntimeError("the sparsity contract is broken: " + "; ".join(wrong))
         return report
+
+    def _num_kept(self, pruned: Mapping[str, Tensor]) -> dict[str, int]:
+        counts = sum_counts([(~mask).sum() for mask in pruned.values()], [self._shards.get(name) for name in pruned])
+        return dict(zip(pruned, counts, strict=True))
+
+    def _disagreements(self) -> list[str]:
+        """What ranks that hold copies of a weight, or the same step, do not agree on."""
+        everyone = {shard.twins: None for shard in self._shards.values() if shard.twins is not None}
+        data_parallel = replicas(self.model)
+        wrong = []
+        for twins in (*everyone, *((data_parallel,) if data_parallel else ())):
+            mine = {
+                name: local(p)
+                for name, p in self.parameters().items()
+                if twins is data_parallel or self._shards[name].twins is twins
+            }
+            masks = {f"what is pruned of {name}": self._pruned[name] for name in mine}
+            wrong += [f"{name} is not the same on all ranks" for name in differing({**mine, **masks}, twins)]
+        steps = {"the step": torch.tensor([self.num_steps, self.num_skipped, self._hardened_at])}
+        together = [shard.ranks for shard in self._shards.values()][:1]
+        for ranks in (*together, *((data_parallel,) if data_parallel else ())):
+            wrong += [f"{name} is not the same on all ranks" for name in differing(steps, ranks)]
+        return wrong
 
     def report(self) -> Report:
         """Count the model as it is now."""
@@ -517,28 +630,27 @@ class Pruner:
 
     def _report(self, pruned: Mapping[str, Tensor], cuts: Mapping[str, float]) -> Report:
         weights = self._weights(with_grad=False)
-        kept = {name: int((~mask).sum()) for name, mask in pruned.items()}
-        total = sum(w.value.numel() for w in weights)
-        layers = []
-        for w in weights:
-            why = "not cut yet"
-            if w.name in kept:
-                why = self.method.why(w.value.numel(), kept[w.name], sum(kept.values()) / total)
-            layers.append(report_layer(w.name, w.value, largest_cut=cuts.get(w.name), reason=why))
+        kept = self._num_kept(pruned)
+        density = sum(kept.values()) / sum(w.numel for w in weights)
+        reasons = {w.name: "not cut yet" for w in weights} | {
+            w.name: self.method.why(w.numel, kept[w.name], density) for w in weights if w.name in kept
+        }
+        layers = report_layers({w.name: w.value for w in weights}, self._shards, cuts=cuts, reasons=reasons)
         before, after = self._accuracy
         return Report(
-            layers=tuple(layers),
+            layers=layers,
             outside=self._outside,
             accuracy_before=before,
             accuracy_after=after,
-            metrics=self.method.metrics(weights),
+            metrics=self.metrics(),
             num_steps=self.num_steps,
             num_skipped=self.num_skipped,
         )
 
     def metrics(self) -> dict[str, float]:
         """The method's own numbers now, such as GSM's ``decay_exponent``; may synchronise with the device."""
-        return self.method.metrics(self._weights(with_grad=False))
+        with working_on(self._shards):
+            return self.method.metrics(self._weights(with_grad=False))
 
     def diagnose(
         self, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1
@@ -572,9 +684,12 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the model's and the optimizer's own: plain values and tensors.
 
-        The tensors are the live ones, as in ``torch.optim``; it loads under ``torch.load(weights_only=True)``.
+        The tensors are the live ones, as in ``torch.optim``; it loads under ``torch.load(weights_only=True)``. Those of
+        sharded weights are DTensors, which ``torch.distributed.checkpoint`` saves, and loads on any number of ranks.
         """
         self._check_attached()
+        parameters = self.parameters()
+        nothing = {name: torch.zeros_like(local(p), dtype=torch.bool) for name, p in parameters.items()}
         return {
             "format": FORMAT,
             "method": describe(self.method),
@@ -585,10 +700,12 @@ class Pruner:
             "is_hardened": self.is_hardened,
             "cuts": {name: self._cuts.get(name, 0.0) for name in self._places},
             "shapes": self._shapes(),
-            "state": {name: dict(state) for name, state in self._state.items()},
+            "state": {
+                name: {key: like(parameters[name], t) if t.ndim else t for key, t in state.items()}
+                for name, state in self._state.items()
+            },
             # Present from the start: distributed checkpoints restore only the keys that they are shown.
-            "pruned": self._pruned
-            or {name: torch.zeros_like(p, dtype=torch.bool) for name, p in self.parameters().items()},
+            "pruned": {name: like(parameters[name], mask) for name, mask in (self._pruned or nothing).items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -598,13 +715,15 @@ class Pruner:
             ValueError: the state is of another method, other hyper-parameters, or other weights; names the first
                 difference. Nothing has been changed then.
         """
-        check_state(state, self.method, self._shapes(), self._state)
-        device_of = {name: p.device for name, p in self.parameters().items()}
-        for name, tensors in state["state"].items():
-            for key, mine in self._state[name].items():
-                mine.copy_(tensors[key])
+        weights = {w.name: w for w in self._weights(with_grad=False)}
+        check_state(state, self.method, self._shapes(), {name: whole_shapes(w) for name, w in weights.items()})
+        parameters = self.parameters()
+        for name, w in weights.items():
+            for key, mine in w.state.items():
+                mine.copy_(take(state["state"][name][key], parameters[name], w.shard))
         pruned = state["pruned"].items() if state["is_hardened"] else ()
-        self._pruned = {name: mask.to(device_of[name], torch.bool, copy=True) for name, mask in pruned}
+        masks = {name: take(mask, parameters[name], weights[name].shard) for name, mask in pruned}
+        self._pruned = {name: m.to(weights[name].value.device, torch.bool, copy=True) for name, m in masks.items()}
         self.num_steps = state["num_steps"]
         self.num_skipped = state["num_skipped"]
         self._hardened_at = state["hardened_at"]
@@ -617,11 +736,13 @@ class Pruner:
         # Hooks do not survive deepcopy and pickle; a copied Pruner attaches itself to its copied optimizer.
         state["_was_attached"] = self.is_attached
         state["_handles"] = []
+        state["_shards"] = {}  # process groups cannot be copied; they are found anew
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         was_attached = state.pop("_was_attached")
         self.__dict__.update(state)
+        self._shards = shards_of(self._look_up())
         self._mark()
         if was_attached:
             self._attach()
@@ -648,10 +769,16 @@ def _hooks(handle: RemovableHandle) -> Mapping[int, Any]:
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
-    """The gradient; zeros for a weight that took no part in this step."""
+    """The gradient, or this rank's block of it; zeros for a weight that took no part in this step."""
     grad = parameter.grad
     if grad is None:
-        return torch.zeros_like(parameter)
+        return torch.zeros_like(local(parameter))
     if grad.layout is not torch.strided:
         raise ValueError(f"{name} has a sparse gradient; make its module with sparse=False, or exclude it")
-    return grad
+    laid_out, wanted = (getattr(t, "placements", None) for t in (grad, parameter))
+    if laid_out != wanted:
+        raise ValueError(
+            f"the gradient of {name} is placed as {laid_out} and the weight as {wanted}; before optimizer.step(), "
+            f"bring it there: p.grad = p.grad.redistribute(placements=p.placements)"
+        )
+    return local(grad)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pomona.distributed import Shard, local, max_over, reshard, shards_of, sum_vectors
 from pomona.scope import Scope
 
 
@@ -201,28 +202,60 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
-@torch.no_grad()
 def report_layer(name: str, value: Tensor, *, largest_cut: float | None = None, reason: str = "") -> LayerReport:
     """Count one tensor: zero is ``== 0``, never a tolerance; -0.0 counts as zero."""
-    channels = value.shape[0] if value.ndim else 0
-    rows = value.reshape(channels, math.prod(value.shape[1:])) if value.ndim else value.reshape(1, 1)
-    alive = rows != 0
-    nonzero = int(alive.sum())
-    return LayerReport(
-        name=name,
-        shape=tuple(value.shape),
-        total=value.numel(),
-        nonzero=nonzero,
-        channels=channels,
-        dead_channels=int((~alive.any(dim=1)).sum()) if value.ndim and value.numel() else 0,
-        largest_cut=largest_cut,
-        smallest_kept=float(rows[alive].abs().min()) if nonzero else None,
-        reason=reason,
-    )
+    cuts = {} if largest_cut is None else {name: largest_cut}
+    return report_layers({name: value}, cuts=cuts, reasons={name: reason})[0]
+
+
+@torch.no_grad()
+def report_layers(
+    values: Mapping[str, Tensor],
+    shards: Mapping[str, Shard] | None = None,
+    *,
+    cuts: Mapping[str, float] | None = None,
+    reasons: Mapping[str, str] | None = None,
+) -> tuple[LayerReport, ...]:
+    """Count tensors, or this rank's blocks of them; the reports are of the whole, the same on every rank."""
+    blocks = [(shards or {}).get(name) for name in values]
+    counted = [_count(value, shard) for value, shard in zip(values.values(), blocks, strict=True)]
+    sums = sum_vectors([counts for counts, _ in counted], blocks)
+    smallest = [-x for x in max_over([-x for _, x in counted], blocks)]
+    layers = []
+    for (name, value), shard, counts, kept in zip(values.items(), blocks, sums, smallest, strict=True):
+        shape = tuple(value.shape if shard is None else shard.shape)
+        nonzero, *alive = counts.tolist()
+        layers.append(
+            LayerReport(
+                name=name,
+                shape=shape,
+                total=math.prod(shape),
+                nonzero=nonzero,
+                channels=shape[0] if shape else 0,
+                dead_channels=alive.count(0) if math.prod(shape) else 0,
+                largest_cut=(cuts or {}).get(name),
+                smallest_kept=kept if nonzero else None,
+                reason=(reasons or {}).get(name, ""),
+            )
+        )
+    return tuple(layers)
+
+
+def _count(value: Tensor, shard: Shard | None) -> tuple[Tensor, float]:
+    """The number of non-zeros and that of the whole tensor's channels, here; and the smallest magnitude of them."""
+    alive = value != 0
+    nonzero = alive.sum().view(1).cpu()
+    num_channels = value.shape[:1] if shard is None else shard.shape[:1]
+    channels = torch.zeros(num_channels.numel() if num_channels else 0, dtype=torch.int64)
+    if value.numel() and value.ndim:
+        start = 0 if shard is None else shard.start[0]
+        channels[start : start + len(value)] = alive.reshape(len(value), -1).sum(1).cpu()
+    smallest = float(value[alive].abs().min()) if int(nonzero) else math.inf
+    return torch.cat([nonzero, channels]), smallest
 
 
 def report(model: nn.Module, scope: Scope | None = None) -> Report:
-    """Count the zeros of any model as it is, pruned by whatever means.
+    """Count the zeros of any model as it is, pruned by whatever means. Of a sharded one all ranks must ask.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -230,8 +263,7 @@ def report(model: nn.Module, scope: Scope | None = None) -> Report:
         >>> report(model).sparsity, report(model).dead_channels
         (0.75, 1)
     """
+    reshard(model)
     selection = (scope or Scope()).select(model)
-    return Report(
-        layers=tuple(report_layer(name, p.detach()) for name, p in selection.inside.items()),
-        outside=selection.outside,
-    )
+    values = {name: local(p) for name, p in selection.inside.items()}
+    return Report(layers=report_layers(values, shards_of(selection.inside)), outside=selection.outside)

@@ -7,9 +7,9 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from pomona.method import Method
+from pomona.method import Method, Weight
 
 FORMAT = 1  # of Pruner.state_dict()
 _KEYS = {
@@ -30,9 +30,9 @@ def check_state(
     state: Mapping[str, Any],
     method: Method,
     shapes: Mapping[str, list[int]],
-    tensors_of: Mapping[str, Mapping[str, Tensor]],
+    shapes_of: Mapping[str, Mapping[str, torch.Size]],
 ) -> None:
-    """ValueError unless ``state`` is of this method, these weights and these state tensors; names what differs."""
+    """ValueError unless ``state`` is of this method, these weights and state of these shapes; names what differs."""
     if not isinstance(state, Mapping):
         raise TypeError(f"the state of a Pruner is what state_dict() returned, got {type(state).__name__}")
     if state.get("format") != FORMAT:
@@ -51,16 +51,21 @@ def check_state(
                 f"the state does not fit this model and scope: {name} has shape {state['shapes'].get(name)} "
                 f"there and {shapes.get(name)} here (names begin with module. or _orig_mod. in a wrapped model)"
             )
-    for part, wanted in (("state", tensors_of.keys()), ("pruned", shapes.keys())):
+    for part, wanted in (("state", shapes_of.keys()), ("pruned", shapes.keys())):
         if state[part].keys() != wanted:
             differing = ", ".join(sorted(state[part].keys() ^ wanted))
             raise ValueError(f"the state is damaged: {part!r} lacks, or has beside the weights in scope, {differing}")
-    for name, tensors in tensors_of.items():
-        if tensors.keys() != state["state"][name].keys():
-            raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(tensors)}")
-        for key, mine_now in tensors.items():
-            if mine_now.shape != state["state"][name][key].shape:
+    for name, wanted_of in shapes_of.items():
+        if wanted_of.keys() != state["state"][name].keys():
+            raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(wanted_of)}")
+        for key, shape in wanted_of.items():
+            if shape != state["state"][name][key].shape:
                 raise ValueError(f"{key} of {name} has shape {tuple(state['state'][name][key].shape)} in the state")
+
+
+def whole_shapes(w: Weight) -> dict[str, torch.Size]:
+    """Shapes of the state of a weight, as it is saved: of the whole tensor."""
+    return {key: w.shape if t.ndim and t.shape == w.value.shape else t.shape for key, t in w.state.items()}
 
 
 def describe(value: Any) -> str:

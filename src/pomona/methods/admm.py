@@ -18,9 +18,10 @@ from pomona.budget import (
     global_top_k,
     num_kept,
     tell_share,
+    top_k_each,
 )
 from pomona.method import Method, Weight
-from pomona.ops import drop_gradients_, drop_weights_
+from pomona.ops import count, drop_gradients_, drop_weights_, total
 from pomona.schedule import Schedule, Value, check_count, check_value, value_at
 from pomona.scope import matches
 from pomona.score import Score, magnitude
@@ -123,12 +124,12 @@ class ADMM(Method):
             _check_patterns(self.densities, [w.name for w in weights])
         counts = self._counts(weights)
         if counts is None:
-            check_floors([w.value.numel() for w in weights], self._k(weights), self.min_density)
+            check_floors([w.numel for w in weights], self._k(weights), self.min_density)
             return
-        for w, count in zip(weights, counts, strict=True):
-            if count == 0 < w.value.numel():
+        for w, most in zip(weights, counts, strict=True):
+            if most == 0 < w.numel:
                 raise ValueError(
-                    f"{self} keeps none of the {w.value.numel()} weights of {w.name}; keep more of it, or leave it "
+                    f"{self} keeps none of the {w.numel} weights of {w.name}; keep more of it, or leave it "
                     f"dense: Scope(exclude=[{w.name!r}])"
                 )
 
@@ -172,30 +173,31 @@ class ADMM(Method):
         """Where the projection is not zero."""
         counts = self._counts(weights)
         if counts is None:
-            return global_top_k(scores, self._k(weights), min_density=self.min_density)
-        return [global_top_k([score], count)[0] for score, count in zip(scores, counts, strict=True)]
+            return global_top_k(scores, self._k(weights), of=weights, min_density=self.min_density)
+        return top_k_each(scores, counts, of=weights)
 
     def _counts(self, weights: Sequence[Weight]) -> list[int] | None:
         """The paper's l_i; None if all layers share one count."""
         if self.densities is not None:
             shares = [_find(self.densities, w.name) for w in weights]
-            return [num_kept(1.0 - share, w.value.numel()) for share, w in zip(shares, weights, strict=True)]
+            return [num_kept(1.0 - share, w.numel) for share, w in zip(shares, weights, strict=True)]
         if self.allocation == "global":
             return None
-        return deal(self.allocation, [w.value.shape for w in weights], self._k(weights))
+        return deal(self.allocation, [w.shape for w in weights], self._k(weights))
 
     def _k(self, weights: Sequence[Weight]) -> int:
         assert self.sparsity is not None
-        return num_kept(self.sparsity, sum(w.value.numel() for w in weights))
+        return num_kept(self.sparsity, sum(w.numel for w in weights))
 
-    def _must_shrink(self, weights: Sequence[Weight]) -> list[bool | Tensor]:
-        """Whether more weights are left in a layer than it may keep; elsewhere rho is 0. Does not wait for a device."""
+    def _must_shrink(self, weights: Sequence[Weight]) -> list[bool]:
+        """Whether more weights are left in a layer than it may keep; elsewhere rho is 0."""
         counts = self._counts(weights)
         if counts is None:
             return [True] * len(weights)
         if self.hold_zeros:
-            return [w.state["alive"].sum() > count for w, count in zip(weights, counts, strict=True)]
-        return [w.value.numel() > count for w, count in zip(weights, counts, strict=True)]
+            alive = count([w.state["alive"] for w in weights], of=weights)
+            return [num > most for num, most in zip(alive, counts, strict=True)]
+        return [w.numel > most for w, most in zip(weights, counts, strict=True)]
 
     def budget(self, total: int, step: int) -> int | None:
         return None if self.sparsity is None else num_kept(self.sparsity, total)
@@ -223,13 +225,14 @@ class ADMM(Method):
         """
         masks = self.support(weights, 0)
         chosen = [(w, mask) for w, mask, must in zip(weights, masks, self._must_shrink(weights), strict=True) if must]
-        num_chosen = sum(int(w.state["z"].count_nonzero()) for w, _ in chosen)
+        shrinking = [w for w, _ in chosen]
+        num_chosen = sum(count([w.state["z"] for w in shrinking], of=shrinking))
         if num_chosen == 0:
             return {}
-        distance = _norm([w.value - w.state["z"] for w, _ in chosen])
-        num_agreed = sum(int((w.state["z"] != 0).logical_and_(mask).sum()) for w, mask in chosen)
+        distance = _norm([w.value - w.state["z"] for w in shrinking], shrinking)
+        num_agreed = sum(count([(w.state["z"] != 0).logical_and_(mask) for w, mask in chosen], of=shrinking))
         return {
-            "primal_residual": float(distance / _norm([w.value for w, _ in chosen])),
+            "primal_residual": distance / _norm([w.value for w in shrinking], shrinking),
             "overlap": num_agreed / num_chosen,
         }
 
@@ -265,6 +268,5 @@ def _find(densities: Mapping[str, float], name: str) -> float:
     return next(density for pattern, density in densities.items() if matches(name, pattern))
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    squares = [t.float().square().sum() for t in tensors]
-    return torch.stack(squares).sum().sqrt()
+def _norm(tensors: Sequence[Tensor], weights: Sequence[Weight]) -> float:
+    return math.sqrt(math.fsum(total([t.float().square() for t in tensors], of=weights)))

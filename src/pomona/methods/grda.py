@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pomona.budget import global_top_k, num_kept
 from pomona.method import Method, Weight
-from pomona.ops import soft_threshold
+from pomona.ops import soft_threshold, sparsity_of
 from pomona.schedule import check_count, check_value
 from pomona.score import magnitude
 from pomona.selection import kth_largest
@@ -163,8 +163,8 @@ class GRDA(Method):
         """The one threshold of a run with a target, at ``step``."""
         assert self.sparsity is not None and self.steps is not None
         scores = [magnitude(w.state["v"]) for w in weights]
-        rank = num_kept(self.sparsity, sum(score.numel() for score in scores)) + 1
-        q = kth_largest(scores, rank)
+        rank = num_kept(self.sparsity, sum(w.numel for w in weights)) + 1
+        q = kth_largest(scores, rank, of=weights)
         threshold = _highest_threshold(weights)
         left = 0.0  # of the way, after this step
         if step < self.steps:
@@ -175,12 +175,12 @@ class GRDA(Method):
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         if self.sparsity is None:
             return [w.value != 0 for w in weights]
-        k = num_kept(self.sparsity, sum(w.value.numel() for w in weights))
+        k = num_kept(self.sparsity, sum(w.numel for w in weights))
         tau = _highest_threshold(weights)
         # What rested is behind the common threshold, and ranks as if it had taken it.
         behind = [tau - float(w.state["threshold"]) for w in weights]
         scores = [magnitude(soft_threshold(w.value, d)) for w, d in zip(weights, behind, strict=True)]
-        return global_top_k(scores, k)
+        return global_top_k(scores, k, of=weights)
 
     def budget(self, total: int, step: int) -> int | None:
         return None if self.sparsity is None else num_kept(self.sparsity, total)
@@ -196,11 +196,7 @@ class GRDA(Method):
         return f"{kept / total / density:.2g}x the network's share, by the threshold on |v|"
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
-        num_zeros = sum(int((w.value == 0).sum()) for w in weights)
-        return {
-            "threshold": _highest_threshold(weights),
-            "sparsity": num_zeros / max(1, sum(w.value.numel() for w in weights)),
-        }
+        return {"threshold": _highest_threshold(weights), "sparsity": sparsity_of(weights)}
 
 
 def _highest_threshold(weights: Sequence[Weight]) -> float:

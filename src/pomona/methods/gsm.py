@@ -102,9 +102,8 @@ class GSM(Method):
                 )
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
-        total = sum(w.value.numel() for w in weights)
-        k = num_kept(highest(self.sparsity), total)
-        check_floors([w.value.numel() for w in weights], k, self.min_density)
+        sizes = [w.numel for w in weights]
+        check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
         self._warn_of_rounding(weights)
 
     def _warn_of_rounding(self, weights: Sequence[Weight]) -> None:
@@ -130,7 +129,7 @@ class GSM(Method):
 
     def before_step(self, weights: Sequence[Weight], step: int) -> Selection | None:
         b = self._active(weights, value_at(self.sparsity, step))
-        counts = b.counts if b else [w.value.numel() for w in weights]
+        counts = b.counts if b else [w.numel for w in weights]
         for w, count in zip(weights, counts, strict=True):
             w.state["active"].fill_(count)
             if w.moves:
@@ -142,17 +141,17 @@ class GSM(Method):
         if sparsity == 0.0:
             return None
         t = [saliency(w.value, w.grad) for w in weights]
-        b = self._select(t, sparsity)
+        b = self._select(weights, t, sparsity)
         if b.num_infinite and not all_finite([w.grad for w in weights]):
             raise NonFiniteError("a gradient is not finite")
         return b
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        return self._select([magnitude(w.value) for w in weights], value_at(self.sparsity, step)).masks()
+        return self._select(weights, [magnitude(w.value) for w in weights], value_at(self.sparsity, step)).masks()
 
-    def _select(self, scores: Sequence[Score], sparsity: float) -> Selection:
-        k = num_kept(sparsity, sum(score.numel() for score in scores))
-        return select(scores, k, min_density=self.min_density)
+    def _select(self, weights: Sequence[Weight], scores: Sequence[Score], sparsity: float) -> Selection:
+        k = num_kept(sparsity, sum(w.numel for w in weights))
+        return select(scores, k, of=weights, min_density=self.min_density)
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)

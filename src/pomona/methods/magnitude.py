@@ -81,7 +81,7 @@ class Magnitude(Method):
         check_min_density(self.min_density)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
-        sizes = [w.value.numel() for w in weights]
+        sizes = [w.numel for w in weights]
         if self.allocation == "global":
             check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
 
@@ -104,8 +104,8 @@ class Magnitude(Method):
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         scores = [among(magnitude(w.value).tensor(), w.state["mask"]) for w in weights]  # m |w|
-        k = self.budget(sum(score.numel() for score in scores), step)
-        return top_k(scores, k, self.allocation, min_density=self.min_density)
+        k = self.budget(sum(w.numel for w in weights), step)
+        return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density)
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)

@@ -14,6 +14,7 @@ from pomona.budget import global_top_k, num_kept, tell_share, top_k
 from pomona.method import Method, Weight
 from pomona.ops import (
     among,
+    count,
     drop_buffers_,
     drop_gradients_,
     drop_weights_,
@@ -109,8 +110,8 @@ class RigL(Method):
         drop_weights_(weights, masks_of(weights))
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        if step == 0:  # no masks are drawn yet
-            return top_k([magnitude(w.value) for w in weights], budget_of(weights, self.sparsity), self.allocation)
+        if step == 0:
+            return magnitude_masks(weights, self.sparsity, self.allocation)
         return masks_of(weights)
 
     def budget(self, total: int, step: int) -> int:
@@ -129,18 +130,24 @@ class RigL(Method):
 def drop_and_grow_(w: Weight, fraction: float, growth: Tensor) -> None:
     """Replace ``fraction`` of the active weights: the smallest go, and the largest in ``growth`` come at zero."""
     active = w.state["mask"]
-    num_active = int(active.sum())
+    (num_active,) = count([active], of=[w])
     num = math.floor(round(fraction * num_active, 6))
-    (remaining,) = global_top_k([among(magnitude(w.value).tensor(), active)], num_active - num)
-    (grown,) = global_top_k([among(growth, ~remaining)], num)
+    (remaining,) = global_top_k([among(magnitude(w.value).tensor(), active)], num_active - num, of=[w])
+    (grown,) = global_top_k([among(growth, ~remaining)], num, of=[w])
     set_mask_(w, remaining | grown)
 
 
 def draw_masks_(weights: Sequence[Weight], sparsity: float, allocation: Distribution, seed: int) -> None:
     """Random masks, of exactly as many weights in each layer as the allocation gives it."""
     scores = list(random_scores(weights, seed, step=1))
-    for w, mask in zip(weights, top_k(scores, budget_of(weights, sparsity), allocation), strict=True):
+    masks = top_k(scores, budget_of(weights, sparsity), allocation, of=weights)
+    for w, mask in zip(weights, masks, strict=True):
         set_mask_(w, mask)
+
+
+def magnitude_masks(weights: Sequence[Weight], sparsity: float, allocation: Distribution) -> list[Tensor]:
+    """What a cut would keep before the first step, when no masks are drawn yet."""
+    return top_k([magnitude(w.value) for w in weights], budget_of(weights, sparsity), allocation, of=weights)
 
 
 def set_mask_(w: Weight, mask: Tensor) -> None:
@@ -159,7 +166,7 @@ def tell_unchanged(every: int, drop: float, step: int) -> str:
 
 
 def budget_of(weights: Sequence[Weight], sparsity: float) -> int:
-    return num_kept(sparsity, sum(w.value.numel() for w in weights))
+    return num_kept(sparsity, sum(w.numel for w in weights))
 
 
 def check_layers(weights: Sequence[Weight], sparsity: float) -> None:

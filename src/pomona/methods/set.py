@@ -8,20 +8,19 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import num_kept, tell_share, top_k
+from pomona.budget import num_kept, tell_share
 from pomona.method import Method, Weight
 from pomona.methods.rigl import (
     Distribution,
-    budget_of,
     check_layers,
     check_settings,
     draw_masks_,
     drop_and_grow_,
+    magnitude_masks,
     tell_unchanged,
 )
 from pomona.ops import drop_gradients_, drop_weights_, masks_of, random_scores, sparsity_of
 from pomona.schedule import Every
-from pomona.score import magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +97,8 @@ class SET(Method):
         drop_weights_(weights, masks_of(weights))
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        if step == 0:  # no masks are drawn yet
-            return top_k([magnitude(w.value) for w in weights], budget_of(weights, self.sparsity), self.allocation)
+        if step == 0:
+            return magnitude_masks(weights, self.sparsity, self.allocation)
         return masks_of(weights)
 
     def budget(self, total: int, step: int) -> int:

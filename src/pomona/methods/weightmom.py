@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pomona.budget import check_floors, check_min_density, global_top_k, num_kept
+from pomona.budget import check_floors, check_min_density, global_top_k, num_kept, top_k_each
 from pomona.method import Method, Weight
-from pomona.ops import among, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of
+from pomona.ops import among, count, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of, total
 from pomona.schedule import Value, check_count, check_never_falls, check_value, highest, value_at
 from pomona.score import magnitude
 
@@ -127,7 +127,7 @@ class WeightMom(Method):
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         if self.sparsity is not None:
-            sizes = [w.value.numel() for w in weights]
+            sizes = [w.numel for w in weights]
             check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
@@ -161,31 +161,33 @@ class WeightMom(Method):
     def _stays(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         """Which weights are not low now."""
         scores = self._scores(weights)
-        sizes = [score.numel() for score in scores]
+        sizes = [w.numel for w in weights]
         if self.sparsity is not None:
             k = num_kept(value_at(self.sparsity, step), sum(sizes))
-            return global_top_k(scores, k, min_density=self.min_density)
+            return global_top_k(scores, k, of=weights, min_density=self.min_density)
         assert self.threshold is not None  # one of the two is given
         floors = check_floors(sizes, sum(sizes), self.min_density)
-        return [(s >= self.threshold) | global_top_k([s], floor)[0] for s, floor in zip(scores, floors, strict=True)]
+        spared = top_k_each(scores, floors, of=weights)
+        return [(s >= self.threshold) | mask for s, mask in zip(scores, spared, strict=True)]
 
     def _scores(self, weights: Sequence[Weight]) -> list[Tensor]:
         """s of live weights, above 0, and 0 for pruned ones."""
+        masks = masks_of(weights)
+        # m for m_hat: 1 / (1 - beta^e) is the same for all weights of a layer and cancels in s.
+        ms = [w.state["m"] if int(w.state["updates"]) else magnitude(w.value).tensor() for w in weights]
+        sums = total([m * mask for m, mask in zip(ms, masks, strict=True)], of=weights)
+        live = count(masks, of=weights)
         scores = []
-        for w, importance in zip(weights, self._importance(weights), strict=True):
-            mask = w.state["mask"]
-            # m for m_hat: 1 / (1 - beta^e) is the same for all weights of a layer and cancels in s.
-            m = w.state["m"] if int(w.state["updates"]) else magnitude(w.value).tensor()
-            mean = (m * mask).sum() / mask.sum().clamp(min=1)
-            s = (m / mean.clamp(min=_TINY)).mul_(importance)
-            scores.append(among(s, mask))
+        for m, mask, one, num, importance in zip(ms, masks, sums, live, self._importance(weights, live), strict=True):
+            mean = one / max(num, 1)
+            scores.append(among((m / max(mean, _TINY)).mul_(importance), mask))
         return scores
 
-    def _importance(self, weights: Sequence[Weight]) -> list[float]:
+    def _importance(self, weights: Sequence[Weight], num_live: Sequence[int]) -> list[float]:
         """I of each layer."""
-        sizes = torch.tensor([w.value.numel() for w in weights], dtype=torch.float64)
+        sizes = torch.tensor([w.numel for w in weights], dtype=torch.float64)
         if self.importance == "sparsity":
-            live = torch.tensor([int(mask.sum()) for mask in masks_of(weights)], dtype=torch.float64)
+            live = torch.tensor(num_live, dtype=torch.float64)
             importance = live.sum() / sizes.sum() / (live / sizes)  # infinite for an empty layer, which has no scores
         elif self.importance == "position":
             raw = (torch.arange(1, len(weights) + 1) * sizes) ** -0.25
@@ -221,7 +223,7 @@ class WeightMom(Method):
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
         return {
             "sparsity": sparsity_of(weights),
-            "waiting": float(sum(int(w.state["count"].count_nonzero()) for w in weights)),
+            "waiting": float(sum(count([w.state["count"] for w in weights], of=weights))),
             "updates": float(weights[0].state["updates"]),
         }
 
