@@ -207,7 +207,7 @@ def candidates(model: Callable[[], nn.Module], compression: float, only: list[st
     ):
         if wanted(name) and (core.is_available() or not with_core):
             net, optimizer = fresh()
-            pomona.Pruner(net, optimizer, pomona.GSM(sparsity), fused=fused)
+            pomona.Pruner(net, optimizer, pomona.GSM(sparsity, min_density=0.0), fused=fused)
             yield Candidate(name, using_core(optimizer.step, with_core), list(net.parameters()))
     if wanted("original"):
         net, optimizer = fresh()

@@ -32,7 +32,7 @@ fast = settings(deadline=None, max_examples=100)
 
 
 def weight(value: Tensor, *buffers: Tensor) -> Weight:
-    return Weight("w", value, value.clone(), {"lr": 0.1}, {}, buffers=buffers)
+    return Weight("w", value, value.clone(), {"lr": 0.1}, {}, optimizer_state=dict(enumerate(buffers)))
 
 
 # soft_threshold

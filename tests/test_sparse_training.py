@@ -122,7 +122,9 @@ def test_each_naive_variant_goes_elsewhere(variant: oracle.Variant) -> None:
 def weight(value: list[float], grad: list[float], mask: list[int], *buffers: list[float]) -> Weight:
     as_tensors = [torch.tensor(numbers) for numbers in (value, grad)]
     state = {"mask": torch.tensor(mask, dtype=torch.bool)}
-    return Weight("w", *as_tensors, {"lr": 0.1}, state, buffers=tuple(torch.tensor(b) for b in buffers))
+    return Weight(
+        "w", *as_tensors, {"lr": 0.1}, state, optimizer_state={str(i): torch.tensor(b) for i, b in enumerate(buffers)}
+    )
 
 
 def test_the_smallest_go_and_the_largest_gradients_come() -> None:

@@ -167,12 +167,13 @@ def _check(status: int) -> None:
 def fits(*tensors: Tensor) -> bool:
     """Whether the core can take these tensors, which belong together: on the CPU, dense, alike in memory."""
     first = tensors[0]
-    if first.layout != torch.strided or not (first.is_contiguous() or _is_permuted(first)):
-        return False
-    return all(
-        t.is_cpu and t.dtype in _TYPES and t.layout == torch.strided and _is_alike(first, t) and not t.is_neg()
-        for t in tensors
-    )
+    is_plain = first.is_contiguous() if first.layout is torch.strided else False
+    for t in tensors:
+        if not t.is_cpu or t.dtype not in _TYPES or t.layout is not torch.strided or t.is_neg():
+            return False
+        if not (is_plain and t.is_contiguous() and t.shape == first.shape) and not _is_alike(first, t):
+            return False
+    return is_plain or _is_permuted(first)
 
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 Positions = NDArray[np.int64]
 
+_PLAIN = (Tensor, nn.Parameter)
+
 _is_sharded: ContextVar[bool] = ContextVar("_is_sharded", default=False)
 
 
@@ -115,13 +117,15 @@ class Shard:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor. (To ask by its class would import two seconds of torch into every process.)"""
+    if type(tensor) in _PLAIN:  # a quick answer for most
+        return False
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's block of a DTensor, a plain tensor that shares its memory; any other tensor is its own block."""
     if not is_sharded(tensor):
-        return tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
     sharded: Any = tensor.detach()
     with torch.no_grad():
         block: Any = sharded.to_local()

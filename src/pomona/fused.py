@@ -13,6 +13,8 @@ from pomona import core
 from pomona.method import Weight
 from pomona.selection import CPUSelection, JoinedSelection, Selection
 
+_ALL = -1  # ties
+
 
 def check_fused(optimizer: Optimizer, weights: Sequence[Weight]) -> None:
     """ValueError, with the reason and the way out, if ``fused_step_`` cannot work."""
@@ -39,38 +41,69 @@ def _why_not(optimizer: Optimizer, weights: Sequence[Weight]) -> str:
     return ""
 
 
-def fused_step_(optimizer: Optimizer, weights: Mapping[Tensor, Weight], selection: Selection) -> None:
-    """What ``optimizer.step()`` does to these weights once gradients outside of the selection are dropped, bit for bit.
+def fused_step_(optimizer: Optimizer, weights: Mapping[Tensor, Weight], selection: Selection) -> list[Tensor]:
+    """What ``optimizer.step()`` does once gradients outside of the selection are dropped, bit for bit.
 
-    Momentum is kept where the optimizer keeps it, so that its ``state_dict()`` is what it would be. Weights without a
-    gradient in this step are passed over, as SGD does.
+    For the weights, and for all of its other parameters that the core can take, so that it has nothing left to do for
+    them. Momentum is kept where the optimizer keeps it: its ``state_dict()`` is what it would be.
+
+    Returns:
+        The parameters that have made their step; they are not to make another.
     """
+    place_of = {parameter: i for i, parameter in enumerate(weights)}
     thresholds, ties = _cuts(selection)
-    moving = [(i, parameter, w) for i, (parameter, w) in enumerate(weights.items()) if w.moves]
-    settings = {id(w.group): w.group for w in weights.values()}
-    places = {key: place for place, key in enumerate(settings)}
-    is_first, buffers = [], []
-    for _, parameter, w in moving:
-        state = optimizer.state[parameter]
-        is_first.append(w.group["momentum"] != 0 and state.get("momentum_buffer") is None)
-        if is_first[-1]:
-            state["momentum_buffer"] = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-        buffers.append(state["momentum_buffer"] if w.group["momentum"] != 0 else None)
-    roundings = {_rounding(group) for group in settings.values()}
-    for rounding in roundings:
-        assert rounding is not None  # or else check_fused has refused it
-        mine = [j for j, (_, _, w) in enumerate(moving) if _rounding(w.group) == rounding]
+    done: list[Tensor] = []
+    for group in optimizer.param_groups:
+        moving = [p for p in group["params"] if p.grad is not None and (p in place_of or _fits(p, group))]
+        if not moving:
+            continue
+        rounding = _rounding(group)
+        assert rounding is not None  # or else it is refused: by check_fused, or by _fits
+        is_first, buffers = _momentum(optimizer, group, moving)
+        places = [place_of.get(p) for p in moving]
         core.gsm_step_(
-            [moving[j][2].value for j in mine],
-            [moving[j][2].grad for j in mine],
-            [buffers[j] for j in mine],
-            groups=[_scalars(group) for group in settings.values()],
-            group_of=[places[id(moving[j][2].group)] for j in mine],
-            thresholds=[thresholds[moving[j][0]] for j in mine],
-            num_ties=[ties[moving[j][0]] for j in mine],
-            is_first=[is_first[j] for j in mine],
+            [p.detach() for p in moving],
+            [p.grad for p in moving],
+            buffers,
+            groups=[_scalars(group)],
+            group_of=[0] * len(moving),
+            thresholds=[0 if i is None else thresholds[i] for i in places],
+            num_ties=[_ALL if i is None else ties[i] for i in places],
+            is_first=is_first,
             rounding=rounding,
         )
+        done += moving
+    return done
+
+
+def _fits(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    grad = parameter.grad
+    return (
+        grad is not None
+        and parameter.is_cpu
+        and grad.is_cpu
+        and parameter.dtype is grad.dtype is torch.float32
+        and parameter.is_contiguous()
+        and core.fits(grad)
+        and grad.is_contiguous()
+        and not group["maximize"]
+        and not group["differentiable"]
+        and _rounding(group) is not None
+    )
+
+
+def _momentum(
+    optimizer: Optimizer, group: Mapping[str, Any], parameters: Sequence[Tensor]
+) -> tuple[list[bool], list[Tensor | None]]:
+    """Whether it is yet to be set, and the buffers; None without momentum."""
+    if group["momentum"] == 0:
+        return [False] * len(parameters), [None] * len(parameters)
+    states = [optimizer.state[p] for p in parameters]
+    is_first = [state.get("momentum_buffer") is None for state in states]
+    for state, parameter in zip(states, parameters, strict=True):
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.empty_like(parameter)
+    return is_first, [state["momentum_buffer"] for state in states]
 
 
 def _cuts(selection: Selection) -> tuple[list[int], list[int]]:

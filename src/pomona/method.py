@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pomona.diagnosis import Diagnosis
-from pomona.distributed import Shard
+from pomona.distributed import Shard, local
 from pomona.selection import Selection
 
 
@@ -48,8 +48,7 @@ class Weight:
         group: the optimizer's parameter group that holds it, as it is now; read only.
         state: what ``init`` returned; edit in place; saved by the Pruner.
         moves: False in a step without a gradient for it: the optimizer passes it over, decay included.
-        buffers: what the optimizer itself remembers of each single weight, such as momentum or Adam's moments: tensors
-            of the same shape, none before its first step; edit in place.
+        optimizer_state: what the optimizer remembers of the tensor; empty before its first step. See ``buffers``.
         shard: which block of the whole tensor this is, if other ranks hold the rest.
     """
 
@@ -59,8 +58,14 @@ class Weight:
     group: Mapping[str, Any]
     state: dict[str, Tensor]
     moves: bool = True
-    buffers: tuple[Tensor, ...] = ()
+    optimizer_state: Mapping[str, Any] = field(default_factory=dict)
     shard: Shard | None = None
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What the optimizer remembers of each single weight, such as momentum or Adam's moments; edit in place."""
+        blocks = [local(t) for t in self.optimizer_state.values() if isinstance(t, Tensor) and t.ndim]
+        return [t for t in blocks if t.shape == self.value.shape]
 
     @property
     def shape(self) -> torch.Size:

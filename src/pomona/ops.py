@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pomona import core
 from pomona.distributed import sum_counts, sum_vectors
 from pomona.method import Weight
 
@@ -29,6 +30,8 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     """One cheap pass; a finite sum has finite terms, and only a sum that is not needs a second look."""
     if not grads:
         return True
+    if core.is_available() and all(core.fits(g) for g in grads):
+        return core.num_nonfinite(grads) == 0
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
     dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
     sums = [g.sum(dtype=torch.float32).to(dense[0].device) for g in dense]

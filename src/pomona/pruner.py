@@ -59,8 +59,8 @@ class Pruner:
             step (so not LBFGS); it must hold every weight in scope.
         method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
         scope: which weights; default: every trainable weight of two or more dimensions.
-        fused: take the step of ``torch.optim.SGD`` for the weights in scope in the same pass that drops gradients
-            (GSM on a CPU): the same numbers bit for bit, in about half the time. Their ``.grad`` stays as it was.
+        fused: take the step of ``torch.optim.SGD`` in the same pass that drops gradients (GSM on a CPU): the same
+            numbers bit for bit, in less time. ``.grad`` stays as it was.
         check_every: under ``DistributedDataParallel``, steps from one comparison of the ranks' weights to the next, a
             few bytes a tensor; 0: never.
 
@@ -140,7 +140,7 @@ class Pruner:
         if fused:
             check_fused(optimizer, weights)
         self._in_step: list[Weight] | None = None
-        self._masked: list[tuple[int, int]] = []  # id and version of the gradients of the step under way
+        self._masked = (0, 0)  # id and version of the first gradient of the step under way
         self._is_trying = False
         self._hidden_grads: list[tuple[Tensor, Tensor]] = []
         self._mark()
@@ -198,10 +198,10 @@ class Pruner:
             )
         return {name: group_of[id(p)] for name, p in parameters.items()}
 
-    def _weights(self, *, with_grad: bool) -> list[Weight]:
-        groups = self.optimizer.param_groups
+    def _weights(self, *, with_grad: bool, parameters: Mapping[str, nn.Parameter] | None = None) -> list[Weight]:
+        groups, remembered = self.optimizer.param_groups, self.optimizer.state
         weights = []
-        for name, parameter in self.parameters().items():
+        for name, parameter in (parameters or self.parameters()).items():
             value = local(parameter)
             weights.append(
                 Weight(
@@ -211,17 +211,11 @@ class Pruner:
                     group=groups[self._group_of[name]],
                     state=self._state.get(name, {}),
                     moves=parameter.grad is not None,
-                    buffers=self._buffers(parameter),
+                    optimizer_state=remembered.get(parameter, {}),
                     shard=self._shards.get(name),
                 )
             )
         return weights
-
-    def _buffers(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
-        state = self.optimizer.state.get(parameter, {})
-        shape = local(parameter).shape
-        blocks = [local(t) for t in state.values() if isinstance(t, Tensor) and t.ndim]
-        return tuple(t for t in blocks if t.shape == shape)
 
     # Around optimizer.step()
 
@@ -288,20 +282,21 @@ class Pruner:
             raise RuntimeError(
                 "optimizer.step() inside trial_cut() would be undone at the end of the block; step outside"
             )
-        if self._in_step is not None and self._masked == self._grad_versions():
+        if self._in_step is not None and self._masked == self._grad_version():
             return  # a subclass that calls super().step() fires the hooks twice
         self._in_step = None
-        self.parameters()  # raises if they are not what they were
-        if self._is_phantom():
+        parameters = self.parameters()
+        grads = self._grads()
+        if self._is_phantom(grads):
             return
         # Over ranks it is asked here, for all of them have to go the same way.
         is_left_to_method = (
             not self.is_hardened and not self._shards and self.method.checks_gradients(self.num_steps + 1)
         )
-        if not self._gradients_usable(but_for_scope=is_left_to_method):
+        if not self._gradients_usable(grads, but_for=parameters.values() if is_left_to_method else ()):
             self._skip()
             return
-        weights = self._weights(with_grad=True)
+        weights = self._weights(with_grad=True, parameters=parameters)
         if self.is_hardened:
             for w in weights:
                 zero_(w.grad, self._pruned[w.name])
@@ -315,20 +310,19 @@ class Pruner:
                 self._skip()
                 return
             if selection is not None:
-                self._drop_gradients(weights, selection)
+                self._drop_gradients(dict(zip(parameters.values(), weights, strict=True)), selection)
         self.num_steps += 1
         self._check_replicas()
         self._in_step = weights
-        self._masked = self._grad_versions()
+        self._masked = self._grad_version()
 
-    def _drop_gradients(self, weights: list[Weight], selection: Selection) -> None:
+    def _drop_gradients(self, weights: Mapping[Tensor, Weight], selection: Selection) -> None:
         """Outside of the selection; with ``fused`` the optimizer's step of these weights is taken right here."""
         if not self.fused:
-            selection.multiply_([w.grad for w in weights])
+            selection.multiply_([w.grad for w in weights.values()])
             return
-        parameters = self.parameters().values()
-        fused_step_(self.optimizer, dict(zip(parameters, weights, strict=True)), selection)
-        self._hide_gradients(parameters)  # so that the optimizer passes over them
+        done = fused_step_(self.optimizer, weights, selection)
+        self._hide_gradients(done)  # so that the optimizer passes over them
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -345,8 +339,10 @@ class Pruner:
                 zero_(w.value, self._pruned[w.name])
         self._mark()
 
-    def _grad_versions(self) -> list[tuple[int, int]]:
-        return [(id(g), local(g)._version) for g in self._grads()]
+    def _grad_version(self) -> tuple[int, int]:
+        """Of the first gradient: another one, or one that was added to, shows that a backward pass has been."""
+        grad = next((p.grad for p in self._all_parameters() if p.grad is not None), None)
+        return (0, 0) if grad is None else (id(grad), local(grad)._version)
 
     def _all_parameters(self) -> Iterator[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
@@ -354,8 +350,7 @@ class Pruner:
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._all_parameters() if p.grad is not None]
 
-    def _is_phantom(self) -> bool:
-        grads = self._grads()
+    def _is_phantom(self, grads: list[Tensor]) -> bool:
         if not grads:
             return True
         if any(group["lr"] != 0.0 for group in self.optimizer.param_groups):
@@ -379,24 +374,21 @@ class Pruner:
                 f"loaded on one rank, or gradients that are not synchronised (no_sync)"
             )
 
-    def _gradients_usable(self, *, but_for_scope: bool) -> bool:
+    def _gradients_usable(self, grads: list[Tensor], *, but_for: Iterable[Tensor]) -> bool:
         """Undo a loss scale that the optimizer itself would undo, and tell whether all gradients are finite.
 
-        ``but_for_scope``: leave those in scope to the method.
+        ``but_for``: parameters whose gradients are left to the method.
         """
         found_inf = getattr(self.optimizer, "found_inf", None)
         if self._on_any_rank(not (found_inf is None or not bool(local(found_inf)))):
             return False
         scale = getattr(self.optimizer, "grad_scale", None)
-        grads = [local(g) for g in self._grads()]
         if scale is not None:
-            for grad in grads:
+            for grad in map(local, grads):
                 grad.div_(local(scale).to(grad.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
-        if but_for_scope:
-            inside = {id(p.grad) for p in self.parameters().values() if p.grad is not None and p.is_cpu}
-            grads = [g for g in grads if id(g) not in inside]
-        return not self._on_any_rank(not all_finite(grads))
+        left_out = {id(p.grad) for p in but_for if p.is_cpu}
+        return not self._on_any_rank(not all_finite([local(g) for g in grads if id(g) not in left_out]))
 
     def _skip(self) -> None:
         if self.num_skipped == 0:
@@ -416,18 +408,19 @@ class Pruner:
                 self._hidden_grads.append((parameter, parameter.grad))
                 parameter.grad = None
 
-    def _read_versions(self) -> list[int]:
-        return [local(p)._version for p in self.parameters().values()]
+    def _watched(self) -> Tensor:
+        """This rank's block of the first weight that has one; every step of an optimizer moves it."""
+        blocks = (local(getattr(module, leaf)) for module, leaf in self._places.values())
+        return next((block for block in blocks if block.numel()), torch.zeros(0))
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
-        """A few values of one weight; every step of an optimizer moves them, fused ones without a new version."""
-        blocks = [local(p) for p in self.parameters().values()]
-        first = next((block for block in blocks if block.numel()), blocks[0])
-        return first[(0,) * (first.ndim - 1)][:8].clone() if first.ndim and first.numel() else first.clone()
+        """A few values of the weight that is watched; fused optimizers move them without a new version."""
+        block = self._watched()
+        return block[(0,) * (block.ndim - 1)][:8].clone() if block.ndim else block.clone()
 
     def _mark(self) -> None:
-        self._versions, self._seen = self._read_versions(), self._sample()
+        self._version, self._seen = self._watched()._version, self._sample()
 
     def _check_attached(self) -> None:
         """Say so when training goes on without us: hooks removed, or the steps made by a copy of the optimizer."""
@@ -442,7 +435,7 @@ class Pruner:
                 raise RuntimeError(
                     f"{name} was replaced in the model after the Pruner was made; make optimizer and Pruner anew"
                 )
-        num_changes = max(now - then for now, then in zip(self._read_versions(), self._versions, strict=True))
+        num_changes = self._watched()._version - self._version
         # One change is a load_state_dict or an edit by hand; fused optimizers show as none.
         if num_changes != 1 and not torch.equal(self._sample(), self._seen):
             times = f"{num_changes} times " if num_changes else ""
@@ -502,7 +495,7 @@ class Pruner:
         Costs one copy of the weights in scope while it lasts. Yields the report of the cut model.
         """
         saved = [w.value.clone() for w in self._weights(with_grad=False)]
-        versions, was_trying = self._read_versions(), self._is_trying
+        version, was_trying = self._watched()._version, self._is_trying
         self._is_trying = True
         try:
             if self.is_hardened:
@@ -515,8 +508,7 @@ class Pruner:
                 for w, value in zip(self._weights(with_grad=False), saved, strict=True):
                     w.value.copy_(value)
             self._is_trying = was_trying
-            ours = zip(self._versions, self._read_versions(), versions, strict=True)
-            self._versions = [then + after - before for then, after, before in ours]
+            self._version += self._watched()._version - version
 
     @torch.no_grad()
     def _masks(self) -> list[Tensor]:

@@ -133,7 +133,7 @@ class GSM(Method):
         for w, count in zip(weights, counts, strict=True):
             w.state["active"].fill_(count)
             if w.moves:
-                w.state["exponent"] += decay_per_step(w.lr, w.group)
+                w.state["exponent"].add_(decay_per_step(w.lr, w.group))
         return b
 
     def _active(self, weights: Sequence[Weight], sparsity: float) -> Selection | None:
