@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pomona
 from pomona import selection
@@ -123,20 +125,89 @@ def _select(
     assert kth_largest(scores, sum(w.numel() for w in ws) + 1, of=weights) == 0.0
 
 
-# A whole run
+# Models, whole and shared
+
+
+def odd_net(seed: int = 0) -> nn.Sequential:
+    """7 -> 131 -> 1: rows that no number of ranks divides, and one row for all of them."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(7, 131), nn.Tanh(), nn.Linear(131, 1))
+
+
+def normed_net(seed: int = 0) -> nn.Sequential:
+    """With a layer that tensor parallelism leaves alone."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     for module in model.children():
-        if isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Tanh):
             fully_shard(module, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
+def split_columns(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return shard_(model, mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 and p.shape[1] == 6 else None)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    first, last = (name for name, module in model.named_children() if isinstance(module, nn.Linear))
+    return parallelize_module(model, mesh, {first: ColwiseParallel(), last: RowwiseParallel()})
+
+
+def both(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return shard_(tensor_parallel(model, mesh["tp"]), mesh["dp"])
+
+
+@dataclass(frozen=True)
+class Way:
+    """To share a model among ranks."""
+
+    shape: tuple[int, ...]
+    share: Callable[[nn.Module, DeviceMesh], nn.Module]
+    build: Callable[[int], nn.Sequential] = net
+    splits_batch: bool = True  # along the first dimension of the mesh; else along both
+    scope: pomona.Scope = field(default_factory=pomona.Scope)
+
+
+WAYS = {
+    "fsdp over 2": Way((2,), shard_),
+    "fsdp over 2, columns": Way((2,), split_columns),
+    "fsdp over 2, uneven": Way((2,), shard_, odd_net),
+    "fsdp over 3, uneven": Way((3,), shard_, odd_net),
+    "fsdp over 4, biases too": Way((4,), shard_, scope=pomona.Scope(min_ndim=1)),
+    "fsdp over 2, two copies": Way((2, 2), shard_),
+    "fsdp over 1": Way((1,), shard_),
+    "tensor parallel over 2": Way((2,), tensor_parallel, normed_net, False, pomona.Scope(min_ndim=1)),
+    "fsdp and tensor parallel": Way((2, 2), both, normed_net, scope=pomona.Scope(min_ndim=1)),
+}
+
+
+def data_of(way: Way, num: int, seed: int = 0) -> list[Any]:
+    if way.build is not odd_net:
+        return batches(num, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(12, 7, generator=generator), torch.randn(12, 1, generator=generator)) for _ in range(num)]
+
+
+def my_share(way: Way, mesh: DeviceMesh, batch: Any) -> Any:
+    """This rank's part of a batch; ranks that compute one thing together share one."""
+    if not way.splits_batch:
+        return batch
+    if way.share is both:
+        rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
+    else:
+        rank, size = mesh.get_coordinate()[0], mesh.size(0)
+        if mesh.ndim == 2:
+            rank, size = rank * mesh.size(1) + mesh.get_coordinate()[1], mesh.size()
+    return batch[0][rank::size], batch[1][rank::size]
+
+
 def give_gathered(reference: nn.Module, model: nn.Module) -> None:
-    """The gradients of the sharded model to one that is whole, on every rank."""
+    """The gradients of the shared model to one that is whole, on every rank."""
     for theirs, mine in zip(reference.parameters(), model.parameters(), strict=True):
-        theirs.grad = mine.grad.full_tensor().clone() if mine.grad is not None else None
+        theirs.grad = whole(mine.grad).clone() if mine.grad is not None else None
 
 
 def whole(tree: Any) -> Any:
@@ -148,56 +219,80 @@ def whole(tree: Any) -> Any:
     return [whole(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
 
 
-def a_method_prunes_as_on_one_process(name: str, shape: tuple[int, ...], steps: int) -> None:
-    """Under fully_shard, with the gradients that it gives; everything is compared at every step, bit for bit."""
-    mesh = mesh_of(shape)
-    if not is_on(mesh):
-        return
-    case = next(case for case in METHODS if case.name == name)
-    make = OPTIMIZERS[case.optimizers[0]]
-    reference, model = net(), shard_(net(), mesh)
-    optimizers = make(reference.parameters(), foreach=True), make(model.parameters(), foreach=True)
-    alone = pomona.Pruner(reference, optimizers[0], case.method)
-    pruner = pomona.Pruner(model, optimizers[1], case.method)
-    rank, size = mesh.get_rank(), mesh.size()
+@dataclass
+class Both:
+    """A model that is shared, and one that is whole and gets the gradients of the other."""
 
-    def train(data: list[Any], pruner: pomona.Pruner, model: nn.Module, optimizer: Any) -> None:
-        for i, (x, y) in enumerate(data):
-            optimizer.zero_grad()
-            loss_of(model, (x[rank::size], y[rank::size])).backward()
-            give_gathered(reference, model)
-            optimizer.step()
-            optimizers[0].step()
-            same(alone, pruner, f"step {i}")
+    way: Way
+    mesh: DeviceMesh
+    method: pomona.Method
+    make: Callable[..., Any]
 
-    def same(alone: pomona.Pruner, pruner: pomona.Pruner, when: str) -> None:
-        mine, theirs = whole(pruner.state_dict()), whole(alone.state_dict())
+    def __post_init__(self) -> None:
+        self.reference = self.way.build(0)
+        self.reference_optimizer = self.make(self.reference.parameters())
+        self.alone = pomona.Pruner(self.reference, self.reference_optimizer, self.method, scope=self.way.scope)
+        self.begin(seed=0)
+
+    def begin(self, seed: int) -> None:
+        self.model = self.way.share(self.way.build(seed), self.mesh)
+        self.optimizer = self.make(self.model.parameters())
+        self.pruner = pomona.Pruner(self.model, self.optimizer, self.method, scope=self.way.scope)
+
+    def train(self, data: list[Any], check: bool = True) -> None:
+        for i, batch in enumerate(data):
+            self.optimizer.zero_grad()
+            loss_of(self.model, my_share(self.way, self.mesh, batch)).backward()
+            give_gathered(self.reference, self.model)
+            self.optimizer.step()
+            self.reference_optimizer.step()
+            if check:
+                self.compare(f"step {i}")
+
+    def compare(self, when: str) -> None:
+        mine, theirs = whole(self.pruner.state_dict()), self.alone.state_dict()
         for key in theirs:
             assert bits(mine[key]) == bits(theirs[key]), (when, key, mine[key], theirs[key])
-        for name, parameter in alone.parameters().items():
-            assert bits(whole(pruner.parameters()[name].detach())) == bits(parameter.detach()), (when, name)
-        assert pruner.metrics() == alone.metrics()
+        for name, parameter in self.alone.parameters().items():
+            assert bits(whole(self.pruner.parameters()[name].detach())) == bits(parameter.detach()), (when, name)
+        assert self.pruner.metrics() == self.alone.metrics()
 
-    data = batches(steps)
-    train(data, pruner, model, optimizers[1])
-    with pruner.trial_cut() as tried, alone.trial_cut() as tried_alone:
+    def harden(self) -> tuple[pomona.Report, pomona.Report]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # these runs are short
+            return self.pruner.harden(), self.alone.harden()
+
+
+def both_of(way: str, name: str) -> Both | None:
+    case = next(case for case in METHODS if case.name == name)
+    mesh = mesh_of(WAYS[way].shape)
+    return Both(WAYS[way], mesh, case.method, OPTIMIZERS[case.optimizers[0]]) if is_on(mesh) else None
+
+
+def prunes_as_on_one_process(way: str, name: str, steps: int, budget: int | None) -> None:
+    """With the gradients that the shared model gives, everything is compared at every step, bit for bit."""
+    run = both_of(way, name)
+    if run is None:
+        return
+    data = data_of(run.way, 2 * steps)
+    run.train(data[:steps])
+    with run.pruner.trial_cut() as tried, run.alone.trial_cut() as tried_alone:
         assert tried == tried_alone
-    # A new model, optimizer and Pruner go on from the states.
-    second = shard_(net(seed=1), mesh)
-    optimizer = make(second.parameters(), foreach=True)
-    resumed = pomona.Pruner(second, optimizer, case.method)
-    second.load_state_dict(model.state_dict())
-    optimizer.load_state_dict(optimizers[1].state_dict())
-    resumed.load_state_dict(pruner.state_dict())
-    train(data[: steps // 2], resumed, second, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reports = resumed.harden(), alone.harden()
+        with torch.no_grad():
+            loss_of(run.model, my_share(run.way, run.mesh, data[0]))  # leaves whole weights in the root of FSDP
+    run.compare("after a trial")
+    states = run.model.state_dict(), run.optimizer.state_dict(), run.pruner.state_dict()
+    run.begin(seed=1)
+    for one, state in zip((run.model, run.optimizer, run.pruner), states, strict=True):
+        one.load_state_dict(state)
+    run.train(data[steps : steps + 4])
+    with torch.no_grad():
+        loss_of(run.model, my_share(run.way, run.mesh, data[0]))
+    reports = run.harden()
     assert reports[0] == reports[1]
-    if case.budget is not None:
-        masks = whole(resumed.state_dict()["pruned"]).values()
-        assert sum(int((~mask).sum()) for mask in masks) == case.budget
-    same(alone, resumed, "harden")
-    train(data[: steps // 2], resumed, second, optimizer)
-    assert resumed.verify() == alone.verify()
-    assert pomona.report(second).layers == pomona.report(reference).layers
+    if budget is not None:
+        assert sum(int((~mask).sum()) for mask in run.alone.state_dict()["pruned"].values()) == budget
+    run.compare("harden")
+    run.train(data[steps + 4 : steps + 8])
+    assert run.pruner.verify() == run.alone.verify()
+    assert pomona.report(run.model, run.way.scope).layers == pomona.report(run.reference, run.way.scope).layers

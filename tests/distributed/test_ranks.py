@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.distributed import checks
 from tests.distributed.world import World
-from tests.test_contract import METHODS
+from tests.test_contract import METHODS, Case
 from tests.test_selection import DTYPES, VALUES
 
 each_layout = pytest.mark.parametrize("layout", checks.LAYOUTS)
@@ -48,6 +48,12 @@ def test_uneven_and_empty_blocks_and_mass_ties_are_chosen_as_by_a_full_sort(worl
             world.run(checks.selects_as_a_full_sort, layout, arrays_, [None] * 3, k, few, torch.float32)
 
 
-@pytest.mark.parametrize("name", [case.name for case in METHODS])
-def test_every_method_prunes_as_on_one_process(world: World, name: str) -> None:
-    world.run(checks.a_method_prunes_as_on_one_process, name, (2,), 20)
+@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+def test_every_method_prunes_as_on_one_process(world: World, case: Case) -> None:
+    world.run(checks.prunes_as_on_one_process, "fsdp over 2", case.name, 14, case.budget)
+
+
+@pytest.mark.parametrize("way", list(checks.WAYS)[1:])
+def test_however_a_model_is_shared_it_is_pruned_as_on_one_process(world: World, way: str) -> None:
+    for name in ("gsm", "weightmom", "rigl"):
+        world.run(checks.prunes_as_on_one_process, way, name, 5, None)
