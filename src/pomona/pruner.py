@@ -350,7 +350,7 @@ class Pruner:
     def _gradients_usable(self) -> bool:
         """Undo a loss scale that the optimizer itself would undo, and tell whether all gradients are finite."""
         found_inf = getattr(self.optimizer, "found_inf", None)
-        if self._on_any_rank(not (found_inf is None or not bool(local(found_inf)))):
+        if found_inf is not None and self._on_any_rank(bool(local(found_inf))):
             return False
         scale = getattr(self.optimizer, "grad_scale", None)
         grads = [local(g) for g in self._grads()]

@@ -6,26 +6,34 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pomona
-from pomona import selection
+from pomona import distributed, selection
 from pomona.budget import select
 from pomona.distributed import local, shards_of
 from pomona.method import Weight
 from pomona.score import Score
 from pomona.selection import NonFiniteError, kth_largest
 from tests import oracles
-from tests.problems import batches, bits, loss_of, net
+from tests.problems import batches, bits, loss_of, net, sparse_net
 from tests.test_contract import METHODS, OPTIMIZERS
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], list[Any]]] = {
@@ -296,3 +304,321 @@ def prunes_as_on_one_process(way: str, name: str, steps: int, budget: int | None
     run.train(data[steps + 4 : steps + 8])
     assert run.pruner.verify() == run.alone.verify()
     assert pomona.report(run.model, run.way.scope).layers == pomona.report(run.reference, run.way.scope).layers
+
+
+# One thing each
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "no error"
+
+
+def traffic_of_gsm() -> list[list[int]]:
+    """The bytes of each reduction, step by step; of the same run on two ranks and on a mesh of two by two."""
+    sent: list[int] = []
+    plain = distributed._all_reduce
+
+    def counting(numbers: Tensor, operation: Any, group: Any) -> None:
+        sent.append(numbers.numel() * numbers.element_size())
+        plain(numbers, operation, group)
+
+    steps = []
+    for way in ("fsdp over 2", "fsdp over 2, two copies"):
+        run = both_of(way, "gsm")
+        if run is None:
+            continue
+        distributed._all_reduce = counting
+        try:
+            for batch in data_of(run.way, 5):
+                sent.clear()
+                run.train([batch], check=False)
+                steps.append(list(sent))
+        finally:
+            distributed._all_reduce = plain
+    return steps
+
+
+def a_nan_on_one_rank_is_skipped_on_all() -> tuple[int, int] | None:
+    run = both_of("fsdp over 2", "gsm")
+    if run is None:
+        return None
+    run.train(data_of(run.way, 3))
+    before = bits(whole([run.model.state_dict(), run.optimizer.state_dict()["state"]]))
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    if run.mesh.get_rank() == 1:
+        local(next(run.model.parameters()).grad)[0] = torch.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.optimizer.step()
+    assert any("not finite at step 4" in str(one.message) for one in caught)
+    assert before == bits(whole([run.model.state_dict(), run.optimizer.state_dict()["state"]]))
+    return run.pruner.num_steps, run.pruner.num_skipped
+
+
+def a_step_without_rates_counts_where_one_rank_has_a_gradient() -> int | None:
+    run = both_of("fsdp over 2", "magnitude, gradual")
+    if run is None:
+        return None
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    run.optimizer.step()
+    assert run.pruner.num_steps == 0  # as distributed checkpoints make
+    if run.mesh.get_rank() == 1:
+        local(next(run.model.parameters()).grad)[0] = 1.0
+    run.optimizer.step()
+    return run.pruner.num_steps
+
+
+@dataclass(frozen=True)
+class Forgetful(pomona.Method):
+    """Whose author has not heard of ranks."""
+
+    which: str
+
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+        scores = [pomona.magnitude(w.value) for w in weights]
+        if self.which == "kth_largest":
+            kth_largest(scores, 3)
+        if self.which == "others":
+            return pomona.global_top_k(scores, 3, of=weights[:1])
+        return pomona.global_top_k(scores, 3)
+
+
+class Shaped(Forgetful):
+    def init(self, w: Weight) -> dict[str, Tensor]:
+        return {"rows": torch.zeros(len(w.value) + 1)}
+
+
+def what_is_refused() -> dict[str, str]:
+    """Name -> message, on ranks 0 and 1."""
+    mesh = mesh_of((2,))
+    square, other = mesh_of((2, 2)), mesh_of((3,))
+    if not is_on(mesh):
+        return {}
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.5)
+    gsm = pomona.GSM(sparsity=0.75)
+    messages = {}
+
+    def pruner_of(model: nn.Module, method: pomona.Method = gsm) -> pomona.Pruner:
+        return pomona.Pruner(model, sgd(model.parameters()), method)
+
+    for which in ("global_top_k", "kth_largest", "others"):
+        messages[which] = error_of(pruner_of(shard_(net(), mesh), Forgetful(which)).harden)
+    messages["shape of state"] = error_of(lambda: pruner_of(shard_(net(), mesh), Shaped("")))
+
+    model = net()
+    early = pruner_of(model)
+    shard_(model, mesh)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    messages["too early, step"] = error_of(early.optimizer.step)
+    messages["too early, harden"] = error_of(early.harden)
+
+    model = net()
+    model[0].weight = nn.Parameter(DTensor.from_local(model[0].weight.detach(), mesh, [Partial()]))
+    messages["partial"] = error_of(lambda: pruner_of(model))
+
+    model = net()
+    model[0].weight = nn.Parameter(lay_out(model[0].weight.detach(), square, [Shard(0), Replicate()]))
+    model[2].weight = nn.Parameter(lay_out(model[2].weight.detach(), other, [Shard(0)]))
+    messages["two meshes"] = error_of(lambda: pruner_of(model))
+
+    model = net()
+    model[0].weight = nn.Parameter(lay_out(model[0].weight.detach(), mesh, [Shard(0)]))
+    pruner = pruner_of(model)
+    model[0].weight.grad = DTensor.from_local(torch.ones(8, 6), mesh, [Partial()])
+    messages["gradient"] = error_of(pruner.optimizer.step)
+
+    class FullyShardedDataParallel(nn.Linear):
+        pass
+
+    class DeepSpeedEngine(nn.Linear):
+        pass
+
+    messages["fsdp1"] = error_of(lambda: pruner_of(FullyShardedDataParallel(4, 4)))
+    messages["deepspeed"] = error_of(lambda: pruner_of(DeepSpeedEngine(4, 4)))
+    return messages
+
+
+def whole_and_shared_weights_in_one_scope() -> pomona.Report | None:
+    """A plain tensor among DTensors counts once."""
+    mesh = mesh_of((2,))
+    if not is_on(mesh):
+        return None
+    reports = []
+    for is_shared in (True, False):
+        model = net()
+        if is_shared:
+            fully_shard(model[0], mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pruner = pomona.Pruner(model, optimizer, pomona.Magnitude(sparsity=0.75))
+        reports.append(pruner.harden())
+        assert pruner.verify().nonzero == 18
+    assert reports[0] == reports[1]
+    return reports[0]
+
+
+def mixed_precision() -> int | None:
+    """Weights in float32, computed with in bfloat16."""
+    mesh = mesh_of((2,))
+    if not is_on(mesh):
+        return None
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    way = Way((2,), lambda model, mesh: shard_(model, mesh, mp_policy=policy))
+    run = Both(way, mesh, pomona.GSM(sparsity=0.75), OPTIMIZERS["momentum"])
+    run.train([(x, y) for x, y in data_of(way, 6)])
+    reports = run.harden()
+    assert reports[0] == reports[1]
+    run.train(data_of(way, 3))
+    return run.pruner.verify().nonzero
+
+
+def holds_zeros_and_those_of_copies() -> int | None:
+    mesh = mesh_of((2,))
+    if not is_on(mesh):
+        return None
+    model, copy = shard_(sparse_net(), mesh), shard_(net(1), mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    pruner = pomona.hold(model, optimizer)
+    pruner.harden(copy)
+    for x, y in batches(3):
+        optimizer.zero_grad()
+        loss_of(model, (x, y)).backward()
+        optimizer.step()
+    assert pomona.report(copy).nonzero == 36
+    with torch.no_grad():
+        local(copy[0].weight)[:] = 1.0
+    assert "24 of the zeros of 0.weight" in error_of(lambda: pruner.verify(copy))
+    assert "is not a copy of the pruned model" in error_of(lambda: pruner.verify(net()))
+    return pruner.verify().nonzero
+
+
+def copies_that_differ_are_told() -> str | None:
+    run = both_of("fsdp over 2, two copies", "magnitude, gradual")
+    assert run is not None
+    run.harden()
+    run.pruner.verify()
+    value = local(run.model[2].weight)
+    if run.mesh.get_coordinate()[0] == 1 and len(value):
+        value[value != 0] *= 2.0
+    return error_of(run.pruner.verify)
+
+
+def data_parallel() -> tuple[int, list[str]]:
+    """What a run of GSM sends, and what is said when a rank drifts."""
+    model = nn.parallel.DistributedDataParallel(net(dist.get_rank()))
+    reference = net()
+    make = OPTIMIZERS["momentum"]
+    runs = []
+    for one in (model, reference):
+        optimizer = make(one.parameters())
+        runs.append((one, optimizer, pomona.Pruner(one, optimizer, pomona.GSM(sparsity=0.75), check_every=8)))
+    calls: list[int] = []
+    plain = distributed._all_reduce
+
+    def counting(*args: Any) -> None:
+        calls.append(1)
+        plain(*args)
+
+    distributed._all_reduce = counting
+    try:
+        num_before = 0
+        for i, (x, y) in enumerate(batches(11)):
+            mine = slice(dist.get_rank(), None, dist.get_world_size())
+            loss_of(model, (x[mine], y[mine])).backward()
+            for theirs, p in zip(reference.parameters(), model.parameters(), strict=True):
+                theirs.grad = p.grad.clone()
+            for _, optimizer, _ in runs:
+                optimizer.step()
+                optimizer.zero_grad()
+            if i == 6:
+                num_before = len(calls)
+            for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+                assert bits(p.detach()) == bits(q.detach())
+    finally:
+        distributed._all_reduce = plain
+    assert len(calls) == 1  # at step 8
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.module[2].weight[0, 0] += 1.0
+    errors = []
+    for batch in batches(5):
+        loss_of(model, batch).backward()
+        errors.append(error_of(runs[0][1].step))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runs[0][2].harden()
+    errors.append(error_of(runs[0][2].verify))
+    return num_before, errors
+
+
+# Checkpoints
+
+
+def go_on(size: int, name: str, start: str, end: str, first: int, num: int) -> Any:
+    """Steps ``first``, ... on so many ranks, 0 for a process without ranks, from a checkpoint to a checkpoint."""
+    mesh = mesh_of((max(size, 1),))
+    if not is_on(mesh):
+        return None
+    case = next(case for case in METHODS if case.name == name)
+    model = odd_net(seed=first)
+    if size:
+        shard_(model, mesh)
+    optimizer = OPTIMIZERS[case.optimizers[0]](model.parameters())
+    pruner = pomona.Pruner(model, optimizer, case.method)
+    where: dict[str, Any] = {"process_group": mesh.get_group()} if size else {"no_dist": True}
+    if start:
+        states = states_of(model, optimizer, pruner)
+        dcp.load(states, checkpoint_id=start, **where)
+        set_model_state_dict(model, states["model"])
+        set_optimizer_state_dict(model, optimizer, states["optimizer"])
+    assert pruner.num_steps == first
+    for step in range(first, first + num):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            g = torch.randn(p.shape, generator=generator)
+            p.grad = lay_out(g, p.device_mesh, p.placements) if size else g
+        optimizer.step()
+        if step == 13:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pruner.harden()
+    if end:
+        dcp.save(states_of(model, optimizer, pruner), checkpoint_id=end, **where)
+        return None
+    return bits(whole({**pruner.state_dict(), "model": dict(model.state_dict()), "steps": pruner.num_steps}))
+
+
+def states_of(model: nn.Module, optimizer: Any, pruner: pomona.Pruner) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "pruner": pruner,
+    }
+
+
+def a_whole_state_is_taken_apart() -> None:
+    """A state of one process, and one that is laid out in another way, load into shards."""
+    mesh = mesh_of((2,))
+    if not is_on(mesh):
+        return
+    run = both_of("fsdp over 2", "weightmom")
+    assert run is not None
+    run.train(data_of(run.way, 10))
+    run.harden()
+    state = run.alone.state_dict()
+    for way in (shard_, split_columns):
+        model = way(net(1), mesh)
+        fresh = pomona.Pruner(model, OPTIMIZERS["momentum"](model.parameters()), run.method)
+        fresh.load_state_dict(state)
+        assert bits(whole(fresh.state_dict())) == bits(run.alone.state_dict())
+        state = fresh.state_dict()
+    run.alone.load_state_dict(state)
+    assert bits(run.alone.state_dict()) == bits(whole(state))
