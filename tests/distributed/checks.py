@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -77,17 +78,35 @@ def weights_of(tensors: Sequence[DTensor]) -> list[Weight]:
 
 
 def selects_as_a_full_sort(
-    layout: str, arrays: list[np.ndarray], factors: list[np.ndarray | None], k: int, few: int, dtype: torch.dtype
+    layout: str,
+    arrays: list[np.ndarray],
+    factors: list[np.ndarray | None],
+    k: int,
+    dtype: torch.dtype,
+    changed: dict[str, Any],
 ) -> None:
+    """With constants of the selection changed: the ways for few numbers and for many, for a CPU and for others."""
     shape, placements = LAYOUTS[layout]
     mesh = mesh_of(shape)
     if not is_on(mesh):
         return
-    selection._GATHERED, gathered = few, selection._GATHERED
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setattr(selection, name, value)
         _select(mesh, placements, arrays, factors, k, dtype)
-    finally:
-        selection._GATHERED = gathered
+
+
+def on_a_device(scores: Sequence[Score]) -> bool:
+    return False
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"_GATHERED": 0},
+    {"_GATHERED": 16, "_CHUNK": 8},
+    {"_are_on_cpu": on_a_device},
+    {"_are_on_cpu": on_a_device, "_GATHERED": 0, "_DEVICE_CHUNK": 8},
+]
 
 
 def _select(
@@ -119,9 +138,8 @@ def _select(
     chosen.multiply_(targets)
     for target, mask, like in zip(targets, expected, tensors, strict=True):
         assert torch.equal(target, part(mask, like).float())
-    for floor in (0.1, 0.3):
-        if sum(math.ceil(round(floor * w.numel(), 6)) for w in ws) > k:
-            continue
+    floor = 0.3
+    if sum(math.ceil(round(floor * w.numel(), 6)) for w in ws) <= k:
         alone = select([Score(w, g) for w, g in zip(ws, gs, strict=True)], k, min_density=floor)
         shared = select(scores, k, min_density=floor, of=weights)
         assert shared.counts == alone.counts
@@ -130,7 +148,7 @@ def _select(
     if k:
         one = kth_largest([Score(w, g) for w, g in zip(ws, gs, strict=True)], k)
         assert kth_largest(scores, k, of=weights) == one
-    assert kth_largest(scores, sum(w.numel() for w in ws) + 1, of=weights) == 0.0
+        assert k < len(whole) or kth_largest(scores, sum(w.numel() for w in ws) + 1, of=weights) == 0.0
 
 
 # Models, whole and shared

@@ -30,14 +30,14 @@ def arrays(draw: st.DrawFn) -> list[np.ndarray]:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_ranks_select_as_a_full_sort(world: World, data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(sorted(checks.LAYOUTS)))
     ws = data.draw(arrays())
     gs = [w[::-1].copy() if w.ndim and data.draw(st.booleans()) else None for w in ws]
     k = data.draw(st.integers(0, sum(w.size for w in ws)))
-    few = data.draw(st.sampled_from([0, 8, 2048]))
-    world.run(checks.selects_as_a_full_sort, layout, ws, gs, k, few, data.draw(DTYPES))
+    changed = data.draw(st.sampled_from(checks.VARIANTS))
+    world.run(checks.selects_as_a_full_sort, layout, ws, gs, k, data.draw(DTYPES), changed)
 
 
 @each_layout
@@ -45,9 +45,10 @@ def test_uneven_and_empty_blocks_and_mass_ties_are_chosen_as_by_a_full_sort(worl
     generator = np.random.default_rng(0)
     ws = [generator.standard_normal(shape) for shape in [(131, 7), (1, 5), (3, 2, 4)]]
     tied = [np.round(w, 1) for w in ws]
-    for arrays_, k in ((ws, 100), (ws, 900), (tied, 100), (tied, 500), ([w * 0 + 1 for w in ws], 77)):
-        for few in (0, 2048):
-            world.run(checks.selects_as_a_full_sort, layout, arrays_, [None] * 3, k, few, torch.float32)
+    ones = [np.ones_like(w) for w in ws]
+    cases = [(tied, 500), (ones, 77), (ws, 900), (ws, 100), (tied, 100)]
+    for (drawn, k), changed in zip(cases, checks.VARIANTS, strict=True):
+        world.run(checks.selects_as_a_full_sort, layout, drawn, [None] * 3, k, torch.float32, changed)
 
 
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
@@ -57,8 +58,16 @@ def test_every_method_prunes_as_on_one_process(world: World, case: Case) -> None
 
 @pytest.mark.parametrize("way", list(checks.WAYS)[1:])
 def test_however_a_model_is_shared_it_is_pruned_as_on_one_process(world: World, way: str) -> None:
-    for name in ("gsm", "weightmom", "rigl"):
-        world.run(checks.prunes_as_on_one_process, way, name, 5, None)
+    world.run(checks.prunes_as_on_one_process, way, "gsm", 4, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", list(checks.WAYS)[1:])
+@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+def test_however_a_model_is_shared_every_method_prunes_as_on_one_process(world: World, way: str, case: Case) -> None:
+    if checks.WAYS[way].build is checks.odd_net and case.name == "admm by layer":
+        pytest.skip("the layers' names are of another network")
+    world.run(checks.prunes_as_on_one_process, way, case.name, 9, None)
 
 
 def test_a_step_of_gsm_sends_five_small_sums_or_six_with_a_tie(world: World) -> None:
