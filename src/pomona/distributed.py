@@ -332,12 +332,13 @@ def differing(tensors: Mapping[str, Tensor], twins: Ranks) -> list[str]:
 
 def replicas(model: nn.Module) -> Ranks | None:
     """The ranks of a DistributedDataParallel, which hold a copy of the model each; None for any other model."""
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
+    plain: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(plain, nn.parallel.DistributedDataParallel):
         return None
-    group: Any = model.process_group
+    group: Any = plain.process_group
     if dist.get_world_size(group) == 1:
         return None
-    return Ranks((group,), model.device, dist.get_world_size(group), dist.get_rank(group))
+    return Ranks((group,), plain.device, dist.get_world_size(group), dist.get_rank(group))
 
 
 # Engines

@@ -640,3 +640,56 @@ def a_whole_state_is_taken_apart() -> None:
         state = fresh.state_dict()
     run.alone.load_state_dict(state)
     assert bits(run.alone.state_dict()) == bits(whole(state))
+
+
+def blocks_are_where_they_are_said_to_be(rows: int, columns: int) -> list[str]:
+    """Weights that are numbered by their place, laid out by torch itself; what is refused, by name of the layout."""
+    refused = []
+    numbers = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
+
+    def numbered() -> nn.Module:
+        model = nn.Sequential(nn.Linear(columns, rows, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(numbers)
+        return model
+
+    square = mesh_of((2, 2))
+    made: dict[str, nn.Module] = {}
+    for name, style in (("rows", ColwiseParallel()), ("columns", RowwiseParallel())):
+        for under in (False, True):
+            model = parallelize_module(numbered(), square["tp"], {"0": style})
+            try:
+                made[f"{name}{', fsdp' if under else ''}"] = shard_(model, square["dp"]) if under else model
+            except NotImplementedError:
+                refused.append(f"torch: {name}")
+    made["fsdp"] = shard_(numbered(), square)
+    for name, model in made.items():
+        weight = model[0].weight
+        try:
+            shard = shards_of({"weight": weight})["weight"]
+        except ValueError as error:
+            assert "is not one block of neighbours" in str(error)
+            refused.append(name)
+            continue
+        block = local(weight)
+        places = shard.places(np.arange(block.numel()), block.shape)
+        assert block.reshape(-1).tolist() == places.tolist(), (name, block, places)
+        assert torch.equal(shard.block(numbers, block.shape), block)
+    return refused
+
+
+def a_loss_scale_and_an_overflow_on_one_rank() -> tuple[int, int, float] | None:
+    run = both_of("fsdp over 2", "gsm")
+    if run is None:
+        return None
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i, batch in enumerate(data_of(run.way, 5)):
+        run.optimizer.zero_grad()
+        x, y = my_share(run.way, run.mesh, batch)
+        loss = loss_of(run.model, (x, y))
+        if i == 2 and run.mesh.get_rank() == 0:
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+    return run.pruner.num_steps, run.pruner.num_skipped, scaler.get_scale()

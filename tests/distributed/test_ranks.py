@@ -151,3 +151,13 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(world: World, name: str, 
 
 def test_a_state_loads_however_it_was_laid_out(world: World) -> None:
     world.run(checks.a_whole_state_is_taken_apart)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 7, 8, 9, 13])
+def test_blocks_are_where_they_are_said_to_be(world: World, rows: int) -> None:
+    """What torch cuts, FSDP over tensor parallelism too, evenly or not, is where the shard says; nothing is refused."""
+    assert world.run(checks.blocks_are_where_they_are_said_to_be, rows, 6) == [[]] * 4
+
+
+def test_an_overflow_on_one_rank_is_skipped_on_all(world: World) -> None:
+    assert world.run(checks.a_loss_scale_and_an_overflow_on_one_rank)[:2] == [(4, 0, 512.0)] * 2
