@@ -138,7 +138,7 @@ class ADMM(Method):
         if self.hold_zeros:
             state |= {
                 "alive": torch.zeros_like(w.value, dtype=torch.bool),
-                "num_alive": torch.zeros((), dtype=torch.int64),
+                "num_alive": torch.zeros((), dtype=torch.int64, device="cpu"),
             }
         return state
 
