@@ -238,7 +238,7 @@ def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...], list[
     for d, placement in zip(dims, parameter.placements, strict=True):
         if placement.is_replicate():
             continue
-        num_parts = 1 if placement.is_shard() else getattr(placement, "split_factor", 0)
+        num_parts = getattr(placement, "split_factor", 1 if placement.is_shard() else 0)
         if placement.is_partial() or not num_parts:
             raise ValueError(
                 f"{name} is placed as {placement}; weights can be pruned that are placed as Shard or Replicate"

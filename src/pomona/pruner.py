@@ -314,7 +314,7 @@ class Pruner:
         self._mark()
 
     def _grad_versions(self) -> list[tuple[int, int]]:
-        return [(id(g), local(g)._version) for g in self._grads()]
+        return [(id(g), g._version) for g in self._grads()]
 
     def _all_parameters(self) -> Iterator[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
@@ -375,7 +375,7 @@ class Pruner:
                 parameter.grad = None
 
     def _read_versions(self) -> list[int]:
-        return [local(p)._version for p in self.parameters().values()]
+        return [p._version for p in self.parameters().values()]
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
@@ -647,7 +647,8 @@ class Pruner:
         """
         self._check_attached()
         parameters = self.parameters()
-        nothing = {name: torch.zeros_like(local(p), dtype=torch.bool) for name, p in parameters.items()}
+        # Present from the start: distributed checkpoints restore only the keys that they are shown.
+        pruned = self._pruned or {n: torch.zeros_like(local(p), dtype=torch.bool) for n, p in parameters.items()}
         return {
             "format": FORMAT,
             "method": describe(self.method),
@@ -662,8 +663,7 @@ class Pruner:
                 name: {key: like(parameters[name], t) if t.ndim else t for key, t in state.items()}
                 for name, state in self._state.items()
             },
-            # Present from the start: distributed checkpoints restore only the keys that they are shown.
-            "pruned": {name: like(parameters[name], mask) for name, mask in (self._pruned or nothing).items()},
+            "pruned": {name: like(parameters[name], mask) for name, mask in pruned.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import pomona
 from tests.distributed import checks
 from tests.test_contract import METHODS, Case
 
@@ -39,6 +40,18 @@ def test_one_rank_selects_as_a_full_sort(changed: dict[str, object]) -> None:
 @pytest.mark.parametrize("case", METHODS[::2], ids=lambda case: case.name)  # the others: on two ranks
 def test_every_method_prunes_a_sharded_model_as_a_plain_one(case: Case) -> None:
     checks.prunes_as_on_one_process("fsdp over 1", case.name, 14, case.budget)
+
+
+def test_steps_of_another_optimizer_are_noticed() -> None:
+    model = checks.shard_(checks.net(), checks.mesh_of((1,)))
+    ours, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    pruner = pomona.Pruner(model, ours, pomona.Magnitude(sparsity=0.5))
+    for optimizer in (ours, other, other, other):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    with pytest.warns(UserWarning, match="the weights were changed 3 times since the last optimizer step"):
+        pruner.harden()
 
 
 def test_a_checkpoint_goes_on(tmp_path: Path) -> None:
