@@ -242,7 +242,7 @@ def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...], list[
     for d, placement in zip(dims, parameter.placements, strict=True):
         if placement.is_replicate():
             continue
-        num_parts = 1 if placement.is_shard() else getattr(placement, "split_factor", 0)
+        num_parts = getattr(placement, "split_factor", 1 if placement.is_shard() else 0)
         if placement.is_partial() or not num_parts:
             raise ValueError(
                 f"{name} is placed as {placement}; weights can be pruned that are placed as Shard or Replicate"
@@ -336,12 +336,13 @@ def differing(tensors: Mapping[str, Tensor], twins: Ranks) -> list[str]:
 
 def replicas(model: nn.Module) -> Ranks | None:
     """The ranks of a DistributedDataParallel, which hold a copy of the model each; None for any other model."""
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
+    plain: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(plain, nn.parallel.DistributedDataParallel):
         return None
-    group: Any = model.process_group
+    group: Any = plain.process_group
     if dist.get_world_size(group) == 1:
         return None
-    return Ranks((group,), model.device, dist.get_world_size(group), dist.get_rank(group))
+    return Ranks((group,), plain.device, dist.get_world_size(group), dist.get_rank(group))
 
 
 # Engines

@@ -342,7 +342,7 @@ class Pruner:
     def _grad_version(self) -> tuple[int, int]:
         """Of the first gradient: another one, or one that was added to, shows that a backward pass has been."""
         grad = next((p.grad for p in self._all_parameters() if p.grad is not None), None)
-        return (0, 0) if grad is None else (id(grad), local(grad)._version)
+        return (0, 0) if grad is None else (id(grad), grad._version)
 
     def _all_parameters(self) -> Iterator[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
@@ -380,7 +380,7 @@ class Pruner:
         ``but_for``: parameters whose gradients are left to the method.
         """
         found_inf = getattr(self.optimizer, "found_inf", None)
-        if self._on_any_rank(not (found_inf is None or not bool(local(found_inf)))):
+        if found_inf is not None and self._on_any_rank(bool(local(found_inf))):
             return False
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:
@@ -409,15 +409,21 @@ class Pruner:
                 parameter.grad = None
 
     def _watched(self) -> Tensor:
-        """This rank's block of the first weight that has one; every step of an optimizer moves it."""
-        blocks = (local(getattr(module, leaf)) for module, leaf in self._places.values())
-        return next((block for block in blocks if block.numel()), torch.zeros(0))
+        """The first weight of which this rank has a part; every step of an optimizer moves it."""
+        first: Tensor | None = None
+        for module, leaf in self._places.values():
+            parameter: Tensor = getattr(module, leaf)
+            if local(parameter).numel():
+                return parameter
+            first = parameter if first is None else first
+        assert first is not None  # a scope is never empty
+        return first
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
         """A few values of the weight that is watched; fused optimizers move them without a new version."""
-        block = self._watched()
-        return block[(0,) * (block.ndim - 1)][:8].clone() if block.ndim else block.clone()
+        block = local(self._watched())
+        return block[(0,) * (block.ndim - 1)][:8].clone() if block.ndim and block.numel() else block.clone()
 
     def _mark(self) -> None:
         self._version, self._seen = self._watched()._version, self._sample()
@@ -681,7 +687,8 @@ class Pruner:
         """
         self._check_attached()
         parameters = self.parameters()
-        nothing = {name: torch.zeros_like(local(p), dtype=torch.bool) for name, p in parameters.items()}
+        # Present from the start: distributed checkpoints restore only the keys that they are shown.
+        pruned = self._pruned or {n: torch.zeros_like(local(p), dtype=torch.bool) for n, p in parameters.items()}
         return {
             "format": FORMAT,
             "method": describe(self.method),
@@ -696,8 +703,7 @@ class Pruner:
                 name: {key: like(parameters[name], t) if t.ndim else t for key, t in state.items()}
                 for name, state in self._state.items()
             },
-            # Present from the start: distributed checkpoints restore only the keys that they are shown.
-            "pruned": {name: like(parameters[name], mask) for name, mask in (self._pruned or nothing).items()},
+            "pruned": {name: like(parameters[name], mask) for name, mask in pruned.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

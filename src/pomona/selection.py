@@ -578,7 +578,7 @@ def select_over_ranks(scores: Sequence[Score], shards: Sequence[Shard], k: int) 
         elif kept < equal:  # so in one tensor at most
             ties[i] = _num_among_first(scores[i], shards[i], found.key, kept, equal)
     # A block's elements are in the order of the whole: those that stay of a tie are the first of this rank's, too.
-    if any(score.device.type != "cpu" for score in scores):
+    if not _are_on_cpu(scores):
         device = scores[0].device
         key = torch.tensor(found.key, dtype=torch.int32, device=device)
         on_device = DeviceSelection(list(scores), key, torch.tensor(sum(ties), device=device))
@@ -613,6 +613,10 @@ def find_threshold_over_ranks(scores: Sequence[Score], shards: Sequence[Shard], 
     return RankThreshold(key, *there, num_infinite, greater_here=greater, equal_here=equal)
 
 
+def _are_on_cpu(scores: Sequence[Score]) -> bool:
+    return all(score.device.type == "cpu" for score in scores)
+
+
 class _OwnKeys:
     """This rank's keys. They are looked at twice: for the first histogram, and to gather those of the bin it leads to.
 
@@ -623,7 +627,7 @@ class _OwnKeys:
     def __init__(self, scores: Sequence[Score], counts: Sequence[bool]) -> None:
         self.scores = scores
         self.counts = counts  # whether they go into the histograms
-        self.is_on_cpu = all(score.device.type == "cpu" for score in scores)
+        self.is_on_cpu = _are_on_cpu(scores)
         self.inside: list[tuple[int, Keys]] | None = None  # gathered, by tensor
         self.above = [0] * len(scores)  # keys larger than those
 
@@ -742,7 +746,7 @@ def _narrow_to_nth(score: Score, shard: Shard, key: int, quota: int) -> int:
 
 def _tied(score: Score, shard: Shard, key: int) -> Iterator[Positions]:
     """Flat indices in the whole tensor of this rank's scores with this key, rising."""
-    if score.device.type == "cpu":
+    if _are_on_cpu([score]):
         pieces: Iterator[tuple[int, Keys]] = ((chunk.spans[0].start, chunk.keys()) for chunk in _chunks([score]))
         for start, keys in pieces:
             yield shard.places(start + np.flatnonzero(keys == key), score.shape)

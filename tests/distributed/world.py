@@ -72,9 +72,11 @@ def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
         try:
             pipe.send((True, function(*args)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((False, traceback.format_exc(limit=-6)))
     dist.destroy_process_group()
 
 
 def ignore_what_torch_warns_of() -> None:
-    """Warnings of torch.distributed about its own code, which no user of it can avoid."""
+    """Warnings of torch.distributed about its own ways, which no user of it can avoid."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # a layer's output; harmless
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, .* single process")  # as no_dist=True asks for

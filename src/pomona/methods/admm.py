@@ -135,13 +135,19 @@ class ADMM(Method):
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         state = {name: torch.zeros_like(w.value, dtype=torch.float32) for name in ("z", "u")}
-        return state | ({"alive": torch.zeros_like(w.value, dtype=torch.bool)} if self.hold_zeros else {})
+        if self.hold_zeros:
+            state |= {
+                "alive": torch.zeros_like(w.value, dtype=torch.bool),
+                "num_alive": torch.zeros((), dtype=torch.int64, device="cpu"),
+            }
+        return state
 
     def before_step(self, weights: Sequence[Weight], step: int) -> None:
         steps_since = (step - 1) % self.every  # the iteration began
         if step == 1 and self.hold_zeros:
-            for w in weights:
+            for w, num in zip(weights, count([w.value for w in weights], of=weights), strict=True):
                 w.state["alive"].copy_(w.value != 0)
+                w.state["num_alive"].fill_(num)
         if steps_since == 0:
             self._begin_iteration(weights, step)
         rho = value_at(self.rho, step - steps_since)
@@ -195,8 +201,7 @@ class ADMM(Method):
         if counts is None:
             return [True] * len(weights)
         if self.hold_zeros:
-            alive = count([w.state["alive"] for w in weights], of=weights)
-            return [num > most for num, most in zip(alive, counts, strict=True)]
+            return [int(w.state["num_alive"]) > most for w, most in zip(weights, counts, strict=True)]
         return [w.numel > most for w, most in zip(weights, counts, strict=True)]
 
     def budget(self, total: int, step: int) -> int | None:
