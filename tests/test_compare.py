@@ -485,10 +485,11 @@ def test_a_stop_reaches_all_runs_under_way(recipes: Path, digits: Path, tmp_path
     (recipes / "long.toml").write_text(RECIPES["grow"].replace("epochs = 3", "epochs = 3_000"))
     (recipes / "also.toml").write_text((recipes / "long.toml").read_text())
     forked.trip = Trip("also-5x-seed0", 100, terminate_parent, os.getpid())
+    before = multiprocessing.active_children()  # other tests'
     names = (recipes / "long.toml", recipes / "also.toml")
     done = compare(digits, tmp_path / "out", *names, more="--jobs 2")
     assert done.status == 130 and sorted(forked.started) == ["also-5x-seed0", "long-5x-seed0"]
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     assert list((tmp_path / "out" / "also-5x-seed0").glob("checkpoint-00000100-*"))
 
 
