@@ -1,4 +1,4 @@
-"""A step of torchao.prototype.pat on given shapes, beside torch.optim.SGD; run by speed.py in an environment with torchao.
+"""A step of torchao.prototype.pat beside torch.optim.SGD; run by speed.py in an environment that has torchao.
 
 Reads shapes, settings and number of repeats as JSON, writes rows as JSON.
 """
