@@ -628,6 +628,9 @@ class _OwnKeys:
         self.scores = scores
         self.counts = counts  # whether they go into the histograms
         self.is_on_cpu = _are_on_cpu(scores)
+        self.packed = _pack(scores)
+        self.packed_counting = _pack(list(itertools.compress(scores, counts)))
+        self.gathered: Keys | None = None  # those that count, by the compiled core
         self.inside: list[tuple[int, Keys]] | None = None  # gathered, by tensor
         self.above = [0] * len(scores)  # keys larger than those
 
@@ -635,11 +638,23 @@ class _OwnKeys:
         """How many keys that begin with ``prefix`` have each of the ``bits`` that follow; on the host."""
         if not self.is_on_cpu:
             return self._histogram_on_device(prefix, shift, bits)
+        if self.gathered is not None:
+            return torch.from_numpy(np.bincount(digits(self.gathered, prefix, shift, bits), minlength=1 << bits))
+        if self.packed_counting is not None and shift == LEVELS[0][0]:
+            return self._first_by_core(self.packed_counting)
         bins = np.zeros(1 << bits, np.int64)
         for i, keys in self._each() if self.inside is None else self.inside:
             if self.counts[i]:
                 bins += np.bincount(digits(keys, prefix, shift, bits), minlength=1 << bits)
         return torch.from_numpy(bins)
+
+    @staticmethod
+    def _first_by_core(packed: core.Scores) -> Tensor:
+        found = core.histogram(packed, 0, _LAST, shift=LEVELS[0][0])
+        bins = found.bins
+        bins[_INFINITE_BIN:] = 0
+        bins[_INFINITE_BIN], bins[_NAN_BIN] = found.num_infinite, found.num_nan
+        return bins
 
     def _histogram_on_device(self, prefix: int, shift: int, bits: int) -> Tensor:
         bins = torch.zeros(1 << bits, dtype=torch.int64, device=self.scores[0].device)
@@ -655,6 +670,10 @@ class _OwnKeys:
             return
         most = max(_CHUNK, sum(score.numel() for score in self.scores) // 16)
         low, high = max(1, digit << LEVELS[0][0]), ((digit + 1) << LEVELS[0][0]) - 1
+        if self.packed_counting is not None:
+            keys, num = core.gather(self.packed_counting, low, high, capacity=most)
+            self.gathered = keys.numpy() if num <= most else None
+            return
         inside: list[tuple[int, Keys]] = []
         above = [0] * len(self.scores)
         gathered = 0
@@ -672,6 +691,8 @@ class _OwnKeys:
         """Of each tensor how many keys are larger, and how many are equal."""
         if not self.is_on_cpu:
             return self._count_on_device(key)
+        if self.packed is not None:
+            return core.count(self.packed, key)
         greater, equal = list(self.above), [0] * len(self.scores)
         for i, keys in self._each() if self.inside is None else self.inside:
             greater[i] += int(np.count_nonzero(keys > key))
