@@ -6,6 +6,7 @@ takes the weights' shards and sums over their ranks, each element once, however 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,12 @@ class Ranks:
     def any(self, claim: bool) -> bool:
         """Whether it is true on a rank."""
         return bool(self.max([claim])[0])
+
+    def agree(self, text: str) -> bool:
+        """Whether all have the same text."""
+        mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+        largest, minus_smallest = self.max_(torch.tensor([mine, -mine])).tolist()
+        return bool(largest == -minus_smallest)
 
     def gather(self, numbers: Tensor) -> Tensor:
         """The int64 numbers of all ranks, as many of each, one row a rank."""
