@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import pomona
 from pomona import distributed, selection
@@ -449,6 +450,12 @@ def what_is_refused() -> dict[str, str]:
     messages["partial"] = error_of(lambda: pruner_of(model))
 
     model = net()
+    mine = model[0].weight.detach()[[0, 1, 4, 5]] if mesh.get_rank() == 0 else model[0].weight.detach()[[2, 3, 6, 7]]
+    every_second = _StridedShard(0, split_factor=2)
+    model[0].weight = nn.Parameter(DTensor.from_local(mine, mesh, [every_second], shape=(8, 6), stride=(6, 1)))
+    messages["scattered"] = error_of(lambda: pruner_of(model))
+
+    model = net()
     model[0].weight = nn.Parameter(lay_out(model[0].weight.detach(), square, [Shard(0), Replicate()]))
     model[2].weight = nn.Parameter(lay_out(model[2].weight.detach(), other, [Shard(0)]))
     messages["two meshes"] = error_of(lambda: pruner_of(model))
@@ -679,7 +686,7 @@ def blocks_are_where_they_are_said_to_be(rows: int, columns: int) -> list[str]:
         try:
             shard = shards_of({"weight": weight})["weight"]
         except ValueError as error:
-            assert "is not one block of neighbours" in str(error)
+            assert "is not one block of neighbours" in str(error), error
             refused.append(name)
             continue
         block = local(weight)
