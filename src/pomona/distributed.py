@@ -222,8 +222,9 @@ def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
     if ranks.any(bool(scattered)):
         placed: Any = parameters[scattered].placements if scattered else ""  # type: ignore[attr-defined]  # of DTensor
         raise ValueError(
-            f"{scattered or 'a weight, named on another rank,'} is placed as {placed} so that a rank's block is not one "
-            f"block of neighbours; make its sizes divisible by the mesh's, or exclude it: Scope(exclude=[{scattered!r}])"
+            f"{scattered or 'a weight, named on another rank,'} is placed as {placed} so that a rank's block is not "
+            f"one block of neighbours; make its sizes divisible by the mesh's, or exclude it: "
+            f"Scope(exclude=[{scattered!r}])"
         )
     return shards
 
