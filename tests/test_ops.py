@@ -14,6 +14,7 @@ from pomona.budget import global_top_k
 from pomona.method import Weight
 from pomona.ops import (
     among,
+    count,
     drop_buffers_,
     drop_gradients_,
     drop_weights_,
@@ -22,6 +23,7 @@ from pomona.ops import (
     random_scores,
     soft_threshold,
     sparsity_of,
+    total,
 )
 from tests.problems import bits
 
@@ -207,3 +209,25 @@ def test_scores_of_a_layer_do_not_depend_on_the_sizes_of_the_others() -> None:
     _, after_small = random_scores([weight(torch.ones(2)), weight(torch.ones(9))], 0, 1)
     _, after_large = random_scores([weight(torch.ones(5000)), weight(torch.ones(9))], 0, 1)
     assert torch.equal(after_small, after_large)
+
+
+def _weight(value: Tensor) -> Weight:
+    return Weight("w", value, value, {}, {})
+
+
+def test_counts_are_of_each_tensor() -> None:
+    tensors = [torch.tensor([True, False, True]), torch.tensor([[0.0, -2.0]]), torch.zeros(0)]
+    assert count(tensors, of=[_weight(t) for t in tensors]) == [2, 1, 0]
+
+
+@given(st.lists(st.floats(0.0, 2.0**120, width=32), max_size=40))
+@settings(deadline=None)
+def test_a_total_is_the_true_sum_rounded_once(numbers: list[float]) -> None:
+    tensor = torch.tensor(numbers, dtype=torch.float32)
+    assert total([tensor], of=[_weight(tensor)]) == [math.fsum(numbers)]
+    assert total([tensor.flip(0)], of=[_weight(tensor)]) == [math.fsum(numbers)]
+
+
+def test_a_total_with_an_infinity_is_none() -> None:
+    tensor = torch.tensor([1.0, math.inf])
+    assert math.isnan(total([tensor], of=[_weight(tensor)])[0])

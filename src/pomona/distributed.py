@@ -6,6 +6,7 @@ takes the weights' shards and sums over their ranks, each element once, however 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +65,12 @@ class Ranks:
     def any(self, claim: bool) -> bool:
         """Whether it is true on a rank."""
         return bool(self.max([claim])[0])
+
+    def agree(self, text: str) -> bool:
+        """Whether all have the same text."""
+        mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+        largest, minus_smallest = self.max_(torch.tensor([mine, -mine])).tolist()
+        return bool(largest == -minus_smallest)
 
     def gather(self, numbers: Tensor) -> Tensor:
         """The int64 numbers of all ranks, as many of each, one row a rank."""
@@ -156,8 +163,7 @@ def take(tensor: Tensor, parameter: Tensor, shard: Shard | None) -> Tensor:
         return _whole(tensor) if is_sharded(tensor) else tensor
     if not is_sharded(tensor):
         return shard.block(tensor, local(parameter).shape)
-    theirs, mine = tensor, parameter
-    if _layout(theirs) == _layout(mine):
+    if _layout(tensor) == _layout(parameter):
         return local(tensor)
     return shard.block(_whole(tensor), local(parameter).shape)
 
@@ -189,7 +195,7 @@ def is_working_on_shards() -> bool:
 
 
 def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
-    """Name -> shard; empty if there is no DTensor among the parameters.
+    """Name -> shard; empty if there is no DTensor among the parameters. All ranks must call it.
 
     The largest mesh is that of all. A DTensor on a part of it, and a plain tensor, count as copies along the rest.
 
@@ -206,13 +212,24 @@ def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
     ranks = _ranks(mesh, range(mesh.ndim))
     twins: dict[tuple[int, ...], Ranks | None] = {}
     shards = {}
+    scattered = ""
     for name, parameter in parameters.items():
         start, split = _block(name, parameter, mesh)
+        if start is None:
+            scattered = scattered or name
+            continue
         copied = tuple(d for d in range(mesh.ndim) if d not in split)
         if copied not in twins:
             twins[copied] = _ranks(mesh, copied) if math.prod(mesh.size(d) for d in copied) > 1 else None
         counts = not any(coordinate[d] for d in copied)
         shards[name] = Shard(parameter.shape, start, ranks, counts, twins[copied])
+    if ranks.any(bool(scattered)):
+        placed: Any = parameters[scattered].placements if scattered else ""  # type: ignore[attr-defined]  # of DTensor
+        raise ValueError(
+            f"{scattered or 'a weight, named on another rank,'} is placed as {placed} so that a rank's block is not "
+            f"one block of neighbours; make its sizes divisible by the mesh's, or exclude it: "
+            f"Scope(exclude=[{scattered!r}])"
+        )
     return shards
 
 
@@ -230,8 +247,8 @@ def _ranks(mesh: Any, dims: Sequence[int]) -> Ranks:
     return Ranks(groups, torch.device(mesh.device_type), size, position)
 
 
-def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...], list[int]]:
-    """Where this rank's block starts, and the dimensions of the mesh along which the tensor is split."""
+def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...] | None, list[int]]:
+    """Where this rank's block starts, None if it is scattered, and the mesh's dimensions that split the tensor."""
     start = [0] * parameter.ndim
     if not is_sharded(parameter):
         return tuple(start), []
@@ -251,15 +268,10 @@ def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...], list[
         parts = [_piece(rows[placement.dim], num_parts, i) for i in range(num_parts)]
         rows[placement.dim] = torch.cat([_piece(part, mesh.size(d), coordinate[d]) for part in parts])
         split.append(d)
-    shape = tuple(local(parameter).shape)
-    for i, here in enumerate(rows):
+    for i, (here, size) in enumerate(zip(rows, local(parameter).shape, strict=True)):
         start[i] = int(here[0]) if len(here) else 0
-        if len(here) != shape[i] or (len(here) and int(here[-1]) - start[i] != len(here) - 1):
-            raise ValueError(
-                f"{name} of shape {tuple(parameter.shape)}, placed as {tuple(parameter.placements)}, has the block "
-                f"{shape} on this rank, which is not one block of neighbours; make its sizes divisible by the mesh's, "
-                f"or exclude it: Scope(exclude=[{name!r}])"
-            )
+        if len(here) != size or (size and int(here[-1]) - start[i] != size - 1):
+            return None, split
     return tuple(start), split
 
 

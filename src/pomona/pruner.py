@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pomona.diagnosis import Diagnosis, rehearse
 from pomona.distributed import (
+    Ranks,
     differing,
     is_sharded,
     like,
@@ -132,6 +133,13 @@ class Pruner:
         self._hardened_at = 0  # step
         self._accuracy: tuple[float | None, float | None] = (None, None)  # before and after harden()
         self._state: dict[str, dict[str, Tensor]] = {}
+        for ranks in self._ranks():
+            if not ranks.agree(f"{describe(method)}, {self._shapes()}"):
+                raise ValueError(
+                    f"the ranks do not prune alike: this one has {describe(method)} for {len(self._places)} tensors, "
+                    f"{', '.join(list(self._places)[:3])}, ..., and another one has another method, or other weights "
+                    f"in scope"
+                )
         weights = self._weights(with_grad=False)
         with working_on(self._shards):
             method.check_weights(weights)
@@ -605,22 +613,23 @@ class Pruner:
 
     def _disagreements(self) -> list[str]:
         """What ranks that hold copies of a weight, or the same step, do not agree on."""
-        everyone = {shard.twins: None for shard in self._shards.values() if shard.twins is not None}
-        data_parallel = replicas(self.model)
+        values = {name: local(p) for name, p in self.parameters().items()}
+        copies: dict[Ranks | None, list[str]] = {replicas(self.model): list(values)}
+        for name, shard in self._shards.items():
+            copies.setdefault(shard.twins, []).append(name)
         wrong = []
-        for twins in (*everyone, *((data_parallel,) if data_parallel else ())):
-            mine = {
-                name: local(p)
-                for name, p in self.parameters().items()
-                if twins is data_parallel or self._shards[name].twins is twins
-            }
-            masks = {f"what is pruned of {name}": self._pruned[name] for name in mine}
-            wrong += [f"{name} is not the same on all ranks" for name in differing({**mine, **masks}, twins)]
-        steps = {"the step": torch.tensor([self.num_steps, self.num_skipped, self._hardened_at])}
-        together = [shard.ranks for shard in self._shards.values()][:1]
-        for ranks in (*together, *((data_parallel,) if data_parallel else ())):
-            wrong += [f"{name} is not the same on all ranks" for name in differing(steps, ranks)]
-        return wrong
+        for twins, names in copies.items():
+            masks = {f"what is pruned of {name}": self._pruned[name] for name in names}
+            ours = {name: values[name] for name in names} | masks
+            wrong += [f"{name} is not the same on all ranks" for name in (differing(ours, twins) if twins else ())]
+        steps = f"{self.num_steps:,} steps, {self.num_skipped:,} skipped, cut after {self._hardened_at:,}"
+        return wrong + [f"another rank does not have {steps}" for one in self._ranks() if not one.agree(steps)]
+
+    def _ranks(self) -> list[Ranks]:
+        """All with whom this process shares one budget: by shards, by copies, or by both."""
+        by_shards = [shard.ranks for shard in self._shards.values()][:1]
+        by_copies = replicas(self.model)
+        return by_shards + ([by_copies] if by_copies else [])
 
     def report(self) -> Report:
         """Count the model as it is now."""
