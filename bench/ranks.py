@@ -54,8 +54,9 @@ def main() -> None:
         print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
         for row in rows:
             print("| " + " | ".join(str(row[key]) for key in head) + " |")
+        told = {key: value for key, value in vars(options).items() if key != "data_dir"}
         out = Path(__file__).parent / "results" / "ranks.json"
-        out.write_text(json.dumps({"ranks": dist.get_world_size(), "options": vars(options), "rows": rows}, indent=1))
+        out.write_text(json.dumps({"ranks": dist.get_world_size(), "options": told, "rows": rows}, indent=1))
     dist.destroy_process_group()
 
 

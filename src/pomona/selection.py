@@ -671,8 +671,8 @@ class _OwnKeys:
         most = max(_CHUNK, sum(score.numel() for score in self.scores) // 16)
         low, high = max(1, digit << LEVELS[0][0]), ((digit + 1) << LEVELS[0][0]) - 1
         if self.packed_counting is not None:
-            keys, num = core.gather(self.packed_counting, low, high, capacity=most)
-            self.gathered = keys.numpy() if num <= most else None
+            own, num = core.gather(self.packed_counting, low, high, capacity=most)
+            self.gathered = own.numpy() if num <= most else None
             return
         inside: list[tuple[int, Keys]] = []
         above = [0] * len(self.scores)
