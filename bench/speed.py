@@ -50,12 +50,13 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=0, help="0: as many as a net's size allows")
     parser.add_argument("--only", nargs="*", default=[], help="names of candidates")
+    parser.add_argument("--name", default="", help="of the file of results, if not that of the bench")
     parser.add_argument("--python", default="", help="pat: the interpreter that has torchao")
     options = parser.parse_args()
     rows = list(BENCHES[options.what](options))
     RESULTS.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine(), "command": " ".join(["bench/speed.py", *sys.argv[1:]]), "rows": rows}
-    (RESULTS / f"{options.what}.json").write_text(json.dumps(about, indent=1))
+    (RESULTS / f"{options.name or options.what}.json").write_text(json.dumps(about, indent=1))
 
 
 def machine() -> dict[str, Any]:

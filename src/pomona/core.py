@@ -164,12 +164,13 @@ def _check(status: int) -> None:
         raise ValueError(f"pomona's core refuses its arguments: {_ERRORS.get(status, status)}")
 
 
-def fits(*tensors: Tensor) -> bool:
+def fits(first: Tensor, *others: Tensor) -> bool:
     """Whether the core can take these tensors, which belong together: on the CPU, dense, alike in memory."""
-    first = tensors[0]
-    is_plain = first.is_contiguous() if first.layout is torch.strided else False
-    for t in tensors:
-        if not t.is_cpu or t.dtype not in _TYPES or t.layout is not torch.strided or t.is_neg():
+    if not first.is_cpu or first.dtype not in _TYPES or first.layout is not torch.strided:
+        return False
+    is_plain = first.is_contiguous()
+    for t in others:
+        if not t.is_cpu or t.dtype not in _TYPES or t.layout is not torch.strided:
             return False
         if not (is_plain and t.is_contiguous() and t.shape == first.shape) and not _is_alike(first, t):
             return False

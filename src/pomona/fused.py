@@ -50,20 +50,21 @@ def fused_step_(optimizer: Optimizer, weights: Mapping[Tensor, Weight], selectio
     Returns:
         The parameters that have made their step; they are not to make another.
     """
-    place_of = {parameter: i for i, parameter in enumerate(weights)}
+    place_of = {id(parameter): i for i, parameter in enumerate(weights)}
     thresholds, ties = _cuts(selection)
     done: list[Tensor] = []
     for group in optimizer.param_groups:
-        moving = [p for p in group["params"] if p.grad is not None and (p in place_of or _fits(p, group))]
-        if not moving:
-            continue
         rounding = _rounding(group)
-        assert rounding is not None  # or else it is refused: by check_fused, or by _fits
+        if rounding is None or group["maximize"] or group["differentiable"]:
+            continue  # none of the weights is in it: check_fused has seen to that
+        pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+        pairs = [(p, grad) for p, grad in pairs if id(p) in place_of or _fits(p, grad)]
+        moving = [p for p, _ in pairs]
         is_first, buffers = _momentum(optimizer, group, moving)
-        places = [place_of.get(p) for p in moving]
+        places = [place_of.get(id(p)) for p in moving]
         core.gsm_step_(
-            [p.detach() for p in moving],
-            [p.grad for p in moving],
+            moving,
+            [grad for _, grad in pairs],
             buffers,
             groups=[_scalars(group)],
             group_of=[0] * len(moving),
@@ -76,19 +77,15 @@ def fused_step_(optimizer: Optimizer, weights: Mapping[Tensor, Weight], selectio
     return done
 
 
-def _fits(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    grad = parameter.grad
+def _fits(parameter: Tensor, grad: Tensor) -> bool:
     return (
-        grad is not None
+        parameter.dtype is grad.dtype is torch.float32
         and parameter.is_cpu
         and grad.is_cpu
-        and parameter.dtype is grad.dtype is torch.float32
+        and grad.layout is torch.strided
         and parameter.is_contiguous()
-        and core.fits(grad)
         and grad.is_contiguous()
-        and not group["maximize"]
-        and not group["differentiable"]
-        and _rounding(group) is not None
+        and not grad.is_neg()
     )
 
 
@@ -99,11 +96,14 @@ def _momentum(
     if group["momentum"] == 0:
         return [False] * len(parameters), [None] * len(parameters)
     states = [optimizer.state[p] for p in parameters]
-    is_first = [state.get("momentum_buffer") is None for state in states]
-    for state, parameter in zip(states, parameters, strict=True):
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.empty_like(parameter)
-    return is_first, [state["momentum_buffer"] for state in states]
+    buffers = [state.get("momentum_buffer") for state in states]
+    is_first = [buffer is None for buffer in buffers]
+    if any(is_first):
+        for state, parameter, is_new in zip(states, parameters, is_first, strict=True):
+            if is_new:
+                state["momentum_buffer"] = torch.empty_like(parameter)
+        buffers = [state["momentum_buffer"] for state in states]
+    return is_first, buffers
 
 
 def _cuts(selection: Selection) -> tuple[list[int], list[int]]:

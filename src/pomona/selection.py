@@ -151,8 +151,12 @@ class CPUSelection:
         """Position and mask, piece by piece; the mask is of bool, or of float32 zeros and ones."""
         threshold = _as_float(self.key)
         left = self.ties[i]
-        for chunk in _chunks([self.scores[i]]):
-            values, start = chunk.values, chunk.spans[0].start
+        score = self.scores[i]
+        if score.numel() <= _CHUNK:
+            pieces = iter([(0, score.tensor().reshape(-1))])
+        else:
+            pieces = ((chunk.spans[0].start, chunk.values) for chunk in _chunks([score]))
+        for start, values in pieces:
             if left == self.equal[i]:
                 mask = torch.ge(values, threshold, out=values)
             elif left == 0:
@@ -361,7 +365,8 @@ def _check(keys: Keys) -> int:
 def _bracket(scores: Sequence[Score], total: int, k: int) -> tuple[int, int]:
     """Keys between which the ``k``-th largest lies, almost always: from a random sample of blocks of neighbours."""
     ends = np.cumsum([score.numel() for score in scores])
-    starts = np.random.default_rng(0).integers(0, total, _NUM_BLOCKS)
+    num_blocks = min(_NUM_BLOCKS, max(_NUM_BLOCKS // 8, total // (32 * _BLOCK)))  # a small part of all
+    starts = np.random.default_rng(0).integers(0, total, num_blocks)
     drawn = []
     for i, score in enumerate(scores):
         mine = starts[(starts >= ends[i] - score.numel()) & (starts < ends[i])] - (ends[i] - score.numel())
