@@ -3,6 +3,7 @@
     python bench/speed.py step --nets resnet-56 resnet-50 gpt-2 --compressions 2 10 100 --threads 1 2
     python bench/speed.py cut        one global magnitude cut of 138 million weights, against torch.nn.utils.prune
     python bench/speed.py growth     selection over 1 million to 1 billion weights
+    python bench/speed.py scale      64 simulated ranks of 109 million weights each: one rank's time, what is sent
     python bench/speed.py memory     peak memory of each method above that of the bare optimizer
     python bench/speed.py pat --python VENV/bin/python     torchao.prototype.pat, installed there, on the same weights
 
@@ -34,8 +35,9 @@ from torch import Tensor, nn
 
 import pomona
 from pomona import core
+from pomona.distributed import Ranks, Shard
 from pomona.methods import METHODS
-from pomona.selection import select_largest
+from pomona.selection import select_largest, select_over_ranks
 from pomona.zoo.models import MODELS
 
 RESULTS = Path(__file__).parent / "results" / "speed"
@@ -377,6 +379,48 @@ def bench_growth(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield row
 
 
+# Scale
+
+
+def bench_scale(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seven billion weights on 64 ranks as one rank sees them; sums over the ranks are replaced by counting them.
+
+    The other ranks are taken to hold the same as this one, so that a sum is 64 times this rank's part and the branches
+    taken are those of a real run.
+    """
+    num_ranks, sent = 64, []
+
+    class Simulated(Ranks):
+        def _reduce_(self, numbers: Tensor, operation: Any) -> Tensor:
+            sent.append(numbers.numel() * numbers.element_size())
+            return numbers.mul_(num_ranks) if operation is torch.distributed.ReduceOp.SUM else numbers
+
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 3
+    whole = [torch.Size((32000, 4096))] * 2 + [torch.Size(shape) for _ in range(32) for shape in shapes]
+    ranks = Simulated((), torch.device("cpu"), num_ranks, 0)
+    shards = [Shard(shape, (0, 0), ranks, True) for shape in whole]
+    generator = torch.Generator().manual_seed(0)
+    blocks = [[torch.randn(n // num_ranks, m, generator=generator) for _ in range(2)] for n, m in whole]
+    scores = [pomona.saliency(w, g) for w, g in blocks]
+    here, total = sum(score.numel() for score in scores), sum(shape.numel() for shape in whole)
+    show(["weights", "tensors", "a rank's", "threads", "way", "ms", "sums", "bytes"], head=True)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for with_core in (True, False):
+            times = []
+            with core.switched(with_core):
+                for _ in range(3):
+                    sent.clear()
+                    start = time.perf_counter()
+                    select_over_ranks(scores, shards, total // 640 * 64).multiply_([g for _, g in blocks])
+                    times.append(time.perf_counter() - start)
+            way = "core" if with_core else "no compiler"
+            row = {"weights": total, "here": here, "threads": threads, "way": way, "wall": statistics.median(times)}
+            ms = f"{1e3 * row['wall']:.0f}"
+            show([f"{total:,}", len(whole), f"{here:,}", threads, way, ms, len(sent), f"{sum(sent):,}"])
+            yield row | {"sums": list(sent)}
+
+
 # Memory
 
 
@@ -440,6 +484,7 @@ BENCHES = {
     "cut": bench_cut,
     "growth": bench_growth,
     "memory": bench_memory,
+    "scale": bench_scale,
     "pat": bench_pat,
 }
 
