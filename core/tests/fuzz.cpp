@@ -113,7 +113,8 @@ struct Case {
 
 void check_select(const Case& c, int64_t k, int threads) {
   pomona_selection s;
-  CHECK(pomona_select(c.scores.data(), c.num(), k, threads, &s) == POMONA_OK);
+  std::vector<pomona_counts> counts(c.scores.size());
+  CHECK(pomona_select(c.scores.data(), c.num(), k, threads, &s, counts.data()) == POMONA_OK);
   const int64_t nonzero = c.count([](int32_t key) { return key > 0; });
   const int32_t t = k == 0 ? POMONA_KEY_MAX : nonzero < k ? 1 : c.all[static_cast<size_t>(k - 1)];
   CHECK(s.threshold == t);
@@ -121,6 +122,11 @@ void check_select(const Case& c, int64_t k, int threads) {
   CHECK(s.num_equal == c.count([&](int32_t key) { return key == t; }));
   CHECK(s.num_infinite == c.count([](int32_t key) { return key == POMONA_KEY_INFINITE; }));
   CHECK(s.num_nan == c.count([](int32_t key) { return key > POMONA_KEY_INFINITE; }));
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const std::vector<int32_t>& keys = c.keys[i];
+    CHECK(counts[i].num_greater == std::count_if(keys.begin(), keys.end(), [&](int32_t key) { return key > t; }));
+    CHECK(counts[i].num_equal == std::count(keys.begin(), keys.end(), t));
+  }
 }
 
 void check_histogram(const Case& c, Random& random, int threads) {
@@ -231,7 +237,10 @@ void check_refusals() {
   alignas(8) float x[4] = {};
   pomona_selection s;
   int64_t count = 0;
-  const auto select = [&](pomona_score score, int64_t k, int threads) { return pomona_select(&score, 1, k, threads, &s); };
+  const auto select = [&](pomona_score score, int64_t k, int threads) {
+    pomona_counts counts;
+    return pomona_select(&score, 1, k, threads, &s, &counts);
+  };
   CHECK(select({x, nullptr, 4, 9, 0}, 1, 1) == POMONA_BAD_TYPE);
   CHECK(select({x, x, 4, 0, -1}, 1, 1) == POMONA_BAD_TYPE);
   CHECK(select({x, nullptr, -1, 0, 0}, 0, 1) == POMONA_BAD_SIZE);
@@ -241,9 +250,11 @@ void check_refusals() {
   CHECK(select({x, nullptr, 4, 0, 0}, 5, 1) == POMONA_BAD_VALUE);
   CHECK(select({x, nullptr, 4, 0, 0}, -1, 1) == POMONA_BAD_VALUE);
   CHECK(select({x, nullptr, 4, 0, 0}, 1, 0) == POMONA_BAD_VALUE);
-  CHECK(pomona_select(nullptr, 1, 0, 1, &s) == POMONA_BAD_POINTER);
-  CHECK(pomona_select(nullptr, 0, 0, 1, &s) == POMONA_OK);
+  pomona_counts counts;
+  CHECK(pomona_select(nullptr, 1, 0, 1, &s, &counts) == POMONA_BAD_POINTER);
+  CHECK(pomona_select(nullptr, 0, 0, 1, &s, nullptr) == POMONA_OK);
   const pomona_score score = {x, nullptr, 4, 0, 0};
+  CHECK(pomona_select(&score, 1, 0, 1, &s, nullptr) == POMONA_BAD_POINTER);
   CHECK(pomona_histogram(&score, 1, 0, POMONA_KEY_MAX, 20, &count, 1, 1, nullptr) == POMONA_BAD_SIZE);
   CHECK(pomona_gather(&score, 1, 5, 4, nullptr, 0, 1, &count) == POMONA_BAD_VALUE);
   const int32_t threshold = 0;
