@@ -97,6 +97,28 @@ def test_the_numbers_are_those_of_the_optimizer(settings: dict[str, Any], min_de
 
 
 @needs_core
+def test_gradients_in_another_order_of_memory_are_not_mixed_up() -> None:
+    def conv() -> tuple[nn.Conv2d, torch.optim.SGD]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(5, 6, 3)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    (model, optimizer), (other, reference) = conv(), conv()
+    pomona.Pruner(other, reference, pomona.GSM(0.7))
+    for step in range(4):
+        if step == 1:  # goes on from momentum that torch laid out like the gradient
+            optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+            model.load_state_dict(other.state_dict())
+            pomona.Pruner(model, optimizer, pomona.GSM(0.7), fused=True)
+        torch.manual_seed(step)
+        grad = torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last)
+        for one, its in ((model, optimizer), (other, reference)) if step else ((other, reference),):
+            one.weight.grad, one.bias.grad = grad.clone(), torch.ones(6)
+            its.step()
+    same(optimizer, reference)
+
+
+@needs_core
 def test_sparsity_zero_is_the_optimizer_itself() -> None:
     _, optimizer, _ = run(True, 5, pomona.GSM(0.0), {})
     model = net()

@@ -64,7 +64,9 @@ def fused_step_(optimizer: Optimizer, weights: Mapping[Tensor, Weight], selectio
         places = [place_of.get(id(p)) for p in moving]
         core.gsm_step_(
             moving,
-            [grad for _, grad in pairs],
+            [
+                grad.contiguous() for _, grad in pairs
+            ],  # the core walks through memory: of weights it is the order of all
             buffers,
             groups=[_scalars(group)],
             group_of=[0] * len(moving),
@@ -84,7 +86,6 @@ def _fits(parameter: Tensor, grad: Tensor) -> bool:
         and grad.is_cpu
         and grad.layout is torch.strided
         and parameter.is_contiguous()
-        and grad.is_contiguous()
         and not grad.is_neg()
     )
 
@@ -96,14 +97,15 @@ def _momentum(
     if group["momentum"] == 0:
         return [False] * len(parameters), [None] * len(parameters)
     states = [optimizer.state[p] for p in parameters]
-    buffers = [state.get("momentum_buffer") for state in states]
-    is_first = [buffer is None for buffer in buffers]
-    if any(is_first):
-        for state, parameter, is_new in zip(states, parameters, is_first, strict=True):
-            if is_new:
-                state["momentum_buffer"] = torch.empty_like(parameter)
-        buffers = [state["momentum_buffer"] for state in states]
-    return is_first, buffers
+    is_first = []
+    for state, parameter in zip(states, parameters, strict=True):
+        buffer = state.get("momentum_buffer")
+        is_first.append(buffer is None)
+        if buffer is None:
+            state["momentum_buffer"] = torch.empty_like(parameter)
+        elif not buffer.is_contiguous():  # torch lays out the first one as the gradient was
+            state["momentum_buffer"] = buffer.contiguous()
+    return is_first, [state["momentum_buffer"] for state in states]
 
 
 def _cuts(selection: Selection) -> tuple[list[int], list[int]]:
