@@ -272,11 +272,12 @@ def _pack(scores: Sequence[Score]) -> core.Scores | None:
     """The scores for the compiled core; None if it is not there, or cannot take them."""
     if not scores or not core.is_available():
         return None
-    if (scores[0].g is None) != (scores[-1].g is None):
-        return None
     if not all(core.fits(score.w) if score.g is None else core.fits(score.w, score.g) for score in scores):
         return None
-    return core.Scores([s.w for s in scores], None if scores[0].g is None else [s.g for s in scores if s.g is not None])
+    gradients = [score.g for score in scores if score.g is not None]
+    if gradients and len(gradients) < len(scores):
+        return None
+    return core.Scores([score.w for score in scores], gradients or None)
 
 
 def _in_bracket(scores: Sequence[Score], k: int, low: int, high: int) -> Threshold | None:
