@@ -19,10 +19,21 @@ if TYPE_CHECKING:
     from pomona.pruner import Pruner
 
 
+_PIECE = 1 << 20  # weights looked at together
+
+
 @torch.no_grad()
 def zero_(value: Tensor, pruned: Tensor) -> Tensor:
     """Write exact +0.0 where ``pruned`` is True, in place, even over NaN."""
     return value.masked_fill_(pruned, 0.0)
+
+
+@torch.no_grad()
+def largest_among(value: Tensor, chosen: Tensor) -> float:
+    """The largest magnitude where ``chosen`` is True, 0 where nowhere; a piece at a time."""
+    pieces = zip(torch.split(value.reshape(-1), _PIECE), torch.split(chosen.reshape(-1), _PIECE), strict=True)
+    maxima = [piece.abs().masked_fill_(~mask, 0.0).max() for piece, mask in pieces if piece.numel()]
+    return float(torch.stack(maxima).max()) if maxima else 0.0
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 from pomona import core
 from pomona.distributed import sum_counts, sum_vectors
 from pomona.method import Weight
+from pomona.score import Score, magnitude
 
 _SUM_CHUNK = 1 << 20
 
@@ -105,7 +106,21 @@ def among(score: Tensor, mask: Tensor) -> Tensor:
     A selection never keeps a zero, so it keeps nothing from outside, and from inside as many as it is asked for, be
     their scores zero.
     """
-    return score.clamp(min=torch.finfo(score.dtype).tiny).masked_fill_(~mask, 0.0)
+    return _among_(score.clone(), mask)
+
+
+def _among_(score: Tensor, mask: Tensor) -> Tensor:
+    return score.clamp_(min=torch.finfo(score.dtype).tiny).masked_fill_(~mask, 0.0)
+
+
+def magnitudes_among(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Score | Tensor]:
+    """``among(|w|, mask)`` of weights that are zero outside of their masks, computed only where one inside is too."""
+    scores: list[Score | Tensor] = []
+    for w, mask in zip(weights, masks, strict=True):
+        has_zero_inside = bool(w.value.count_nonzero() != mask.count_nonzero())
+        score = magnitude(w.value)
+        scores.append(_among_(score.tensor(), mask) if has_zero_inside else score)
+    return scores
 
 
 def random_scores(weights: Sequence[Weight], seed: int, step: int) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ from pomona.distributed import (
     working_on,
 )
 from pomona.fused import check_fused, fused_step_
-from pomona.harden import count_revived, same_names, zero_, zero_copy_
+from pomona.harden import count_revived, largest_among, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
 from pomona.ops import all_finite
 from pomona.report import Report, report_layers
@@ -491,8 +491,7 @@ class Pruner:
         if not self.is_hardened:
             masks = self._masks()
             self._warn_of_haste()
-            if self._loses_weights(masks):
-                self._warn_of_loss()
+            self._warn_of_loss(masks)
             before = float(evaluate()) if evaluate else None
             self._pruned, self._cuts = self._cut(masks)
             self._accuracy = (before, float(evaluate()) if evaluate else None)
@@ -531,14 +530,10 @@ class Pruner:
         with working_on(self._shards):
             masks = self.method.support(weights, self.num_steps)
         budget = self.method.budget(sum(w.numel for w in weights), self.num_steps)
-        kept = sum(sum_counts([mask.sum() for mask in masks], [w.shard for w in weights]))
+        kept = sum(sum_counts([mask.count_nonzero() for mask in masks], [w.shard for w in weights]))
         if budget is not None and kept > budget:
             raise RuntimeError(f"{self.method} has a budget of {budget} weights, but its support has {kept}")
         return masks
-
-    def _loses_weights(self, masks: list[Tensor]) -> bool:
-        cut = zip(self.parameters().values(), masks, strict=True)
-        return self._on_any_rank(any(bool(local(p)[~mask].any()) for p, mask in cut))
 
     @torch.no_grad()
     def _cut(self, masks: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -547,8 +542,7 @@ class Pruner:
         pruned, here = {}, []
         for w, mask in zip(weights, masks, strict=True):
             pruned[w.name] = ~mask
-            lost = w.value[pruned[w.name]]
-            here.append(float(lost.abs().max()) if lost.numel() else 0.0)
+            here.append(largest_among(w.value, pruned[w.name]))
             zero_(w.value, pruned[w.name])
         return pruned, dict(zip(pruned, max_over(here, [w.shard for w in weights]), strict=True))
 
@@ -571,10 +565,13 @@ class Pruner:
                     stacklevel=3,
                 )
 
-    def _warn_of_loss(self) -> None:
+    def _warn_of_loss(self, masks: list[Tensor]) -> None:
         with working_on(self._shards):
             diagnosis = self.method.diagnose(self._weights(with_grad=False), self.num_steps)
-        if diagnosis is not None and not diagnosis.is_enough:
+        if diagnosis is None or diagnosis.is_enough:
+            return
+        cut = zip(self.parameters().values(), masks, strict=True)
+        if self._on_any_rank(any(largest_among(local(p), ~mask) != 0.0 for p, mask in cut)):
             warnings.warn(f"harden() cuts weights that have not decayed: {diagnosis}", stacklevel=3)
 
     def verify(self, *copies: nn.Module) -> Report:
@@ -608,7 +605,8 @@ class Pruner:
         return report
 
     def _num_kept(self, pruned: Mapping[str, Tensor]) -> dict[str, int]:
-        counts = sum_counts([(~mask).sum() for mask in pruned.values()], [self._shards.get(name) for name in pruned])
+        kept = [mask.numel() - mask.count_nonzero() for mask in pruned.values()]
+        counts = sum_counts(kept, [self._shards.get(name) for name in pruned])
         return dict(zip(pruned, counts, strict=True))
 
     def _disagreements(self) -> list[str]:

@@ -241,17 +241,25 @@ def report_layers(
     return tuple(layers)
 
 
+_PIECE = 1 << 20  # weights looked at together, or one channel
+
+
 def _count(value: Tensor, shard: Shard | None) -> tuple[Tensor, float]:
     """The number of non-zeros and that of the whole tensor's channels, here; and the smallest magnitude of them."""
-    alive = value != 0
-    nonzero = alive.sum().view(1).cpu()
     num_channels = value.shape[:1] if shard is None else shard.shape[:1]
     channels = torch.zeros(num_channels.numel() if num_channels else 0, dtype=torch.int64)
-    if value.numel() and value.ndim:
-        start = 0 if shard is None else shard.start[0]
-        channels[start : start + len(value)] = alive.reshape(len(value), -1).sum(1).cpu()
-    smallest = float(value[alive].abs().min()) if int(nonzero) else math.inf
-    return torch.cat([nonzero, channels]), smallest
+    if not value.numel():
+        return torch.cat([torch.zeros(1, dtype=torch.int64), channels]), math.inf
+    start = 0 if shard is None or not value.ndim else shard.start[0]
+    rows = value.reshape(len(value) if value.ndim else 1, -1)
+    alive, smallest = [], []
+    for some in torch.split(rows, max(1, _PIECE // rows.shape[1])):
+        alive.append(some.count_nonzero(1))
+        smallest.append(some.abs().masked_fill_(some == 0, math.inf).min())
+    here = torch.cat(alive).cpu()
+    if value.ndim:
+        channels[start : start + len(value)] = here
+    return torch.cat([here.sum().view(1), channels]), float(torch.stack(smallest).min())
 
 
 def report(model: nn.Module, scope: Scope | None = None) -> Report:

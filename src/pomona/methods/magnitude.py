@@ -12,15 +12,14 @@ from torch import Tensor
 from pomona.budget import Allocation, check_allocation, check_floors, check_min_density, num_kept, tell_share, top_k
 from pomona.method import Method, Weight
 from pomona.ops import (
-    among,
     drop_buffers_,
     drop_gradients_,
     drop_weights_,
+    magnitudes_among,
     masks_of,
     sparsity_of,
 )
 from pomona.schedule import Every, Value, check_count, check_never_falls, check_value, highest, value_at
-from pomona.score import magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ class Magnitude(Method):
         return Every(self.every, start=self.begin)(step)
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        scores = [among(magnitude(w.value).tensor(), w.state["mask"]) for w in weights]  # m |w|
+        scores = magnitudes_among(weights, masks_of(weights))  # m |w|
         k = self.budget(sum(w.numel for w in weights), step)
         return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density)
 
