@@ -1,6 +1,7 @@
 """The compiled library, which is optional: whether it is there, and what it uses of the machine. Torch is not needed.
 
-``POMONA_CORE=0`` in the environment switches it off; ``portable``, ``avx2`` or ``avx512`` limit it to an instruction set.
+``POMONA_CORE=0`` in the environment switches it off; ``portable``, ``avx2`` or ``avx512`` limit it to an instruction
+set.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Networks with sparse weights, executed as a whole by the compiled core; numpy only.
 
-``core/include/pomona_net.h`` says what each operation computes, ``graph.py`` how a network is written down. Here a graph
-and its tensors are handed over; the core lays them out, decides for each layer whether zeros are worth skipping, and
-keeps a copy of its own.
+``core/include/pomona_net.h`` says what each operation computes, ``graph.py`` how a network is written down. Here a
+graph and its tensors are handed over; the core lays them out, decides for each layer whether zeros are worth skipping,
+and keeps a copy of its own.
 
 Memory: 8 bytes for every weight that is not zero, once for single samples and once more for batches, beside the
 weights as given; activations in one arena that is used again and again.
