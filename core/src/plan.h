@@ -108,13 +108,14 @@ struct Step {
   std::vector<float> values;  // dense
   std::vector<int32_t> offsets;
   int64_t max_vectors = 1;
-  // Strided inputs are first copied, image by image: rows phase + stride * y, columns shift + stride * x.
+  // Strided inputs are first copied, image by image: rows first_row + stride * y, columns first_column + stride * x.
   struct Image {
     int64_t first_row, first_column;
   };
   std::vector<Image> images;
   int64_t image_rows = 0;
   Layout scratch;  // of one sample, all images of a channel one after the other
+  int64_t groups = 1;  // copied and done one after the other, in the memory of one
   const int32_t* mask = nullptr;
 };
 
@@ -141,7 +142,9 @@ class Plan {
   void run_step(const Net& net, const Step& step, int64_t n, Team& team);
   void run_layer(const Net& net, const Step& step, int64_t n, Team& team);
   void run_tiles(const Net& net, const Step& step, const float* x, int64_t first, int64_t positions, Team& team);
-  void copy_images(const Net& net, const Step& step, int64_t sample, Team& team);
+  void run_groups(const Net& net, const Step& step, int64_t sample, int64_t positions, Team& team);
+  Tile tile_of(const Step& step, const float* x, int64_t first, int64_t position);
+  void copy_images(const Net& net, const Step& step, int64_t sample, int64_t channel, float* to);
   void pool(const Net& net, const Step& step, int64_t channel, int64_t n, float* scratch);
   void copy_in(const Net& net, size_t input, const float* from, int64_t n, Team& team);
   void copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& team);
