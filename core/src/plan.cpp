@@ -445,7 +445,7 @@ int Plan::allocate(const Net& net) {
     }
     if (end > net.options.max_bytes / 4) return POMONA_BAD_SIZE;
   }
-  arena_.assign(static_cast<size_t>(end + kSlack), 0.0f);
+  arena_.resize(end + kSlack);
   return POMONA_OK;
 }
 

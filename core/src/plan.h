@@ -119,6 +119,24 @@ struct Step {
   const int32_t* mask = nullptr;
 };
 
+// Floats that begin with a cache line: a vector that lies across two of them takes two loads.
+class Lines {
+ public:
+  float* data() { return floats_.empty() ? nullptr : floats_.data() + skipped_; }
+  int64_t size() const { return size_; }
+  void resize(int64_t size) {  // contents are lost
+    floats_.assign(static_cast<size_t>(size) + kLine, 0.0f);
+    skipped_ = (kLine - reinterpret_cast<uintptr_t>(floats_.data()) / sizeof(float) % kLine) % kLine;
+    size_ = size;
+  }
+
+ private:
+  static constexpr size_t kLine = 16;
+  std::vector<float> floats_;
+  size_t skipped_ = 0;
+  int64_t size_ = 0;
+};
+
 class Plan {
  public:
   // Returns POMONA_OK or an error, with the node it is of.
@@ -126,7 +144,7 @@ class Plan {
 
   void run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads);
 
-  int64_t activation_bytes() const { return static_cast<int64_t>(arena_.size()) * 4; }
+  int64_t activation_bytes() const { return arena_.size() * 4; }
   int64_t weight_bytes() const;
 
  private:
@@ -159,8 +177,8 @@ class Plan {
   std::vector<Layout> layouts_;  // of values
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;
-  std::vector<float> arena_;
-  std::vector<std::vector<float>> scratch_;  // of threads
+  Lines arena_;
+  std::vector<Lines> scratch_;  // of threads
 };
 
 template <typename F>

@@ -34,8 +34,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 float* Plan::scratch(int worker, int64_t floats) {
-  std::vector<float>& mine = scratch_[static_cast<size_t>(worker)];
-  if (static_cast<int64_t>(mine.size()) < floats) mine.resize(static_cast<size_t>(floats));
+  Lines& mine = scratch_[static_cast<size_t>(worker)];
+  if (mine.size() < floats) mine.resize(floats);
   return mine.data();
 }
 
