@@ -2,8 +2,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -15,9 +13,14 @@ namespace {
 
 constexpr int64_t kAlign = 16;                  // floats: one cache line
 constexpr int64_t kSlack = 2 * kMaxTile + 256;  // floats that vectors may read beyond a value
+constexpr int64_t kTileFloats = 96;             // positions that go together at most
+constexpr int64_t kCacheFloats = 8192;          // of a first-level cache, 32 KiB: what a tile reads again and again
+constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay
 constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// An odd number of cache lines, so that the same positions of many channels do not share a few sets of the cache.
+int64_t spread(int64_t floats) { return floats >= 256 && floats / kAlign % 2 == 0 ? floats + kAlign : floats; }
 int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 // How far windows reach beyond the input along one axis.
@@ -27,16 +30,6 @@ struct Reach {
 
 Reach reach(int64_t size, int64_t out, int64_t kernel, int64_t padding, int64_t dilation) {
   return {padding, std::max<int64_t>(0, out - 1 - padding + (kernel - 1) * dilation - (size - 1))};
-}
-
-struct Tuning {
-  int64_t max_floats = 64, cache_floats = 8192, panel_floats = 12288;
-  double least_uses = 12;
-};
-Tuning tuning_from_environment() {
-  Tuning t;
-  if (const char* text = getenv("POMONA_TUNE")) sscanf(text, "%ld,%ld,%ld,%lf", &t.max_floats, &t.cache_floats, &t.panel_floats, &t.least_uses);
-  return t;
 }
 
 class Classes {  // union-find
@@ -126,8 +119,7 @@ int Plan::lay_out(const Net& net) {
       l.channel_stride = 1;
     } else {
       l.channel_stride = round_up(l.lead + positions + (need.is_by_sample && samples_ > 1 ? kMaxLanes : 0), kAlign);
-      // Channels a multiple of 4 KiB apart would share a few lines of the first-level cache.
-      if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
+      l.channel_stride = spread(l.channel_stride);
     }
     if (net.shapes[i].c > std::numeric_limits<int32_t>::max() / l.channel_stride) return POMONA_BAD_SIZE;
   }
@@ -163,7 +155,7 @@ void Plan::use_strided(const Net& net, Step* step) {
   l.row_stride = row_stride;
   l.rows = step->image_rows * static_cast<int64_t>(step->images.size());
   l.channel_stride = round_up(l.sample_stride() + kMaxLanes, kAlign);
-  if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
+  l.channel_stride = spread(l.channel_stride);
   if (samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() > 1) step->groups = a.groups;
 }
 
@@ -283,8 +275,7 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   const Layout& out = layouts_[static_cast<size_t>(step->out)];
   const int64_t positions = (step->images.empty() ? samples_ : 1) * out.sample_stride();
   const int64_t lanes = net.kernels->lanes, vectors = (positions + lanes - 1) / lanes;
-  const Tuning tuning = tuning_from_environment();
-  step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, tuning.max_floats / lanes);
+  step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, kTileFloats / lanes);
   const double uses = static_cast<double>(num_entries) / static_cast<double>(all);  // of one loaded vector
   const int64_t tile = std::min(step->max_vectors, vectors) * lanes;
   if (channels != all) return;
@@ -303,11 +294,11 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
       width += tile;
     }
   }
-  if (channels * width <= tuning.cache_floats || uses * static_cast<double>(tile) < tuning.least_uses * static_cast<double>(width)) return;
+  if (channels * width <= kCacheFloats || uses * static_cast<double>(tile) < kLeastUses * static_cast<double>(width)) return;
   step->pieces = pieces;
   step->panel_vectors = tile / lanes;
   step->panel_width = width;
-  const int64_t per_block = std::clamp<int64_t>(tuning.panel_floats / step->panel_width, 1, channels);
+  const int64_t per_block = std::clamp<int64_t>(kCacheFloats / step->panel_width, 1, channels);
   const int64_t num_blocks = (channels + per_block - 1) / per_block, even = (channels + num_blocks - 1) / num_blocks;
   step->blocks.clear();
   for (int64_t first = 0; first < channels; first += even) step->blocks.push_back({first, std::min(even, channels - first)});

@@ -78,8 +78,6 @@ struct Block {
   int64_t first_channel, num_channels;
 };
 
-constexpr int64_t kCacheFloats = 1 << 17;  // half of a second-level cache of 1 MiB
-
 struct Step {
   int32_t op;
   size_t node;             // whose time it is
