@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pomona.progressive import Candidate, progressive
     from pomona.pruner import Pruner
     from pomona.report import LayerReport, Report, report
+    from pomona.runtime.compile import compile
     from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
     from pomona.scope import Scope
     from pomona.score import magnitude, saliency
@@ -42,6 +43,7 @@ _NAMES_IN = {
     "progressive": ("Candidate", "progressive"),
     "pruner": ("Pruner",),
     "report": ("LayerReport", "Report", "report"),
+    "runtime.compile": ("compile",),
     "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
     "scope": ("Scope",),
     "score": ("magnitude", "saliency"),
@@ -72,6 +74,7 @@ __all__ = [
     "Scope",
     "Weight",
     "WeightMom",
+    "compile",
     "global_top_k",
     "hold",
     "magnitude",
