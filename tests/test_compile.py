@@ -196,6 +196,7 @@ def test_torch_compile_takes_the_whole_graph(all_gain: None) -> None:
 
 @needs_core
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch itself
 def test_inductor(all_gain: None) -> None:
     model = net()
     faster = torch.compile(pomona.compile(model, X), fullgraph=True)

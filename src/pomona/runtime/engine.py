@@ -183,7 +183,7 @@ class Engine:
         return results
 
     def run_at(self, batch: int, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-        """What a call does, for addresses of contiguous float32 arrays; that they have the right sizes is not checked."""
+        """What a call does, for addresses of contiguous float32 arrays, whose sizes are not checked."""
         from_, to = ((_pointer * len(places))(*places) for places in (inputs, outputs))
         _check(self._library.pomona_net_run(self._handle, batch, from_, to, self.threads), self.graph, -1)
 
