@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pomona.budget import global_top_k
     from pomona.diagnosis import Diagnosis
+    from pomona.export import Exported, FormatError, export, load, shrink
     from pomona.harden import hold
     from pomona.method import Method, Weight
     from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _NAMES_IN = {
     "budget": ("global_top_k",),
     "diagnosis": ("Diagnosis",),
+    "export": ("Exported", "FormatError", "export", "load", "shrink"),
     "harden": ("hold",),
     "method": ("Method", "Weight"),
     "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Magnitude", "RigL", "WeightMom"),
@@ -59,6 +61,8 @@ __all__ = [
     "Cubic",
     "Diagnosis",
     "Every",
+    "Exported",
+    "FormatError",
     "Geometric",
     "LayerReport",
     "Linear",
@@ -71,12 +75,15 @@ __all__ = [
     "Scope",
     "Weight",
     "WeightMom",
+    "export",
     "global_top_k",
     "hold",
+    "load",
     "magnitude",
     "progressive",
     "report",
     "saliency",
+    "shrink",
 ]
 
 

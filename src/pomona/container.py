@@ -144,13 +144,7 @@ def write(
         ValueError: a tensor, name or key cannot be stored; says which.
     """
     data = pack(tensors, metadata, graph)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    safetensors.write(path, data)
     return len(data)
 
 
@@ -230,7 +224,7 @@ def _smaller(stored: Stored) -> Stored:
     """The same tensor, sparse or dense: as its bytes will be fewer, by their entropy."""
     dense = stored.dense()
     value = Sparse.from_dense(dense)
-    if isinstance(stored.storage, Book) and len(stored.storage.values) > 255 or dense.dtype == bool:
+    if (isinstance(stored.storage, Book) and len(stored.storage.values) > 255) or dense.dtype == bool:
         return Stored(stored.dtype, value if dense.dtype != bool else dense, stored.storage)
     sparse_bits = _gap_bits(value) + 64  # what the header says of it
     as_sparse = Stored(stored.dtype, value, stored.storage)
@@ -544,7 +538,11 @@ def _plan(tensors: str | None, books: str | None, graph: str | None) -> _Plan:
 def _plan_book(text: str) -> tuple[str, str, int]:
     match = _BOOK.fullmatch(text)
     count = int(match["count"]) if match else 0
-    if match is None or not 1 <= count <= 256 or (match["kind"] == "uniform" and (count % 2 or match["dtype"] != "F32")):
+    if (
+        match is None
+        or not 1 <= count <= 256
+        or (match["kind"] == "uniform" and (count % 2 or match["dtype"] != "F32"))
+    ):
         raise FormatError(f"its header describes a book of values as {text[:80]!r}, which this version cannot read")
     return match["kind"], match["dtype"], count
 
@@ -694,5 +692,3 @@ def _positions(raw: NDArray[np.uint8], lows: dict[str, NDArray[np.int64]], plan:
             raise FormatError(f"tensor {name!r} has a value beyond its {size:,} elements")
         found[name] = places
     return found
-
-

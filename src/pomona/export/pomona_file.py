@@ -1,0 +1,17 @@
+"""`x.pomona.safetensors`: sparse tensors near the entropy limit; docs/file-format.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pomona import container
+from pomona.container import Stored
+from pomona.export.source import Source
+
+
+def write(source: Source, path: Path) -> None:
+    container.write(path, source.tensors, source.metadata, source.graph)
+
+
+def read(path: Path, max_bytes: int | None) -> dict[str, Stored]:
+    return container.read(path, max_bytes=max_bytes).tensors
