@@ -94,7 +94,7 @@ def quantize(tensors: Mapping[str, Stored], how: Quantization) -> dict[str, Stor
         book = _fit(np.concatenate([*values, np.zeros(0, np.float32)]), Quantization("k-means", how.biases))
         made |= {key: _by_book(stored, book) for key, stored in biases.items()}
     for stored in tensors.values():
-        made.setdefault(id(stored), _half(stored))
+        made.setdefault(id(stored), half(stored))
     return {name: made[id(stored)] for name, stored in tensors.items()}
 
 
@@ -110,7 +110,8 @@ def _survivors(stored: Stored) -> NDArray[np.float32]:
 def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Elements of a float dtype as numbers of 32 bits."""
     if dtype == "BF16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        pattern: NDArray[np.uint32] = values.astype(np.uint32) << np.uint32(16)
+        return pattern.view(np.float32)
     with np.errstate(all="ignore"):
         return values.astype(np.float32)
 
@@ -182,7 +183,8 @@ def _by_book(stored: Stored, book: Book) -> Stored:
     return Stored(stored.dtype, values, book)
 
 
-def _half(stored: Stored) -> Stored:
+def half(stored: Stored) -> Stored:
+    """A float tensor of 32 or 64 bits rounded to half precision, if that does not overflow; any other as it is."""
     if stored.dtype not in ("F32", "F64"):
         return stored
     with np.errstate(all="ignore"):

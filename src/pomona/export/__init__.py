@@ -19,7 +19,7 @@ from pomona.container import Stored
 from pomona.export import bitmask, csr, mnn, onnx, plain, pomona_file, two_four
 from pomona.export.channels import shrink
 from pomona.export.source import Exported, Source, from_state, sparsity, to_tensors
-from pomona.quantize import Quantization
+from pomona.quantize import Quantization, half
 from pomona.quantize import quantize as quantized
 from pomona.safetensors import FormatError, read_metadata
 
@@ -75,8 +75,9 @@ def export(
             stored in half precision. Format "pomona" only. The model itself is not changed.
         evaluate: gives the model's accuracy (any number); called before and after quantisation, with the quantised
             weights in the model meanwhile. The change stands in the file and in what is returned.
-        graph: what the network computes (`pomona.runtime.graph`), for files that run without torch.
-        example: an input, or a tuple of them, for formats that hold what the network computes.
+        graph: what the network computes (`pomona.runtime.graph`), if you have it from elsewhere; format "pomona".
+        example: an input with the batch in front, or a tuple of them. Format "pomona": the graph is traced, and the
+            file runs without torch (`pomona.runtime.load`). "onnx" and "mnn" cannot do without it.
         pruner: whose method and scope the file is to name.
 
     Returns:
@@ -120,11 +121,13 @@ def export(
             with _holding(module, to_tensors(tensors)):
                 after = float(evaluate())
             metadata |= {"accuracy_before": f"{before:.10g}", "accuracy_after": f"{after:.10g}"}
-    graph = graph.to_json() if hasattr(graph, "to_json") else graph
+    zeros = sparsity(tensors)
     inputs = example if isinstance(example, tuple) or example is None else (example,)
+    if format == "pomona" and graph is None and inputs is not None:
+        graph, tensors = _traced(module, inputs, tensors)
+    graph = graph.to_json() if hasattr(graph, "to_json") else graph
     FORMATS[format].write(Source(tensors, metadata, graph, module, inputs), path)
-    size = path.stat().st_size
-    return Exported(path, format, size, dense_bytes, sparsity(tensors), before, after)
+    return Exported(path, format, path.stat().st_size, dense_bytes, zeros, before, after)
 
 
 def _format_of(path: Path, format: str | None) -> str:
@@ -145,6 +148,32 @@ def _metadata(tensors: Mapping[str, Stored], pruner: Pruner | None) -> dict[str,
     if pruner is not None:
         metadata |= {"method": repr(pruner.method), "scope": repr(pruner.scope)}
     return metadata
+
+
+def _traced(
+    module: nn.Module | None, inputs: tuple[Any, ...], tensors: Mapping[str, Stored]
+) -> tuple[Any, dict[str, Stored]]:
+    """The graph of the module with these tensors in it, and the tensors with those that the graph adds.
+
+    Their names have an ``@`` in them: batch norms as scale and shift, say. ``load`` leaves them out.
+    """
+    from pomona.runtime.trace import trace
+
+    if module is None:
+        raise ValueError("export(example=...) traces what a module computes; a state dict does not tell it")
+    taken = [name for name in tensors if "@" in name]
+    if taken:
+        raise ValueError(f"export(example=...) keeps names with an '@' for itself, but the model has {taken[0]!r}")
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with _holding(module, to_tensors(tensors)):
+            graph, used = trace(module.eval(), inputs, folded=False)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    is_exact = all(not s.storage for s in tensors.values())
+    derived = {name: Stored("F32", array) for name, array in used.items() if name not in tensors}
+    return graph, {**tensors, **(derived if is_exact else {name: half(s) for name, s in derived.items()})}
 
 
 @contextmanager

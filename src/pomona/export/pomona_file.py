@@ -14,4 +14,7 @@ def write(source: Source, path: Path) -> None:
 
 
 def read(path: Path, max_bytes: int | None) -> dict[str, Stored]:
-    return container.read(path, max_bytes=max_bytes).tensors
+    file = container.read(path, max_bytes=max_bytes)
+    if file.graph is None:
+        return file.tensors
+    return {name: stored for name, stored in file.tensors.items() if "@" not in name}  # the others the graph added
