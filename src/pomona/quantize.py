@@ -104,7 +104,8 @@ def _survivors(stored: Stored) -> NDArray[np.float32]:
     values = values.reshape(-1)
     if not np.isfinite(values).all():
         raise ValueError(f"a tensor of shape {stored.shape} has values that are not finite; they cannot be quantised")
-    return values[values != 0]
+    survivors: NDArray[np.float32] = values[values != 0]
+    return survivors
 
 
 def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:

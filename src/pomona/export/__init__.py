@@ -62,6 +62,7 @@ def export(
     graph: Any = None,
     example: Tensor | tuple[Any, ...] | None = None,
     pruner: Pruner | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write a model to a file.
 
@@ -79,6 +80,7 @@ def export(
         example: an input with the batch in front, or a tuple of them. Format "pomona": the graph is traced, and the
             file runs without torch (`pomona.runtime.load`). "onnx" and "mnn" cannot do without it.
         pruner: whose method and scope the file is to name.
+        metadata: further strings for the file to hold.
 
     Returns:
         What was written; print it.
@@ -108,25 +110,25 @@ def export(
         raise ValueError("export(evaluate=...) measures what quantize=... changes, in a module: give both")
     tensors = from_state(state)
     dense_bytes = sum(s.dense().nbytes for s in {id(s): s for s in tensors.values()}.values())
-    metadata = _metadata(tensors, pruner)
+    told = _metadata(tensors, pruner) | dict(metadata or {})
     before = after = None
     if quantize is not None:
         if format != "pomona":
             raise ValueError(f"quantize={str(quantize)!r} is for format 'pomona', got {format!r}, which cannot hold it")
         how = Quantization.parse(quantize) if isinstance(quantize, str) else quantize
         tensors = quantized(tensors, how)
-        metadata |= {"quantize": str(how), "sparsity": f"{sparsity(tensors):.6g}"}
+        told |= {"quantize": str(how), "sparsity": f"{sparsity(tensors):.6g}"}
         if evaluate and module is not None:
             before = float(evaluate())
             with _holding(module, to_tensors(tensors)):
                 after = float(evaluate())
-            metadata |= {"accuracy_before": f"{before:.10g}", "accuracy_after": f"{after:.10g}"}
+            told |= {"accuracy_before": f"{before:.10g}", "accuracy_after": f"{after:.10g}"}
     zeros = sparsity(tensors)
     inputs = example if isinstance(example, tuple) or example is None else (example,)
     if format == "pomona" and graph is None and inputs is not None:
         graph, tensors = _traced(module, inputs, tensors)
     graph = graph.to_json() if hasattr(graph, "to_json") else graph
-    FORMATS[format].write(Source(tensors, metadata, graph, module, inputs), path)
+    FORMATS[format].write(Source(tensors, told, graph, module, inputs), path)
     return Exported(path, format, path.stat().st_size, dense_bytes, zeros, before, after)
 
 
