@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pomona import runtime
     from pomona.budget import global_top_k
     from pomona.diagnosis import Diagnosis
+    from pomona.export import Exported, FormatError, export, load, shrink
     from pomona.harden import hold
     from pomona.method import Method, Weight
     from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 _NAMES_IN = {
     "budget": ("global_top_k",),
     "diagnosis": ("Diagnosis",),
+    "export": ("Exported", "FormatError", "export", "load", "shrink"),
     "harden": ("hold",),
     "method": ("Method", "Weight"),
     "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Magnitude", "RigL", "WeightMom"),
@@ -62,6 +64,8 @@ __all__ = [
     "Cubic",
     "Diagnosis",
     "Every",
+    "Exported",
+    "FormatError",
     "Geometric",
     "LayerReport",
     "Linear",
@@ -75,13 +79,16 @@ __all__ = [
     "Weight",
     "WeightMom",
     "compile",
+    "export",
     "global_top_k",
     "hold",
+    "load",
     "magnitude",
     "progressive",
     "report",
     "runtime",
     "saliency",
+    "shrink",
 ]
 
 
