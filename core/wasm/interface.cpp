@@ -1,8 +1,9 @@
-// What JavaScript has to know of pomona_net.h: where its structs keep what.
+// What JavaScript has to know of pomona_net.h: where its structs keep what. And which kernels run: the only ones.
 
 #include <cstddef>
 #include <cstdint>
 
+#include "net_kernels.h"
 #include "pomona_net.h"
 
 #define SIZE(type) static_cast<int32_t>(sizeof(type))
@@ -31,6 +32,8 @@ constexpr int32_t kLayout[] = {
 };
 
 }  // namespace
+
+const pomona::NetKernels& pomona::net_kernels() { return *portable_net_kernels(); }
 
 extern "C" {
 
