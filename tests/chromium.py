@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,16 @@ _FLAGS = (
     "--no-first-run",
     "--remote-debugging-pipe",
 )
+
+
+# Becomes another program, with two open descriptors as 3 and 4: there a browser looks for the pipe.
+_ON_3_AND_4 = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for end, place in zip(ends, (3, 4)):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -91,15 +102,14 @@ class Page:
 
 
 @contextmanager
-def chromium(profile: Path) -> Iterator[Page]:
+def opened(profile: Path) -> Iterator[Page]:
     """A page of a new browser, with its profile in a new folder."""
     assert PROGRAM is not None
     read_commands, to_browser = os.pipe()
     from_browser, write_answers = os.pipe()
-    # The pipe is descriptors 3 and 4 of the browser.
-    shell = f'exec 5<&{read_commands} 6>&{write_answers}; exec 3<&5 4>&6 5<&- 6>&-; exec "$@"'
+    arguments = [PROGRAM, *_FLAGS, f"--user-data-dir={profile}"]
     process = subprocess.Popen(
-        ["sh", "-c", shell, "sh", PROGRAM, *_FLAGS, f"--user-data-dir={profile}"],
+        [sys.executable, "-c", _ON_3_AND_4, str(read_commands), str(write_answers), *arguments],
         pass_fds=(read_commands, write_answers),
         stderr=subprocess.DEVNULL,
     )

@@ -30,8 +30,10 @@ SOURCES = (
 _SECTION = b"\7sources"  # its name, with its length
 EXPORTS = ("new", "run", "shape", "about")
 # -Os: kernels are unrolled by hand; it is a quarter smaller than -O3 and not slower.
-COMPILE = """--target=wasm32 -std=c++17 -Os -msimd128 -mbulk-memory -ffreestanding -fno-exceptions -fno-rtti
-    -fvisibility=hidden -Wall -Wextra -Werror -DPOMONA_NO_THREADS -Icore/wasm/include -Icore/include -Icore/src""".split()
+COMPILE = """
+    --target=wasm32 -std=c++17 -Os -msimd128 -mbulk-memory -ffreestanding -fno-exceptions -fno-rtti -fvisibility=hidden
+    -Wall -Wextra -Werror -DPOMONA_NO_THREADS -Icore/wasm/include -Icore/include -Icore/src
+""".split()
 # Addresses stay below 2^31, where they are the same number with and without a sign. The stack is below everything else:
 # one that overflows ends the instance.
 LINK = ["-nostdlib", "-Wl,--no-entry,--stack-first,-z,stack-size=262144,--max-memory=2147418112,--strip-all"]
@@ -66,10 +68,12 @@ def remembered(wasm: bytes) -> str:
     return wasm.rpartition(_SECTION)[2].decode("latin-1")
 
 
-def find_linker(clang: str) -> str | None:
-    """wasm-ld, which clang looks for beside itself and in PATH; Debian's has a version in its name."""
+def has_compiler(clang: str) -> bool:
+    """Whether it is there, and the linker that it calls."""
+    if shutil.which(clang) is None:
+        return False
     asked = subprocess.run([clang, "-print-prog-name=wasm-ld"], capture_output=True, text=True, check=True)
-    return shutil.which(asked.stdout.strip())
+    return shutil.which(asked.stdout.strip()) is not None
 
 
 def build(clang: str, out: Path) -> None:
@@ -85,10 +89,13 @@ def main() -> None:
     parser.add_argument("--clang", default="clang++")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    if shutil.which(options.clang) is None or find_linker(options.clang) is None:
+    if not has_compiler(options.clang):
         print(f"no {options.clang} with wasm-ld (Debian: apt-get install clang lld): {options.out.name} stays as it is")
         sys.exit(0 if options.out.exists() else 1)
-    build(options.clang, options.out)
+    try:
+        build(options.clang, options.out)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # clang has said why
     print(f"{options.out}: {options.out.stat().st_size:,} bytes")
 
 

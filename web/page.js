@@ -290,16 +290,17 @@ function describe(file, bytes) {
   const all = [...tensors.values()];
   const weights = all.filter((tensor) => tensor.shape.length > 1);
   const total = weights.reduce((sum, tensor) => sum + size(tensor), 0);
-  const kept = weights.reduce((sum, tensor) => sum + tensor.values.length, 0);
+  const kept = weights.reduce((sum, tensor) => sum + tensor.values.filter((value) => value !== 0).length, 0);
   const plain = 4 * all.reduce((sum, tensor) => sum + size(tensor), 0);
   element("about").textContent =
-    `A neural network of ${kilobytes(bytes)} reads it. ${(100 * (1 - kept / total)).toFixed(1)} % of its weights are zero.`;
+    `A neural network of ${kilobytes(bytes)} reads it. ${percent(1 - kept / total)} of its weights are zero.`;
   figure("file", kilobytes(bytes), `${kilobytes(plain)} as plain float32`);
   figure("weights", count(kept), `of ${count(total)}`);
   figure("multiplications", count(sparse.info.macs), `of ${count(sparse.info.denseMacs)} a digit`);
-  if (metadata.accuracy) figure("accuracy", `${metadata.accuracy} %`, metadata.data);
-  element("source").textContent = metadata.recipe
-    ? `Trained by \u201cpomona train ${metadata.recipe}\u201d, seed ${metadata.seed}. Nothing leaves this page.` : "";
+  figure("accuracy", `${Number(metadata.accuracy_after).toFixed(2)}\u00a0%`, "of test digits read right");
+  element("source").textContent =
+    `${metadata.title} (${metadata.source}), seed ${metadata.seed}, on ${metadata.data}; weights share values ` +
+    `(${metadata.quantize}; ${Number(metadata.accuracy_before).toFixed(2)} % before). Nothing that you draw leaves this page.`;
 }
 
 async function start() {
