@@ -54,7 +54,9 @@ function pixels() {
     return out;
   };
   const first = draw(0, 0);
-  let mass = 0, x = 0, y = 0;
+  let mass = 0,
+    x = 0,
+    y = 0;
   first.forEach((value, i) => {
     mass += value;
     x += value * ((i % SIDE) + 0.5);
@@ -90,8 +92,10 @@ function listen() {
   let pen = null; // the pointer that draws; a second finger does not
   const point = (event) => {
     const { left, top, width } = pad.getBoundingClientRect();
-    return [(event.clientX - left - pad.clientLeft) / (width - 2 * pad.clientLeft),
-            (event.clientY - top - pad.clientTop) / (width - 2 * pad.clientTop)];
+    return [
+      (event.clientX - left - pad.clientLeft) / (width - 2 * pad.clientLeft),
+      (event.clientY - top - pad.clientTop) / (width - 2 * pad.clientTop),
+    ];
   };
   pad.addEventListener("pointerdown", (event) => {
     if (pen !== null || event.button) return;
@@ -124,16 +128,132 @@ function listen() {
 
 // Digits as a hand draws them: strokes of corners, rounded by a spline.
 const EXAMPLES = [
-  [[[0.5, 0.2], [0.33, 0.32], [0.3, 0.55], [0.4, 0.78], [0.55, 0.8], [0.68, 0.65], [0.68, 0.4], [0.6, 0.23], [0.48, 0.2]]],
-  [[[0.53, 0.2], [0.5, 0.5], [0.47, 0.8]]],
-  [[[0.32, 0.35], [0.4, 0.22], [0.56, 0.2], [0.66, 0.33], [0.58, 0.52], [0.42, 0.68], [0.3, 0.79], [0.48, 0.78], [0.7, 0.78]]],
-  [[[0.34, 0.26], [0.48, 0.19], [0.63, 0.26], [0.62, 0.4], [0.47, 0.48], [0.63, 0.54], [0.67, 0.68], [0.55, 0.8], [0.35, 0.76]]],
-  [[[0.38, 0.2], [0.34, 0.36], [0.32, 0.52], [0.48, 0.53], [0.68, 0.51]], [[0.61, 0.22], [0.6, 0.5], [0.58, 0.82]]],
-  [[[0.67, 0.2], [0.53, 0.2], [0.39, 0.21], [0.38, 0.34], [0.36, 0.46], [0.52, 0.43], [0.66, 0.54], [0.64, 0.72], [0.5, 0.81], [0.34, 0.75]]],
-  [[[0.6, 0.18], [0.44, 0.34], [0.36, 0.56], [0.4, 0.75], [0.54, 0.81], [0.65, 0.7], [0.6, 0.56], [0.47, 0.55], [0.38, 0.66]]],
-  [[[0.31, 0.23], [0.5, 0.23], [0.69, 0.22], [0.6, 0.4], [0.53, 0.58], [0.47, 0.81]]],
-  [[[0.62, 0.27], [0.5, 0.19], [0.38, 0.27], [0.42, 0.41], [0.55, 0.52], [0.64, 0.66], [0.55, 0.8], [0.41, 0.78], [0.36, 0.64], [0.46, 0.5], [0.58, 0.4], [0.63, 0.27]]],
-  [[[0.64, 0.3], [0.52, 0.2], [0.38, 0.28], [0.38, 0.43], [0.5, 0.5], [0.62, 0.42], [0.65, 0.28], [0.64, 0.5], [0.59, 0.81]]],
+  [
+    [
+      [0.5, 0.2],
+      [0.33, 0.32],
+      [0.3, 0.55],
+      [0.4, 0.78],
+      [0.55, 0.8],
+      [0.68, 0.65],
+      [0.68, 0.4],
+      [0.6, 0.23],
+      [0.48, 0.2],
+    ],
+  ],
+  [
+    [
+      [0.53, 0.2],
+      [0.5, 0.5],
+      [0.47, 0.8],
+    ],
+  ],
+  [
+    [
+      [0.32, 0.35],
+      [0.4, 0.22],
+      [0.56, 0.2],
+      [0.66, 0.33],
+      [0.58, 0.52],
+      [0.42, 0.68],
+      [0.3, 0.79],
+      [0.48, 0.78],
+      [0.7, 0.78],
+    ],
+  ],
+  [
+    [
+      [0.34, 0.26],
+      [0.48, 0.19],
+      [0.63, 0.26],
+      [0.62, 0.4],
+      [0.47, 0.48],
+      [0.63, 0.54],
+      [0.67, 0.68],
+      [0.55, 0.8],
+      [0.35, 0.76],
+    ],
+  ],
+  [
+    [
+      [0.38, 0.2],
+      [0.34, 0.36],
+      [0.32, 0.52],
+      [0.48, 0.53],
+      [0.68, 0.51],
+    ],
+    [
+      [0.61, 0.22],
+      [0.6, 0.5],
+      [0.58, 0.82],
+    ],
+  ],
+  [
+    [
+      [0.67, 0.2],
+      [0.53, 0.2],
+      [0.39, 0.21],
+      [0.38, 0.34],
+      [0.36, 0.46],
+      [0.52, 0.43],
+      [0.66, 0.54],
+      [0.64, 0.72],
+      [0.5, 0.81],
+      [0.34, 0.75],
+    ],
+  ],
+  [
+    [
+      [0.6, 0.18],
+      [0.44, 0.34],
+      [0.36, 0.56],
+      [0.4, 0.75],
+      [0.54, 0.81],
+      [0.65, 0.7],
+      [0.6, 0.56],
+      [0.47, 0.55],
+      [0.38, 0.66],
+    ],
+  ],
+  [
+    [
+      [0.31, 0.23],
+      [0.5, 0.23],
+      [0.69, 0.22],
+      [0.6, 0.4],
+      [0.53, 0.58],
+      [0.47, 0.81],
+    ],
+  ],
+  [
+    [
+      [0.62, 0.27],
+      [0.5, 0.19],
+      [0.38, 0.27],
+      [0.42, 0.41],
+      [0.55, 0.52],
+      [0.64, 0.66],
+      [0.55, 0.8],
+      [0.41, 0.78],
+      [0.36, 0.64],
+      [0.46, 0.5],
+      [0.58, 0.4],
+      [0.63, 0.27],
+    ],
+  ],
+  [
+    [
+      [0.64, 0.3],
+      [0.52, 0.2],
+      [0.38, 0.28],
+      [0.38, 0.43],
+      [0.5, 0.5],
+      [0.62, 0.42],
+      [0.65, 0.28],
+      [0.64, 0.5],
+      [0.59, 0.81],
+    ],
+  ],
 ];
 let example = null;
 let nextExample = 3;
@@ -198,7 +318,7 @@ function answer() {
 
 const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
 
-/** Milliseconds a run takes. Clocks of browsers tick as slowly as once a millisecond, so many runs are timed at once. */
+/** Milliseconds a run takes. Browsers' clocks may tick once a millisecond only: many runs are timed at once. */
 function time(network, input, least) {
   for (let repeats = 1; ; repeats *= 2) {
     const start = performance.now();
@@ -229,13 +349,16 @@ function microseconds(milliseconds) {
 
 function showRace(quick, slow) {
   const longest = Math.max(quick, slow);
-  for (const [name, value] of [["sparse", quick], ["dense", slow]]) {
+  for (const [name, value] of [
+    ["sparse", quick],
+    ["dense", slow],
+  ]) {
     element(name).textContent = microseconds(value);
     element(`${name}-bar`).style.width = `${(100 * value) / longest}%`;
   }
   const ratio = slow / quick;
   element("faster").textContent =
-    `${ratio.toFixed(1)} times as fast where zeros are skipped. One digit, one thread, on this device; one engine for both.`;
+    `${ratio.toFixed(1)} times as fast where zeros are skipped. One digit, one thread, on this device.`;
 }
 
 // --- The network itself ---
@@ -244,7 +367,10 @@ const count = (value) => value.toLocaleString("en");
 
 function figure(name, value, note) {
   const cell = document.createElement("div");
-  for (const [tag, text] of [["dt", name], ["dd", value]]) {
+  for (const [tag, text] of [
+    ["dt", name],
+    ["dd", value],
+  ]) {
     const part = document.createElement(tag);
     part.textContent = text;
     cell.append(part);
@@ -300,7 +426,7 @@ function describe(file, bytes) {
   figure("accuracy", `${Number(metadata.accuracy_after).toFixed(2)}\u00a0%`, "of test digits read right");
   element("source").textContent =
     `${metadata.title} (${metadata.source}), seed ${metadata.seed}, on ${metadata.data}; weights share values ` +
-    `(${metadata.quantize}; ${Number(metadata.accuracy_before).toFixed(2)} % before). Nothing that you draw leaves this page.`;
+    `(${metadata.quantize}; ${Number(metadata.accuracy_before).toFixed(2)} % before). What you draw stays here.`;
 }
 
 async function start() {

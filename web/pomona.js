@@ -41,8 +41,8 @@ const FLOATS = ["F64", "F32", "F16", "BF16"];
 
 /** What a file holds.
  *
- * tensors: a Map of names to {dtype, shape, values, positions}. Without `positions` all elements are in `values`, row by
- * row; with them only those at these positions, which ascend, and the others are zero. F16 and BF16 are widened to float32.
+ * tensors: a Map of names to {dtype, shape, values, positions}. Without `positions` all elements are in `values`, row
+ * by row; with them only those at these positions, which ascend, and the others are zero. F16 and BF16 are widened.
  * metadata: an object of strings. graph: what the network computes, or null.
  *
  * source: a URL, a Response, or the bytes. maxBytes: what the tensors may take as dense ones. */
@@ -103,7 +103,8 @@ function joined(chunks, length) {
 }
 
 function readHeader(bytes) {
-  if (bytes.length < 8) throw new Error(`the file is cut off: it has ${bytes.length} bytes, and a header begins with 8`);
+  if (bytes.length < 8)
+    throw new Error(`the file is cut off: it has ${bytes.length} bytes, and a header begins with 8`);
   const length = Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true));
   if (length > Math.min(MAX_HEADER, bytes.length - 8))
     throw new Error(`the header would have ${length} bytes; it is no safetensors file, or cut off`);
@@ -112,10 +113,16 @@ function readHeader(bytes) {
   if (!isObject(metadata) || !Object.values(metadata).every((value) => typeof value === "string"))
     throw new Error("the header has no __metadata__ of strings");
   if (metadata.format !== FORMAT)
-    throw new Error(`the format is ${short(metadata.format)}, not "${FORMAT}": the file is of another version of Pomona or not one of its`);
+    throw new Error(
+      `the format is ${short(metadata.format)}, not "${FORMAT}": it is of another version of Pomona, or not of Pomona`,
+    );
   const left = bytes.length - 8 - length;
-  if (Object.keys(more).length || !isObject(data) || JSON.stringify([data.dtype, data.shape, data.data_offsets]) !==
-      JSON.stringify(["U8", [left], [0, left]]) || left < DIGEST)
+  if (
+    Object.keys(more).length ||
+    !isObject(data) ||
+    JSON.stringify([data.dtype, data.shape, data.data_offsets]) !== JSON.stringify(["U8", [left], [0, left]]) ||
+    left < DIGEST
+  )
     throw new Error(`the header does not describe the ${left} bytes that follow as one tensor of bytes, pomona`);
   return { metadata, start: 8 + length };
 }
@@ -146,13 +153,16 @@ function parseJson(bytes, what) {
 
 const INT = "(?:0|[1-9][0-9]{0,14})";
 const NAME = "((?:[A-Za-z0-9._~-]|%[0-9A-F]{2})+)";
-const LINE = new RegExp(`^${NAME}(?:=${NAME}| ([A-Z0-9_]+)(?::(F16|q${INT}))? (-|${INT}(?:x${INT})*)(?: (${INT})/(${INT}))?)$`);
+const LINE = new RegExp(
+  `^${NAME}(?:=${NAME}| ([A-Z0-9_]+)(?::(F16|q${INT}))? (-|${INT}(?:x${INT})*)(?: (${INT})/(${INT}))?)$`,
+);
 const BOOK = new RegExp(`^(table|uniform) (F16|F32) (${INT})$`);
 
 /** The directory, checked: `own` tensors, names of all, books, and the length of the graph. */
 function readDirectory(tensors, books, graph) {
   if (tensors === undefined) throw new Error("the header has no list of tensors");
-  if (graph !== undefined && !new RegExp(`^${INT}$`).test(graph)) throw new Error(`the graph's length is ${short(graph)}`);
+  if (graph !== undefined && !new RegExp(`^${INT}$`).test(graph))
+    throw new Error(`the graph's length is ${short(graph)}`);
   const plan = {
     graphBytes: graph === undefined ? null : Number(graph),
     books: books === undefined ? [] : books.split(";").map(readBook),
@@ -169,7 +179,8 @@ function readDirectory(tensors, books, graph) {
       plan.names.set(entry.name, entry);
     } else {
       const entry = plan.names.get(unquoted(first));
-      if (entry?.name !== unquoted(first)) throw new Error(`tensor ${short(name)} is tied to ${short(first)}, which is none before it`);
+      if (entry?.name !== unquoted(first))
+        throw new Error(`tensor ${short(name)} is tied to ${short(first)}, which is none before it`);
       plan.names.set(unquoted(name), entry);
     }
   }
@@ -193,7 +204,8 @@ function readBook(text) {
 }
 
 function readEntry(name, dtype, storage, sizes, kept, low, numBooks) {
-  if (!Object.hasOwn(DTYPES, dtype)) throw new Error(`tensor ${short(name)} has dtype ${short(dtype)}, which is not known`);
+  if (!Object.hasOwn(DTYPES, dtype))
+    throw new Error(`tensor ${short(name)} has dtype ${short(dtype)}, which is not known`);
   const shape = sizes === "-" ? [] : sizes.split("x").map(Number);
   const all = size(shape);
   if (shape.length > MAX_DIMENSIONS || size(shape.filter((dim) => dim)) > 2 ** 53)
@@ -202,8 +214,18 @@ function readEntry(name, dtype, storage, sizes, kept, low, numBooks) {
   if (book === null ? storage && !["F64", "F32"].includes(dtype) : book >= numBooks || !FLOATS.includes(dtype))
     throw new Error(`tensor ${short(name)} of ${dtype} cannot be stored as ${short(storage)}`);
   const isSparse = kept !== undefined;
-  const entry = { name, dtype, shape, book, isSparse, all, count: isSparse ? Number(kept) : all, low: isSparse ? Number(low) : 0 };
-  if (entry.count > all || entry.low > MAX_LOW_BITS) throw new Error(`tensor ${short(name)} of ${sizes} cannot have ${kept}/${low}`);
+  const entry = {
+    name,
+    dtype,
+    shape,
+    book,
+    isSparse,
+    all,
+    count: isSparse ? Number(kept) : all,
+    low: isSparse ? Number(low) : 0,
+  };
+  if (entry.count > all || entry.low > MAX_LOW_BITS)
+    throw new Error(`tensor ${short(name)} of ${sizes} cannot have ${kept}/${low}`);
   entry.written = book === null ? storage || dtype : null;
   return entry;
 }
@@ -212,10 +234,14 @@ function readEntry(name, dtype, storage, sizes, kept, low, numBooks) {
 function payloadBytes({ graphBytes, books, own }) {
   const sparse = own.filter((entry) => entry.isSparse);
   const kept = sum(sparse, (entry) => entry.count);
-  const fixed = (graphBytes ?? 0) + sum(sparse, lowBytes) +
+  const fixed =
+    (graphBytes ?? 0) +
+    sum(sparse, lowBytes) +
     sum(books, ({ kind, dtype, count }) => (kind === "uniform" ? 4 : count * DTYPES[dtype][0])) +
     sum(own, (entry) => entry.count * (entry.book === null ? DTYPES[entry.written][0] : 1));
-  const escapes = sum(sparse, (entry) => (entry.count ? Math.floor(Math.floor(entry.all / 2 ** entry.low) / 255) : 0));
+  const escapes = sum(sparse, (entry) =>
+    entry.count ? Math.floor(Math.floor(entry.all / 2 ** entry.low) / 255) : 0,
+  );
   return { least: fixed + kept, most: fixed + kept + escapes };
 }
 
@@ -225,9 +251,13 @@ async function inflate(stream, plan) {
   const { least, most } = payloadBytes(plan);
   const payload = await inflated(stream, most);
   // Not all browsers mind bytes behind the end. One that ends with its last byte is cut off without it.
-  const isCutOff = await inflated(stream.subarray(0, -1), most).then(() => false, () => true);
+  const isCutOff = await inflated(stream.subarray(0, -1), most).then(
+    () => false,
+    () => true,
+  );
   if (!isCutOff) throw new Error("the compressed data are followed by something else");
-  if (payload.length < least) throw new Error(`the payload has ${payload.length} bytes, less than the ${least} of its tensors`);
+  if (payload.length < least)
+    throw new Error(`the payload has ${payload.length} bytes, less than the ${least} of its tensors`);
   return payload;
 }
 
@@ -238,7 +268,10 @@ async function inflated(stream, most) {
     for (let at = 0; at < stream.length; at += SLICE) await writer.write(stream.subarray(at, at + SLICE));
     await writer.close();
   };
-  const fed = feed().then(() => null, (error) => error); // what is wrong shows at both ends
+  const fed = feed().then(
+    () => null,
+    (error) => error,
+  ); // what is wrong shows at both ends
   let payload, failure;
   try {
     payload = await gather(readable.getReader(), most);
@@ -270,7 +303,8 @@ function decode(plan, payload) {
     const these = plan.own.filter((entry) => entry.written === dtype);
     const each = sum(these, (entry) => entry.count) && DTYPES[dtype][0];
     const list = unshuffled(take(each * sum(these, (entry) => entry.count)), each);
-    if (dtype === "BOOL" && list.some((byte) => byte > 1)) throw new Error("booleans are stored as other than 0 and 1");
+    if (dtype === "BOOL" && list.some((byte) => byte > 1))
+      throw new Error("booleans are stored as other than 0 and 1");
     let start = 0;
     for (const entry of these) {
       const found = elements(dtype, list.subarray(start, (start += entry.count * each)));
@@ -279,10 +313,15 @@ function decode(plan, payload) {
   }
   const positions = readPositions(sparse, lows, payload.subarray(at));
 
-  const made = new Map(plan.own.map((entry) => {
-    const { dtype, shape, isSparse } = entry;
-    return [entry, { dtype, shape, values: values.get(entry), ...(isSparse && { positions: positions.get(entry) }) }];
-  }));
+  const made = new Map(
+    plan.own.map((entry) => {
+      const { dtype, shape, isSparse } = entry;
+      return [
+        entry,
+        { dtype, shape, values: values.get(entry), ...(isSparse && { positions: positions.get(entry) }) },
+      ];
+    }),
+  );
   return { tensors: new Map([...plan.names].map(([name, entry]) => [name, made.get(entry)])), graph };
 }
 
@@ -314,9 +353,14 @@ function halves(patterns) {
   return Float32Array.from(patterns, (pattern) => {
     const exponent = (pattern >> 10) & 31;
     const fraction = pattern & 1023;
-    const magnitude = exponent === 31 ? (fraction ? NaN : Infinity)
-      : exponent ? (1024 + fraction) * 2 ** (exponent - 25)
-      : fraction * 2 ** -24;
+    const magnitude =
+      exponent === 31
+        ? fraction
+          ? NaN
+          : Infinity
+        : exponent
+          ? (1024 + fraction) * 2 ** (exponent - 25)
+          : fraction * 2 ** -24;
     return pattern >> 15 ? -magnitude : magnitude;
   });
 }
@@ -355,9 +399,12 @@ function readPositions(sparse, lows, bytes) {
   return found;
 }
 
-/** SHA-256 of all parts, one after the other. Pages that came over plain http from another machine have no crypto.subtle. */
+/** SHA-256 of all parts in a row. Pages that came over plain http from another machine have no crypto.subtle. */
 async function sha256(parts) {
-  const whole = joined(parts, sum(parts, (part) => part.length));
+  const whole = joined(
+    parts,
+    sum(parts, (part) => part.length),
+  );
   const { subtle } = globalThis.crypto ?? {};
   return subtle ? new Uint8Array(await subtle.digest("SHA-256", whole)) : digestOf(whole);
 }
@@ -380,12 +427,16 @@ export function digestOf(message) {
     for (let i = 0; i < 16; i++) words[i] = view.getInt32(block + 4 * i);
     for (let i = 16; i < 64; i++) {
       const [a, b] = [words[i - 15], words[i - 2]];
-      words[i] = words[i - 16] + (turned(a, 7) ^ turned(a, 18) ^ (a >>> 3)) + words[i - 7] +
+      words[i] =
+        words[i - 16] +
+        (turned(a, 7) ^ turned(a, 18) ^ (a >>> 3)) +
+        words[i - 7] +
         (turned(b, 17) ^ turned(b, 19) ^ (b >>> 10));
     }
     let [a, b, c, d, e, f, g, h] = hash;
     for (let i = 0; i < 64; i++) {
-      const first = (h + (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)) + ((e & f) ^ (~e & g)) + constants[i] + words[i]) | 0;
+      const first =
+        (h + (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)) + ((e & f) ^ (~e & g)) + constants[i] + words[i]) | 0;
       const second = ((turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)) + ((a & b) ^ (a & c) ^ (b & c))) | 0;
       [h, g, f, e, d, c, b, a] = [g, f, e, (d + first) | 0, c, b, a, (first + second) | 0];
     }
@@ -427,14 +478,35 @@ const DENSE = { never: 1, always: 2 };
 // Structs of pomona_net.h on wasm32: the first number is the size, the others are where the fields are, in bytes.
 // The module has the same numbers (core/wasm/interface.cpp); instantiate() compares them.
 const NODE = {
-  size: 68, op: 0, first_operand: 4, num_operands: 8, weight: 12, bias: 16,
-  kernel: 20, stride: 28, padding: 36, dilation: 44, groups: 52, flags: 56, low: 60, high: 64,
+  size: 68,
+  op: 0,
+  first_operand: 4,
+  num_operands: 8,
+  weight: 12,
+  bias: 16,
+  kernel: 20,
+  stride: 28,
+  padding: 36,
+  dilation: 44,
+  groups: 52,
+  flags: 56,
+  low: 60,
+  high: 64,
 };
 const SHAPE = { size: 16, rank: 0, dims: 4 };
 const TENSOR = { size: 40, values: 0, columns: 4, starts: 8, rows: 16, cols: 24, num_values: 32 };
 const GRAPH = {
-  size: 40, inputs: 0, nodes: 4, operands: 8, tensors: 12, outputs: 16,
-  num_inputs: 20, num_nodes: 24, num_operands: 28, num_tensors: 32, num_outputs: 36,
+  size: 40,
+  inputs: 0,
+  nodes: 4,
+  operands: 8,
+  tensors: 12,
+  outputs: 16,
+  num_inputs: 20,
+  num_nodes: 24,
+  num_operands: 28,
+  num_tensors: 32,
+  num_outputs: 36,
 };
 const OPTIONS = { size: 16, max_bytes: 0, micro_batch: 8, dense: 12 };
 const INFO = { size: 32, activation_bytes: 0, weight_bytes: 8, macs: 16, dense_macs: 24 };
@@ -514,8 +586,10 @@ export class Network {
     inputs.forEach((input, i) => {
       if (!(input instanceof Float32Array)) throw new Error(`input ${i} must be a Float32Array`);
       if (!Number.isInteger(batch) || input.length !== batch * size(this.inputs[i]))
-        throw new Error(`input ${i} must hold whole samples of ${this.inputs[i].join(" x ")} numbers, as many as the others; ` +
-          `got ${input.length} numbers`);
+        throw new Error(
+          `input ${i} must hold whole samples of ${this.inputs[i].join(" x ")} numbers, as many as the others; ` +
+            `got ${input.length} numbers`,
+        );
     });
     return this.#guarded(() => {
       if (batch > this.#capacity) this.#makeRoom(batch);
@@ -542,7 +616,9 @@ export class Network {
     } catch (error) {
       if (!(error instanceof WebAssembly.RuntimeError)) throw error;
       this.#net = 0;
-      const what = /unreachable/i.test(error.message) ? "there is not enough memory for the network" : `the engine failed: ${error.message}`;
+      const what = /unreachable/i.test(error.message)
+        ? "there is not enough memory for the network"
+        : `the engine failed: ${error.message}`;
       throw new Error(what, { cause: error });
     }
   }
@@ -575,18 +651,21 @@ export class Network {
       // An array's bytes, in the engine's memory.
       const at = this.#allocate(Math.max(array.byteLength, 1));
       held.push(at);
-      new Uint8Array(exports.memory.buffer, at, array.byteLength)
-        .set(new Uint8Array(array.buffer, array.byteOffset, array.byteLength));
+      new Uint8Array(exports.memory.buffer, at, array.byteLength).set(
+        new Uint8Array(array.buffer, array.byteOffset, array.byteLength),
+      );
       return at;
     };
     const structs = (layout, items, write) => {
       const view = new DataView(new ArrayBuffer(layout.size * items.length));
-      items.forEach((item, i) => write((field, value, k = 0) => {
-        const at = i * layout.size + layout[field] + 4 * k;
-        if (typeof value === "bigint") view.setBigInt64(at, value, true);
-        else if (field === "low" || field === "high") view.setFloat32(at, value, true);
-        else view.setInt32(at, value, true);
-      }, item));
+      items.forEach((item, i) =>
+        write((field, value, k = 0) => {
+          const at = i * layout.size + layout[field] + 4 * k;
+          if (typeof value === "bigint") view.setBigInt64(at, value, true);
+          else if (field === "low" || field === "high") view.setFloat32(at, value, true);
+          else view.setInt32(at, value, true);
+        }, item),
+      );
       return place(view);
     };
 
@@ -609,24 +688,33 @@ export class Network {
       cols: BigInt(matrix.cols),
       num_values: BigInt(matrix.values.length),
     }));
-    const network = structs(GRAPH, [{
-      inputs: structs(SHAPE, graph.inputs, (set, shape) => {
-        set("rank", shape.length);
-        shape.forEach((dim, axis) => set("dims", dim, axis));
-      }),
-      nodes,
-      operands: place(Int32Array.from(operands)),
-      tensors: structs(TENSOR, matrices, (set, matrix) => Object.entries(matrix).forEach((entry) => set(...entry))),
-      outputs: place(Int32Array.from(graph.outputs)),
-      num_inputs: graph.inputs.length,
-      num_nodes: graph.nodes.length,
-      num_operands: operands.length,
-      num_tensors: matrices.length,
-      num_outputs: graph.outputs.length,
-    }], (set, fields) => Object.entries(fields).forEach((entry) => set(...entry)));
+    const network = structs(
+      GRAPH,
+      [
+        {
+          inputs: structs(SHAPE, graph.inputs, (set, shape) => {
+            set("rank", shape.length);
+            shape.forEach((dim, axis) => set("dims", dim, axis));
+          }),
+          nodes,
+          operands: place(Int32Array.from(operands)),
+          tensors: structs(TENSOR, matrices, (set, matrix) =>
+            Object.entries(matrix).forEach((entry) => set(...entry)),
+          ),
+          outputs: place(Int32Array.from(graph.outputs)),
+          num_inputs: graph.inputs.length,
+          num_nodes: graph.nodes.length,
+          num_operands: operands.length,
+          num_tensors: matrices.length,
+          num_outputs: graph.outputs.length,
+        },
+      ],
+      (set, fields) => Object.entries(fields).forEach((entry) => set(...entry)),
+    );
     const [max_bytes, micro_batch, dense] = options;
-    const how = structs(OPTIONS, [{ max_bytes, micro_batch, dense }],
-      (set, fields) => Object.entries(fields).forEach((entry) => set(...entry)));
+    const how = structs(OPTIONS, [{ max_bytes, micro_batch, dense }], (set, fields) =>
+      Object.entries(fields).forEach((entry) => set(...entry)),
+    );
     const answer = place(new Int32Array([0, -1])); // the network, and the node that is wrong
 
     const code = exports.pomona_net_new(network, how, answer, answer + 4);
@@ -672,14 +760,15 @@ export async function load(source, options = {}) {
 
 // --- Graphs ---
 
-/** The graph of a file, of which nothing was checked so far but that it is JSON. What has to fit together is left to the
- * engine. */
+/** The graph of a file, of which nothing was checked so far but that it is JSON. Whether it fits together the engine
+ * checks. */
 function checkedGraph(graph) {
   if (!isObject(graph) || Object.keys(graph).sort().join() !== "inputs,nodes,outputs")
     throw new Error(`a graph is a JSON object of inputs, nodes and outputs, got ${short(graph)}`);
   const inputs = list("inputs", graph.inputs, MAX_OPERANDS).map((shape, i) => {
     const dims = integers(`input ${i}`, shape, 1);
-    if (dims.length < 1 || dims.length > 3) throw new Error(`input ${i} must have 1 to 3 dimensions, got ${short(shape)}`);
+    if (dims.length < 1 || dims.length > 3)
+      throw new Error(`input ${i} must have 1 to 3 dimensions, got ${short(shape)}`);
     return dims;
   });
   const nodes = list("nodes", graph.nodes, MAX_NODES).map((node, i) => {
@@ -697,7 +786,8 @@ function checkedNode(node) {
     throw new Error(`a node is [operation, operands] or [operation, operands, attributes], got ${short(node)}`);
   const [name, operands, attributes = {}] = node;
   const op = OPERATIONS.findIndex(([known]) => known === name);
-  if (op < 0) throw new Error(`an operation is one of ${OPERATIONS.map(([known]) => known).join(", ")}; got ${short(name)}`);
+  if (op < 0)
+    throw new Error(`an operation is one of ${OPERATIONS.map(([known]) => known).join(", ")}; got ${short(name)}`);
   if (!isObject(attributes)) throw new Error(`attributes of ${name} are a JSON object, got ${short(attributes)}`);
   const known = OPERATIONS[op][1];
   const read = {
@@ -764,7 +854,8 @@ function kernelOf(name, { shape }) {
   if (shape.length !== 2 && shape.length !== 4)
     throw new Error(`${short(name)} must be (outputs, channels / groups, kh, kw), got ${short(shape)}`);
   const kernel = shape.length === 4 ? shape.slice(2) : [1, 1];
-  if (kernel[0] * kernel[1] > MAX_WINDOW) throw new Error(`a kernel has at most ${MAX_WINDOW} elements, got ${short(kernel)}`);
+  if (kernel[0] * kernel[1] > MAX_WINDOW)
+    throw new Error(`a kernel has at most ${MAX_WINDOW} elements, got ${short(kernel)}`);
   return kernel;
 }
 
@@ -774,7 +865,9 @@ function matrix(name, tensor) {
   const [rows] = shape;
   const all = size(shape);
   if (shape.length < 2 || all < 1 || all > MAX_INT)
-    throw new Error(`${short(name)} must have two dimensions or more and 1 to ${MAX_INT} elements, got ${short(shape)}`);
+    throw new Error(
+      `${short(name)} must have two dimensions or more and 1 to ${MAX_INT} elements, got ${short(shape)}`,
+    );
   const values = float32(name, tensor);
   const cols = all / rows;
   if (!positions) return { rows, cols, values };
@@ -790,7 +883,8 @@ function matrix(name, tensor) {
 /** Of one dimension; always dense. */
 function vector(name, tensor) {
   const { shape, positions } = tensor;
-  if (shape.length !== 1 || shape[0] > MAX_INT) throw new Error(`${short(name)} must have one dimension, got ${short(shape)}`);
+  if (shape.length !== 1 || shape[0] > MAX_INT)
+    throw new Error(`${short(name)} must have one dimension, got ${short(shape)}`);
   const found = float32(name, tensor);
   if (!positions) return { rows: shape[0], cols: 1, values: found };
   const values = new Float32Array(shape[0]);
@@ -811,9 +905,11 @@ const isObject = (value) => typeof value === "object" && value !== null && !Arra
 
 /** For messages: of any value, and never long. */
 function short(value) {
-  const text = isObject(value) ? "an object"
-    : Array.isArray(value) ? `[${value.slice(0, 8).map((each) => (typeof each === "number" ? each : "..."))}]`
-    : String(JSON.stringify(value));
+  const text = isObject(value)
+    ? "an object"
+    : Array.isArray(value)
+      ? `[${value.slice(0, 8).map((each) => (typeof each === "number" ? each : "..."))}]`
+      : String(JSON.stringify(value));
   return text.length > 80 ? `${text.slice(0, 77)}...` : text;
 }
 
@@ -824,11 +920,13 @@ function whole(what, value, least, most) {
 }
 
 function list(what, value, most) {
-  if (!Array.isArray(value) || value.length > most) throw new Error(`${what} must be a list of at most ${most}, got ${short(value)}`);
+  if (!Array.isArray(value) || value.length > most)
+    throw new Error(`${what} must be a list of at most ${most}, got ${short(value)}`);
   return value;
 }
 
-const integers = (what, value, least) => list(what, value, MAX_OPERANDS).map((each) => whole(what, each, least, MAX_INT));
+const integers = (what, value, least) =>
+  list(what, value, MAX_OPERANDS).map((each) => whole(what, each, least, MAX_INT));
 
 function pair(what, value, least) {
   const both = integers(what, value, least);

@@ -14,17 +14,29 @@ const commands = {
     const found = network.run(...inputs.map(floats));
     const again = network.run(...inputs.map(floats));
     const outputs = network.outputs.length === 1 ? [found] : found;
-    if (!outputs.every((output, i) => output.every((x, k) => Object.is(x, (network.outputs.length === 1 ? again : again[i])[k]))))
+    if (
+      !outputs.every((output, i) =>
+        output.every((x, k) => Object.is(x, (network.outputs.length === 1 ? again : again[i])[k])),
+      )
+    )
       throw new Error("a second run gives other numbers");
-    return { outputs: outputs.map((output) => Array.from(output, text)), shapes: network.outputs, info: network.info };
+    return {
+      outputs: outputs.map((output) => Array.from(output, text)),
+      shapes: network.outputs,
+      info: network.info,
+    };
   },
 
   /** Everything that a file holds; `subtle`: whether the browser brings SHA-256. */
   async dump(file, subtle) {
     if (subtle === "no") Object.defineProperty(globalThis, "crypto", { value: undefined });
     const { tensors, metadata, graph } = await read(readFileSync(file));
-    const plain = ({ dtype, shape, values, positions }) =>
-      ({ dtype, shape, values: Array.from(values, text), positions: positions ? Array.from(positions) : null });
+    const plain = ({ dtype, shape, values, positions }) => ({
+      dtype,
+      shape,
+      values: Array.from(values, text),
+      positions: positions ? Array.from(positions) : null,
+    });
     return { tensors: [...tensors].map(([name, tensor]) => [name, plain(tensor)]), metadata, graph };
   },
 
@@ -40,7 +52,9 @@ const commands = {
 
   /** Whether our SHA-256 is Node's, for all lengths around the block's. */
   async digests() {
-    const messages = Array.from({ length: 200 }, (_, length) => Uint8Array.from({ length }, (_, i) => (i * 37 + length) & 255));
+    const messages = Array.from({ length: 200 }, (_, length) =>
+      Uint8Array.from({ length }, (_, i) => (i * 37 + length) & 255),
+    );
     return messages.every((message) => createHash("sha256").update(message).digest().equals(digestOf(message)));
   },
 
@@ -61,17 +75,23 @@ const commands = {
         held.set(place, [size, step & 255]);
       } else if (held.size) {
         const [place, [size, value]] = [...held][Math.floor(random() * held.size)];
-        if (!new Uint8Array(memory.buffer, place, size).every((byte) => byte === value)) throw new Error("a block was overwritten");
+        if (!new Uint8Array(memory.buffer, place, size).every((byte) => byte === value))
+          throw new Error("a block was overwritten");
         free(place);
         held.delete(place);
       }
       if (step === 10000) pages = memory.buffer.byteLength;
     }
     const [places, sizes] = [[...held.keys()], [...held.values()]];
-    places.forEach((place, i) => places.forEach((other, j) => {
-      if (i !== j && place < other + sizes[j][0] && other < place + sizes[i][0]) throw new Error("blocks overlap");
-    }));
-    return { tooMuch: [malloc(2 ** 31), malloc(0xffffffff), malloc(0x7fff0000)], grown: memory.buffer.byteLength / pages };
+    places.forEach((place, i) =>
+      places.forEach((other, j) => {
+        if (i !== j && place < other + sizes[j][0] && other < place + sizes[i][0]) throw new Error("blocks overlap");
+      }),
+    );
+    return {
+      tooMuch: [malloc(2 ** 31), malloc(0xffffffff), malloc(0x7fff0000)],
+      grown: memory.buffer.byteLength / pages,
+    };
   },
 
   /** Thousands of files that were tampered with: how they end, by what was done to them. */
@@ -100,7 +120,8 @@ const commands = {
 async function ending(bytes) {
   try {
     const network = await load(bytes, { maxBytes: 2 ** 24 });
-    if (network.info.denseMacs < 1e8) network.run(...network.inputs.map((shape) => new Float32Array(shape.reduce((a, b) => a * b)).fill(0.5)));
+    if (network.info.denseMacs < 1e8)
+      network.run(...network.inputs.map((shape) => new Float32Array(shape.reduce((a, b) => a * b)).fill(0.5)));
     return null;
   } catch (error) {
     if (error.constructor !== Error || /engine failed/.test(error.message)) throw error;
@@ -128,15 +149,36 @@ function taken(bytes) {
 /** A file whose sizes and checksum are right, whatever else is not. */
 function assembled(header, stream) {
   const size = 32 + stream.length;
-  const text = Buffer.from(header.replace(/"shape":\[\d+\],"data_offsets":\[0,\d+\]\}\}$/, `"shape":[${size}],"data_offsets":[0,${size}]}}`));
+  const text = Buffer.from(
+    header.replace(/"shape":\[\d+\],"data_offsets":\[0,\d+\]\}\}$/, `"shape":[${size}],"data_offsets":[0,${size}]}}`),
+  );
   const start = Buffer.alloc(8);
   start.writeBigUInt64LE(BigInt(text.length));
   const digest = createHash("sha256").update(start).update(text).update(stream).digest();
   return Buffer.concat([start, text, digest, stream]);
 }
 
-const NUMBERS = ["0", "1", "2", "3", "7", "255", "256", "4096", "65536", "2147483647", "2147483648", "4294967295", "9007199254740993",
-  "999999999999999", "-1", "1e9", "1.5", "01", ""];
+const NUMBERS = [
+  "0",
+  "1",
+  "2",
+  "3",
+  "7",
+  "255",
+  "256",
+  "4096",
+  "65536",
+  "2147483647",
+  "2147483648",
+  "4294967295",
+  "9007199254740993",
+  "999999999999999",
+  "-1",
+  "1e9",
+  "1.5",
+  "01",
+  "",
+];
 
 function withOtherNumber(text, random) {
   const places = [...text.matchAll(/\d+/g)];
@@ -146,7 +188,8 @@ function withOtherNumber(text, random) {
 
 function withOtherBytes(bytes, random) {
   const changed = Buffer.from(bytes);
-  for (let n = 1 + Math.floor(random() * 3); n > 0; n--) changed[Math.floor(random() * changed.length)] = Math.floor(random() * 256);
+  for (let n = 1 + Math.floor(random() * 3); n > 0; n--)
+    changed[Math.floor(random() * changed.length)] = Math.floor(random() * 256);
   return changed;
 }
 
@@ -182,7 +225,13 @@ const tamper = {
   },
   followed: (bytes, random) => {
     const { header, payload } = taken(bytes);
-    return assembled(header, Buffer.concat([deflateRawSync(payload), Buffer.alloc(1 + Math.floor(random() * 9), Math.floor(random() * 256))]));
+    return assembled(
+      header,
+      Buffer.concat([
+        deflateRawSync(payload),
+        Buffer.alloc(1 + Math.floor(random() * 9), Math.floor(random() * 256)),
+      ]),
+    );
   },
   payload: (bytes, random) => {
     const { header, payload } = taken(bytes);
@@ -194,7 +243,10 @@ const tamper = {
   },
   bomb: (bytes, random) => {
     const { header, payload } = taken(bytes);
-    return assembled(header, deflateRawSync(Buffer.concat([payload, Buffer.alloc(2 ** 24, random() < 0.5 ? 255 : 0)])));
+    return assembled(
+      header,
+      deflateRawSync(Buffer.concat([payload, Buffer.alloc(2 ** 24, random() < 0.5 ? 255 : 0)])),
+    );
   },
   header: (bytes, random) => {
     const { header, payload } = taken(bytes);
@@ -204,7 +256,8 @@ const tamper = {
     const { header, payload } = taken(bytes);
     return assembled(withOtherNumber(header, random), deflateRawSync(payload));
   },
-  graph: (bytes, random) => withGraph(bytes, (graph) => withOtherBytes(Buffer.from(graph), random).toString("latin1")),
+  graph: (bytes, random) =>
+    withGraph(bytes, (graph) => withOtherBytes(Buffer.from(graph), random).toString("latin1")),
   graphNumber: (bytes, random) => withGraph(bytes, (graph) => withOtherNumber(graph, random)),
 };
 
