@@ -134,29 +134,49 @@ int Plan::lay_out(const Net& net) {
   return POMONA_OK;
 }
 
-// Images side by side for what cannot be read in place: for each column of the kernel, and each row within the stride, one
-// whose positions are the output's.
+// Images side by side for what cannot be read in place: for each row within the stride, and each column within it, one
+// whose positions are the output's. Where the output's rows leave no room beside them, one for each column of the kernel.
 void Plan::use_strided(const Net& net, Step* step) {
   const pomona_node& a = net.nodes[step->node].attributes;
   const Shape& y = net.shapes[static_cast<size_t>(step->out)];
-  std::set<int64_t> phases;
-  int64_t from = std::numeric_limits<int64_t>::max(), to = std::numeric_limits<int64_t>::min();
+  const int64_t row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
+  const auto steps = [&](int axis) {  // whole strides from the first position to the first and the last tap
+    const int64_t last = int64_t{a.kernel[axis] - 1} * a.dilation[axis];
+    return std::make_pair(floor_divide(-a.padding[axis], a.stride[axis]), floor_divide(last - a.padding[axis], a.stride[axis]));
+  };
+  const auto [top, bottom] = steps(0);
+  const auto [left, right] = steps(1);
+  std::set<int64_t> rows, columns;
   for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
     const int64_t row = ky * a.dilation[0] - a.padding[0];
-    const int64_t whole = floor_divide(row, a.stride[0]);
-    phases.insert(row - whole * a.stride[0]);
-    from = std::min(from, whole);
-    to = std::max(to, whole);
+    rows.insert(top * a.stride[0] + row - floor_divide(row, a.stride[0]) * a.stride[0]);
   }
-  step->image_rows = y.h + to - from;
-  for (const int64_t phase : phases)
-    for (int64_t kx = 0; kx < a.kernel[1]; ++kx)
-      step->images.push_back({from * a.stride[0] + phase, kx * a.dilation[1] - a.padding[1]});
+  for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
+    const int64_t column = kx * a.dilation[1] - a.padding[1];
+    const int64_t phase = column - floor_divide(column, a.stride[1]) * a.stride[1];
+    columns.insert(y.w + right - left <= row_stride ? left * a.stride[1] + phase : column);
+  }
+  step->image_rows = y.h + bottom - top;
+  for (const int64_t row : rows)
+    for (const int64_t column : columns) step->images.push_back({row, column});
   Layout& l = step->scratch;
-  l.row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
+  l.row_stride = row_stride;
   l.rows = step->image_rows * static_cast<int64_t>(step->images.size());
-  l.channel_stride = round_up(l.sample_stride(), kAlign);
+  l.channel_stride = round_up(l.sample_stride() + kMaxLanes, kAlign);
   if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
+  if (samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() > 1) step->groups = a.groups;
+}
+
+// Where, from an output position, the input of a tap is in the images of a channel.
+int64_t in_images(const Step& step, const pomona_node& a, int64_t row, int64_t column) {
+  int64_t place = 0, nearest = std::numeric_limits<int64_t>::max();
+  for (size_t i = 0; i < step.images.size(); ++i) {
+    const int64_t down = row - step.images[i].first_row, along = column - step.images[i].first_column;
+    if (down < 0 || down % a.stride[0] != 0 || along < 0 || along % a.stride[1] != 0 || along >= nearest) continue;
+    nearest = along;
+    place = (static_cast<int64_t>(i) * step.image_rows + down / a.stride[0]) * step.scratch.row_stride + along / a.stride[1];
+  }
+  return place;
 }
 
 int64_t in_panel(const Step& step, int64_t place) {
@@ -190,21 +210,15 @@ int Plan::add_weights(const Net& net, Step* step) {
         const int64_t row = ky * a.dilation[0] - a.padding[0], column = kx * a.dilation[1] - a.padding[1];
         int64_t& place = places[static_cast<size_t>(ky * a.kernel[1] + kx)];
         if (is_strided) {
-          const int64_t whole = floor_divide(row, a.stride[0]);
-          size_t image = 0;
-          int64_t first = std::numeric_limits<int64_t>::max();
-          for (size_t i = 0; i < step->images.size(); ++i) {
-            const int64_t down = step->images[i].first_row;
-            if (step->images[i].first_column == column && (row - down) % a.stride[0] == 0) image = i, first = down;
-          }
-          place = (static_cast<int64_t>(image) * step->image_rows + whole - floor_divide(first, a.stride[0])) * step->scratch.row_stride;
+          place = in_images(*step, a, row, column);
         } else {
           place = row * in.row_stride + column;
         }
       }
   }
   const auto offset = [&](int64_t row, int64_t column) {
-    return ((row / rows_each) * channels + column / taps) * channel_stride + places[static_cast<size_t>(column % taps)];
+    const int64_t channel = (step->groups > 1 ? 0 : row / rows_each * channels) + column / taps;
+    return channel * channel_stride + places[static_cast<size_t>(column % taps)];
   };
 
   const double density = static_cast<double>(matrix.num_nonzero()) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
@@ -425,13 +439,13 @@ int Plan::allocate(const Net& net) {
     } else {
       layouts_[out].offset = place(size_of(out), now, std::max(last[out], now));
     }
-    if (!step.images.empty()) {
+    if (!step.images.empty() && step.groups == 1) {
       const int64_t size = net.shapes[static_cast<size_t>(step.in[0])].c * step.scratch.channel_stride + kAlign;
       step.scratch.offset = place(round_up(size, kAlign), now, now);
     }
     if (end > net.options.max_bytes / 4) return POMONA_BAD_SIZE;
   }
-  arena_.assign(static_cast<size_t>(end + kSlack), 0.0f);
+  arena_.resize(end + kSlack);
   return POMONA_OK;
 }
 
