@@ -119,7 +119,9 @@ def main() -> None:
             write(model, shape, Path(folder, str(i)))
         for i, name in enumerate(wanted):
             command = ["node", str(Path(__file__).with_suffix(".mjs")), folder, str(options.peers.absolute())]
-            done = subprocess.run([*command, str(options.samples), str(i)], check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [*command, str(options.samples), str(i)], check=True, stdout=subprocess.PIPE, text=True
+            )
             results[name] = json.loads(done.stdout) | {"name": name}
             print(name, {k: round(v["cpu"]["median"], 1) for k, v in results[name]["microseconds"].items()}, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)

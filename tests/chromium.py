@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OTHER_HOST = "other.test"  # the name of this machine that the browser takes for another: pages from it are not trusted
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -29,6 +30,7 @@ _FLAGS = (
     "--disable-sync",
     "--no-first-run",
     "--remote-debugging-pipe",
+    f"--host-resolver-rules=MAP {OTHER_HOST} 127.0.0.1",
 )
 
 
@@ -135,13 +137,13 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a folder, as `python -m http.server` serves it."""
+def served(folder: Path) -> Iterator[int]:
+    """The port of a folder, as `python -m http.server` serves it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield server.server_port
     finally:
         server.shutdown()
         server.server_close()

@@ -129,13 +129,11 @@ async function ending(bytes) {
   }
 }
 
-/** Numbers in [0, 1), the same for the same seed (Mulberry32, of the public domain). */
+/** Numbers in [0, 1), the same for the same seed. */
 function generator(seed) {
   return () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+    seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
+    return seed / 2 ** 32;
   };
 }
 
