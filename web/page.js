@@ -409,7 +409,7 @@ function paintLeft(tensors) {
 }
 
 const size = (tensor) => tensor.shape.reduce((a, b) => a * b, 1);
-const kilobytes = (bytes) => `${(bytes / 1000).toFixed(bytes < 10000 ? 1 : 0)} KB`;
+const kilobytes = (bytes) => `${bytes < 10000 ? (bytes / 1000).toFixed(1) : count(Math.round(bytes / 1000))} KB`;
 
 function describe(file, bytes) {
   const { metadata, tensors } = file;
