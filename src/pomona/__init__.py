@@ -8,21 +8,44 @@ One line beside any ``torch.optim`` optimizer, one global budget, exact zeros at
 
 Five questions, five nouns: WHAT is pruned (:class:`Scope`), HOW a weight is ranked (a score), HOW MUCH and WHERE (a
 budget), WHEN (a :class:`Schedule`), and HOW weights move (a :class:`Method`).
+
+Names are imported when they are first used, so that what needs no torch (``pomona.runtime``) works without it.
 """
 
-from pomona.budget import global_top_k
-from pomona.diagnosis import Diagnosis
-from pomona.harden import hold
-from pomona.method import Method, Weight
-from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
-from pomona.progressive import Candidate, progressive
-from pomona.pruner import Pruner
-from pomona.report import LayerReport, Report, report
-from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
-from pomona.scope import Scope
-from pomona.score import magnitude, saliency
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pomona.budget import global_top_k
+    from pomona.diagnosis import Diagnosis
+    from pomona.harden import hold
+    from pomona.method import Method, Weight
+    from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
+    from pomona.progressive import Candidate, progressive
+    from pomona.pruner import Pruner
+    from pomona.report import LayerReport, Report, report
+    from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
+    from pomona.scope import Scope
+    from pomona.score import magnitude, saliency
 
 __version__ = "0.1.0"
+
+_NAMES_IN = {
+    "budget": ("global_top_k",),
+    "diagnosis": ("Diagnosis",),
+    "harden": ("hold",),
+    "method": ("Method", "Weight"),
+    "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Magnitude", "RigL", "WeightMom"),
+    "progressive": ("Candidate", "progressive"),
+    "pruner": ("Pruner",),
+    "report": ("LayerReport", "Report", "report"),
+    "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
+    "scope": ("Scope",),
+    "score": ("magnitude", "saliency"),
+}
+_PLACE_OF = {name: place for place, names in _NAMES_IN.items() for name in names}
 
 __all__ = [
     "ADMM",
@@ -55,3 +78,25 @@ __all__ = [
     "report",
     "saliency",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module 'pomona' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pomona.{_PLACE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing the file pomona/report.py would set pomona.report to it, but that name is the function's.
+        if not (name in _PLACE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
