@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -196,3 +197,7 @@ def count(model: nn.Module, shape: tuple[int, ...]) -> Count:
         handle.remove()
     weights, kept = (sum(f(layer.weight) for layer in layers) for f in (Tensor.numel, Tensor.count_nonzero))
     return Count(weights, int(kept), macs, kept_macs)
+
+
+# For `pomona bench nets:resnet_50` and the like, in this folder.
+resnet_50, resnet_56, mobilenet_v1, bert_mlp, lenet_5, lenet_300_100 = (partial(make, name) for name in NETS)
