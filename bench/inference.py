@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nets import NETS, count, make, mask_
-from speed import machine, show
 
-from pomona.runtime.bench import TOLERANCE, Worker, WorkerError, take_turns
+from nets import NETS, count, make, mask_
+from pomona.runtime.bench import TOLERANCE, Worker, WorkerError, export_onnx, take_turns, write_network
 from pomona.runtime.paths import Case, relative_error
+from speed import machine, show
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "inference"
@@ -103,9 +102,7 @@ def run(options: argparse.Namespace) -> None:
 
 def worker(name: str, venvs: Path) -> Worker:
     python = str(venvs / PLACES[name] / "bin" / "python") if PLACES[name] else sys.executable
-    return Worker(
-        name, python=python, code="from openers import *; serve(OPENERS)", places=[HERE, HERE / "peers"]
-    )
+    return Worker(name, python=python, code="from openers import *; serve(OPENERS)", places=[HERE, HERE / "peers"])
 
 
 def measure(
@@ -121,9 +118,7 @@ def measure(
     """One row: a network under a mask, by all paths that make sense for it."""
     kind, sparsity = mask
     names = [REFERENCE, *(DENSE if kind == "dense" else ()), *SPARSE]
-    if kind == "dense":
-        names = [name for name in names if name not in ("mnn sparse",)]
-    names = [name for name in names if name in workers]
+    names = [name for name in names if name in workers and (name, kind) != ("mnn sparse", "dense")]
     model = make(net, torch.load(state, weights_only=True) if kind == "trained" and state else None)
     if kind in ("uniform", "erk"):
         mask_(model, kind, sparsity)
@@ -163,7 +158,10 @@ def measure(
             cells = [f"{1e3 * path['median']:.4g}", f"{path['ratio']:.2f}", f"{path['cpu_ratio']:.2f}"]
         else:
             cells = ["-", "-", "-"]
-        told = path.get("why_not", "").partition("\n")[0] or ("WRONG, " if path["is_wrong"] else "") + f"error {path['error']:.1e}"
+        told = (
+            path.get("why_not", "").partition("\n")[0]
+            or ("WRONG, " if path["is_wrong"] else "") + f"error {path['error']:.1e}"
+        )
         kept = f"{100 * counted.kept_macs / counted.macs:.1f}"
         show([net, batch, threads, f"{kind} {sparsity:g}", kept, name, *cells, told])
         workers[name].ask("close")
@@ -189,18 +187,10 @@ def write_case(net: str, model: torch.nn.Module, x: torch.Tensor, folder: Path, 
     )
     np.savez(case.inputs, **{"0": x.numpy()})
     torch.save(model.state_dict(), case.state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), case.onnx, dynamo=False, opset_version=13)
+    export_onnx(model, [x], case.onnx)
     if "pomona" in names:
-        write_file(case.file, model, x)
+        write_network(case.file, model, [x])
     return case
-
-
-def write_file(path: str, model: torch.nn.Module, x: torch.Tensor) -> None:
-    from pomona.runtime.bench import write_network
-
-    write_network(path, model, [x])
 
 
 def merge(file: Path, row: dict[str, Any], workers: dict[str, Worker], venvs: Path) -> None:

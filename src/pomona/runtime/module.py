@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,15 @@ class GraphModule(nn.Module):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _run(node: Node, operands: list[Tensor], weight: Any, bias: Tensor | None) -> Tensor:
+def _run(node: Node, operands: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = operands[0]
     match node.op:
         case "conv":
+            assert weight is not None
             weight = weight.reshape(*weight.shape, *(1 for _ in range(4 - weight.ndim)))
             return F.conv2d(x, weight, bias, node.stride, node.padding, node.dilation, node.groups)
         case "linear":
+            assert weight is not None
             return F.linear(x, weight, bias)
         case "clip":
             return x.clamp(node.low, node.high)
@@ -61,6 +63,7 @@ def _run(node: Node, operands: list[Tensor], weight: Any, bias: Tensor | None) -
         case "mul":
             return x * operands[1]
         case "scale":
+            assert weight is not None
             along = (-1, 1, 1) if x.ndim == 4 else (-1,)
             return x * weight.view(along) + (0 if bias is None else bias.view(along))
         case "max_pool":
@@ -77,7 +80,7 @@ def _run(node: Node, operands: list[Tensor], weight: Any, bias: Tensor | None) -
             return _ELEMENTWISE[node.op](x)
 
 
-_ELEMENTWISE = {
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -20,6 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pomona.runtime.fold import fold
+from pomona.runtime.graph import Graph
+from pomona.sparse import Sparse
+
 Arrays = list[NDArray[Any]]
 Run = Callable[[Arrays], Arrays]
 
@@ -44,10 +48,23 @@ Open = Callable[[Case, int], Run]  # the case, and the number of threads
 
 
 def open_pomona(case: Case, threads: int) -> Run:
-    from pomona import runtime
+    from pomona.runtime.engine import Engine
 
-    network = runtime.load(case.file, threads=threads)
-    return lambda inputs: network(*inputs)
+    engine = Engine(*read_network(case.file), threads=threads)
+    return lambda inputs: list(engine(*inputs))
+
+
+def read_network(path: str) -> tuple[Graph, dict[str, NDArray[Any] | Sparse]]:
+    """Graph and tensors of a file, as they are run."""
+    from pomona import container
+
+    file = container.read(path)
+    if file.graph is None:
+        raise ValueError(
+            f"{path} holds weights but no graph, so nothing says how to run them; export the model with an example: "
+            "pomona.export(model, path, example=...)"
+        )
+    return fold(Graph.from_json(file.graph), {name: stored.value for name, stored in file.tensors.items()})
 
 
 def open_eager(case: Case, threads: int) -> Run:
@@ -130,11 +147,9 @@ def _module_of_run(folder: Path) -> Any:
 
 
 def _module_of_file(path: str) -> Any:
-    from pomona import container
     from pomona.runtime.module import GraphModule
 
-    graph, tensors = container.read_network(path)
-    return GraphModule(graph, tensors)
+    return GraphModule(*read_network(path))
 
 
 def open_onnxruntime(case: Case, threads: int) -> Run:
@@ -200,7 +215,8 @@ def quantise(case: Case) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped
-        batches = [case.read_inputs()]
+        def __init__(self) -> None:
+            self.batches = [case.read_inputs()]
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return dict(zip(names, self.batches.pop(), strict=True)) if self.batches else None
@@ -240,7 +256,7 @@ class Served:
         seconds = time.perf_counter() - start
         self._opened[key] = run, inputs
         answers = f"{opened.inputs}.{os.getpid()}.npz"
-        np.savez(answers, **{str(i): y for i, y in enumerate(outputs)})
+        np.savez(answers, **{str(i): y for i, y in enumerate(outputs)})  # type: ignore[arg-type]  # by name
         return {"outputs": answers, "seconds": seconds}
 
     def do_close(self) -> dict[str, Any]:
@@ -271,6 +287,24 @@ class Served:
             logits = run([padded])[0][: len(images)]
             right += int((logits.reshape(len(images), -1).argmax(axis=1) == y[start : start + batch]).sum())
         return {"right": right, "total": len(y)}
+
+    def do_layers(self, *, case: dict[str, Any], threads: int) -> dict[str, Any]:
+        """Seconds of each node in Pomona's engine, as it chooses and with all zeros computed: medians of rounds."""
+        from pomona.runtime.engine import Engine
+
+        opened = Case(**case)
+        inputs = opened.read_inputs()
+        network = read_network(opened.file)
+        engines = {key: Engine(*network, threads=threads, dense=dense) for key, dense in (("", None), ("dense_", True))}
+        start = time.perf_counter()
+        for engine in engines.values():
+            engine(*inputs)
+        calls = min(max(round(0.02 / (time.perf_counter() - start)), 1), 1000)
+        rounds: dict[str, list[list[float]]] = {key: [] for key in engines}
+        for _ in range(5):
+            for key, engine in engines.items():
+                rounds[key].append(engine.profile(*inputs, repeats=calls))
+        return {f"{key}seconds": np.median(times, axis=0).tolist() for key, times in rounds.items()}
 
     def do_peak(self) -> dict[str, Any]:
         return {"bytes": peak_memory()}
