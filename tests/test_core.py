@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pomona import core
+from pomona import core, library
 from pomona.cli import main
 
 needs_core = pytest.mark.skipif(not core.is_available(), reason=f"no compiled core: {core.why_not()}")
@@ -359,10 +359,10 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The library is looked for anew."""
     monkeypatch.delenv("POMONA_CORE", raising=False)
-    core._load.cache_clear()
+    library._load.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    core._load.cache_clear()
+    library._load.cache_clear()
 
 
 def test_the_environment_switches_it_off(afresh: pytest.MonkeyPatch) -> None:
@@ -399,10 +399,10 @@ def test_a_library_that_was_built_for_another_version_is_not_used(afresh: pytest
 
 
 def test_a_missing_or_broken_library_is_told(afresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    afresh.setattr(core, "library_path", lambda: tmp_path / "none.so")
+    afresh.setattr(library, "library_path", lambda: tmp_path / "none.so")
     assert "not built" in str(core.why_not())
     (tmp_path / "none.so").write_text("not a library")
-    core._load.cache_clear()
+    library._load.cache_clear()
     assert "cannot be loaded" in str(core.why_not())
 
 

@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "kernels.h"
+#include "net_kernels.h"
 #include "pomona.h"
 
 #if POMONA_X86 && defined(_MSC_VER)
@@ -75,6 +76,15 @@ const Kernels& kernels() {
     case POMONA_AVX512: return *avx512_kernels();
     case POMONA_AVX2: return *avx2_kernels();
     default: return *portable_kernels();
+  }
+}
+
+const NetKernels& net_kernels() {
+  const int isa = chosen.load(std::memory_order_relaxed);
+  switch (isa < 0 ? max_isa() : isa) {
+    case POMONA_AVX512: return *avx512_net_kernels();
+    case POMONA_AVX2: return *avx2_net_kernels();
+    default: return *portable_net_kernels();
   }
 }
 

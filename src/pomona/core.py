@@ -15,24 +15,26 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import struct
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from pomona.library import is_available as is_available
+from pomona.library import isa as isa
+from pomona.library import isas as isas
+from pomona.library import load
+from pomona.library import switched as switched
+from pomona.library import use_isa as use_isa
+from pomona.library import why_not as why_not
 
 KEY_INFINITE = 0x7F800000  # the key of an infinity; NaNs are above
 KEY_MAX = 0x7FFFFFFF
 
 ROUND_LOOP, ROUND_FUSED, ROUND_SEPARATE = range(3)  # see `sgd_rounding`
 
-_ABI = 2  # POMONA_ABI of pomona.h
-_ISAS = ("portable", "avx2", "avx512")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ERRORS = {
     -1: "a dtype that is none of float32, bfloat16, float16, float64",
@@ -64,80 +66,6 @@ class _Tally(ctypes.Structure):
     )
 
 
-_is_off = False
-
-
-def is_available() -> bool:
-    """Whether the functions below can be called."""
-    return not _is_off and _load()[0] is not None
-
-
-def why_not() -> str | None:
-    """Why the core is not available, in one clause; None if it is."""
-    return "switched(False)" if _is_off else _load()[1]
-
-
-@contextmanager
-def switched(on: bool) -> Iterator[None]:
-    """Inside the block the core is off (or on, where it is available); for tests and measurements."""
-    global _is_off
-    before, _is_off = _is_off, not on
-    try:
-        yield
-    finally:
-        _is_off = before
-
-
-def isa() -> str:
-    """The instruction set in use: ``portable``, ``avx2`` or ``avx512``."""
-    return _ISAS[_library().pomona_isa()]
-
-
-def isas() -> tuple[str, ...]:
-    """The instruction sets that this machine and build have."""
-    return _ISAS[: _library().pomona_max_isa() + 1]
-
-
-def use_isa(name: str) -> None:
-    """Use another of ``isas()`` from now on, in the whole process; for tests and measurements."""
-    if name not in isas():
-        raise ValueError(f"the instruction set must be one of {', '.join(isas())} on this machine, got {name!r}")
-    _library().pomona_set_isa(_ISAS.index(name))
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library and None, or None and the reason."""
-    from pomona import __version__  # not above: pomona imports this file
-
-    wanted = os.environ.get("POMONA_CORE", "1")
-    if wanted not in ("0", "1", *_ISAS):
-        raise ValueError(f"POMONA_CORE must be 0, 1 or one of {', '.join(_ISAS)}, got {wanted!r}")
-    if wanted == "0":
-        return None, "POMONA_CORE=0"
-    path = library_path()
-    if not path.exists():
-        return None, "it was not built (reinstall pomona where CMake and a C++ compiler are)"
-    try:
-        library = ctypes.CDLL(str(path))
-        library.pomona_version.restype = ctypes.c_char_p
-        built = library.pomona_version().decode(), library.pomona_abi()
-    except (OSError, AttributeError) as error:
-        return None, f"it cannot be loaded: {error}"
-    if built != (__version__, _ABI):
-        return None, f"it was built for pomona {built[0]} (interface {built[1]}); reinstall pomona"
-    if wanted in _ISAS and library.pomona_set_isa(_ISAS.index(wanted)) != 0:
-        raise ValueError(f"POMONA_CORE={wanted}: this machine or build does not have that instruction set")
-    _declare(library)
-    return library, None
-
-
-def library_path() -> Path:
-    """Where the library is, if it is built."""
-    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-    return Path(__file__).parent / f"_core{suffix}"
-
-
 def _declare(library: ctypes.CDLL) -> None:
     pointer, int64, int32, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int
     library.pomona_select.argtypes = (pointer, int64, int64, integer, pointer, pointer)
@@ -150,10 +78,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pomona_finite.argtypes = (pointer, pointer, pointer, int64, integer, pointer)
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"pomona's compiled core is not available: {reason}")
+    library = load()
+    _declare(library)
     return library
 
 

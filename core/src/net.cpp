@@ -1,0 +1,362 @@
+// Networks: checks of what comes from outside, shapes, and the interface.
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <new>
+
+namespace pomona {
+namespace {
+
+constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
+constexpr int32_t kMostNodes = 1 << 20;
+constexpr int64_t kMostElements = int64_t{1} << 31;
+
+// Some sizes multiplied, or -1 if that is above kMostElements.
+int64_t product(std::initializer_list<int64_t> sizes) {
+  int64_t result = 1;
+  for (const int64_t size : sizes) {
+    if (size < 0 || (size > 0 && result > kMostElements / size)) return -1;
+    result *= size;
+  }
+  return result;
+}
+
+bool is_layer(int32_t op) { return op == POMONA_CONV || op == POMONA_LINEAR; }
+bool is_unary(int32_t op) { return op >= POMONA_RELU && op <= POMONA_HARDSIGMOID; }
+
+int copy_matrix(const pomona_tensor& from, int64_t* bytes, int64_t max_bytes, Matrix* to) {
+  const int64_t size = product({from.rows, from.cols});
+  if (size < 0 || from.num_values < 0 || from.num_values > size) return POMONA_BAD_SIZE;
+  const bool is_dense = from.starts == nullptr;
+  if (is_dense && from.num_values != size) return POMONA_BAD_SIZE;
+  if (from.num_values > 0 && (from.values == nullptr || (!is_dense && from.columns == nullptr))) return POMONA_BAD_POINTER;
+  *bytes += from.num_values * 8 + (is_dense ? 0 : (from.rows + 1) * 8);
+  if (*bytes > max_bytes) return POMONA_BAD_SIZE;
+  to->rows = from.rows;
+  to->cols = from.cols;
+  if (!is_dense) {
+    if (from.starts[0] != 0 || from.starts[from.rows] != from.num_values) return POMONA_BAD_VALUE;
+    for (int64_t row = 0; row < from.rows; ++row) {
+      const int64_t begin = from.starts[row], end = from.starts[row + 1];
+      if (begin > end || begin < 0 || end > from.num_values) return POMONA_BAD_VALUE;
+      int64_t previous = -1;
+      for (int64_t i = begin; i < end; ++i) {
+        if (from.columns[i] <= previous || from.columns[i] >= from.cols) return POMONA_BAD_VALUE;
+        previous = from.columns[i];
+      }
+    }
+    to->starts.assign(from.starts, from.starts + from.rows + 1);
+    to->columns.assign(from.columns, from.columns + from.num_values);
+  }
+  to->values.assign(from.values, from.values + from.num_values);
+  return POMONA_OK;
+}
+
+bool is_good(const pomona_shape& shape) {
+  if (shape.rank < 1 || shape.rank > 3) return false;
+  int64_t size = 1;
+  for (int i = 0; i < shape.rank; ++i) {
+    if (shape.dims[i] < 1) return false;
+    size = product({size, shape.dims[i]});
+    if (size < 0) return false;
+  }
+  return true;
+}
+
+Shape shape_of(const pomona_shape& shape) {
+  switch (shape.rank) {
+    case 1: return {1, shape.dims[0], 1, 1};
+    case 2: return {2, shape.dims[1], 1, shape.dims[0]};
+    default: return {3, shape.dims[0], shape.dims[1], shape.dims[2]};
+  }
+}
+
+// Output size of a window along one axis, or -1.
+int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil) {
+  if (kernel < 1 || stride < 1 || padding < 0 || dilation < 1) return -1;
+  const int64_t most = std::numeric_limits<int32_t>::max() / 4;
+  if (kernel > most || stride > most || padding > most || dilation > most) return -1;
+  const int64_t reach = (kernel - 1) * dilation + 1;
+  const int64_t free = size + 2 * padding - reach;
+  if (free < 0) return -1;
+  int64_t num = (free + (ceil ? stride - 1 : 0)) / stride + 1;
+  if (ceil && (num - 1) * stride >= size + padding) --num;
+  return num;
+}
+
+// Shape of what a node yields, from its operands'.
+int infer(const Net& net, const Node& node, Shape* out) {
+  const pomona_node& a = node.attributes;
+  const size_t num = node.operands.size();
+  const auto operand = [&](size_t i) { return net.shapes[static_cast<size_t>(node.operands[i])]; };
+  if (num != (a.op == POMONA_ADD || a.op == POMONA_MUL ? 2u : a.op == POMONA_CONCAT ? std::max<size_t>(num, 1) : 1u))
+    return POMONA_BAD_VALUE;
+  const Shape x = operand(0);
+  const bool wants_weight = is_layer(a.op) || a.op == POMONA_SCALE;
+  const auto is_tensor = [&](int32_t index) { return index >= 0 && static_cast<size_t>(index) < net.matrices.size(); };
+  if (wants_weight != is_tensor(a.weight) || (!wants_weight && a.weight != -1)) return POMONA_BAD_VALUE;
+  if (a.bias != -1 && !(wants_weight && is_tensor(a.bias))) return POMONA_BAD_VALUE;
+  const Matrix* const weight = net.weight(node);
+  if (weight != nullptr && weight->rows < 1) return POMONA_BAD_VALUE;
+  if (a.bias != -1) {
+    const Matrix& bias = net.matrices[static_cast<size_t>(a.bias)];
+    if (!bias.is_dense() || bias.cols != 1 || bias.rows != weight->rows) return POMONA_BAD_VALUE;
+  }
+  *out = x;
+  switch (a.op) {
+    case POMONA_CONV: {
+      if (x.rank != 3 || a.groups < 1 || x.c % a.groups != 0 || weight->rows % a.groups != 0) return POMONA_BAD_VALUE;
+      const int64_t h = windows(x.h, a.kernel[0], a.stride[0], a.padding[0], a.dilation[0], false);
+      const int64_t w = windows(x.w, a.kernel[1], a.stride[1], a.padding[1], a.dilation[1], false);
+      if (h < 1 || w < 1 || weight->cols != product({x.c / a.groups, a.kernel[0], a.kernel[1]})) return POMONA_BAD_VALUE;
+      *out = {3, weight->rows, h, w};
+      break;
+    }
+    case POMONA_LINEAR:
+      if (x.rank == 3 || weight->cols != x.c) return POMONA_BAD_VALUE;
+      out->c = weight->rows;
+      break;
+    case POMONA_SCALE:
+      if (!weight->is_dense() || weight->rows != x.c || weight->cols != 1) return POMONA_BAD_VALUE;
+      break;
+    case POMONA_CLIP:
+      if (!(a.low <= a.high)) return POMONA_BAD_VALUE;
+      break;
+    case POMONA_ADD:
+      if (!(operand(1) == x)) return POMONA_BAD_VALUE;
+      break;
+    case POMONA_MUL:
+      if (!(operand(1) == x || (x.rank == 3 && operand(1) == Shape{3, x.c, 1, 1}))) return POMONA_BAD_VALUE;
+      break;
+    case POMONA_MAX_POOL:
+    case POMONA_AVG_POOL: {
+      const bool ceil = (a.flags & POMONA_CEIL) != 0;
+      const int64_t h = windows(x.h, a.kernel[0], a.stride[0], a.padding[0], 1, ceil);
+      const int64_t w = windows(x.w, a.kernel[1], a.stride[1], a.padding[1], 1, ceil);
+      if (x.rank != 3 || h < 1 || w < 1) return POMONA_BAD_VALUE;
+      if (2 * a.padding[0] > a.kernel[0] || 2 * a.padding[1] > a.kernel[1]) return POMONA_BAD_VALUE;
+      *out = {3, x.c, h, w};
+      break;
+    }
+    case POMONA_MEAN:
+      if (x.rank != 3) return POMONA_BAD_VALUE;
+      *out = {3, x.c, 1, 1};
+      break;
+    case POMONA_FLATTEN:
+      if (x.rank == 2) return POMONA_BAD_VALUE;
+      *out = {1, x.size(), 1, 1};
+      break;
+    case POMONA_CONCAT:
+      if (x.rank == 2) return POMONA_BAD_VALUE;
+      for (size_t i = 1; i < num; ++i) {
+        const Shape other = operand(i);
+        if (other.rank != x.rank || other.h != x.h || other.w != x.w) return POMONA_BAD_VALUE;
+        out->c += other.c;
+      }
+      break;
+    default:
+      if (!is_unary(a.op)) return POMONA_BAD_VALUE;
+  }
+  return product({out->c, out->h, out->w}) < 0 ? POMONA_BAD_SIZE : POMONA_OK;
+}
+
+int build(const pomona_graph& graph, const pomona_net_options* options, Net* net, int32_t* bad_node) {
+  if (options != nullptr) net->options = *options;
+  if (net->options.max_bytes < 0 || net->options.micro_batch < 0 || net->options.dense < 0 || net->options.dense > 2)
+    return POMONA_BAD_VALUE;
+  if (net->options.max_bytes == 0) net->options.max_bytes = kDefaultMaxBytes;
+  for (const int32_t num : {graph.num_inputs, graph.num_nodes, graph.num_operands, graph.num_tensors, graph.num_outputs})
+    if (num < 0 || num > kMostNodes) return POMONA_BAD_SIZE;
+  if (graph.num_inputs < 1 || graph.num_outputs < 1) return POMONA_BAD_VALUE;
+  if (graph.inputs == nullptr || graph.outputs == nullptr || (graph.nodes == nullptr && graph.num_nodes > 0) ||
+      (graph.operands == nullptr && graph.num_operands > 0) || (graph.tensors == nullptr && graph.num_tensors > 0))
+    return POMONA_BAD_POINTER;
+  for (int32_t i = 0; i < graph.num_inputs; ++i) {
+    if (!is_good(graph.inputs[i])) return POMONA_BAD_VALUE;
+    net->inputs.push_back(shape_of(graph.inputs[i]));
+  }
+  net->shapes = net->inputs;
+  int64_t bytes = 0;
+  net->matrices.resize(static_cast<size_t>(graph.num_tensors));
+  for (int32_t i = 0; i < graph.num_tensors; ++i) {
+    const int error = copy_matrix(graph.tensors[i], &bytes, net->options.max_bytes, &net->matrices[static_cast<size_t>(i)]);
+    if (error != POMONA_OK) return error;
+  }
+  for (int32_t i = 0; i < graph.num_nodes; ++i) {
+    *bad_node = i;
+    Node node{graph.nodes[i], {}};
+    const pomona_node& a = node.attributes;
+    if (a.op < 0 || a.op >= POMONA_NUM_OPS || a.first_operand < 0 || a.num_operands < 1 ||
+        a.first_operand > graph.num_operands - a.num_operands)
+      return POMONA_BAD_VALUE;
+    for (int32_t k = 0; k < a.num_operands; ++k) {
+      const int32_t value = graph.operands[a.first_operand + k];
+      if (value < 0 || value >= net->value_of(static_cast<size_t>(i))) return POMONA_BAD_VALUE;
+      node.operands.push_back(value);
+    }
+    Shape shape;
+    const int error = infer(*net, node, &shape);
+    if (error != POMONA_OK) return error;
+    net->shapes.push_back(shape);
+    net->nodes.push_back(std::move(node));
+  }
+  *bad_node = -1;
+  for (int32_t i = 0; i < graph.num_outputs; ++i) {
+    if (graph.outputs[i] < 0 || static_cast<size_t>(graph.outputs[i]) >= net->shapes.size()) return POMONA_BAD_VALUE;
+    net->outputs.push_back(graph.outputs[i]);
+  }
+  net->seconds.assign(net->nodes.size(), 0.0);
+  net->kernels = &net_kernels();
+  return POMONA_OK;
+}
+
+int64_t samples_together(const Net& net, int64_t batch) {
+  int64_t most = net.options.micro_batch;
+  if (most == 0) {
+    // Two neighbouring values of as many samples as this stay in the second-level cache.
+    int64_t largest = 1;
+    for (size_t i = 0; i < net.nodes.size(); ++i)
+      largest = std::max(largest, net.shapes[static_cast<size_t>(net.value_of(i))].size());
+    most = std::clamp<int64_t>(kCacheFloats / (2 * largest), 1, 64);
+  }
+  int64_t samples = 1;
+  while (samples * 2 <= std::min(most, batch)) samples *= 2;
+  return samples;
+}
+
+int plan_for(Net* net, int64_t samples, Plan** plan, int32_t* bad_node) {
+  std::unique_ptr<Plan>& found = net->plans[samples];
+  if (!found) {
+    const int error = Plan::make(*net, samples, &found, bad_node);
+    if (error != POMONA_OK) {
+      net->plans.erase(samples);
+      return error;
+    }
+  }
+  *plan = found.get();
+  return POMONA_OK;
+}
+
+template <typename F>
+int guarded(F&& f) {
+#if defined(__cpp_exceptions)
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return POMONA_NO_MEMORY;
+  } catch (...) {
+    return POMONA_INTERNAL;
+  }
+#else
+  return f();
+#endif
+}
+
+}  // namespace
+
+Net::~Net() = default;
+
+int64_t Matrix::num_nonzero() const {
+  return static_cast<int64_t>(std::count_if(values.begin(), values.end(), [](float x) { return x != 0.0f; }));
+}
+
+const Matrix* Net::weight(const Node& node) const {
+  return node.attributes.weight < 0 ? nullptr : &matrices[static_cast<size_t>(node.attributes.weight)];
+}
+
+const float* Net::bias(const Node& node) const {
+  return node.attributes.bias < 0 ? nullptr : matrices[static_cast<size_t>(node.attributes.bias)].values.data();
+}
+
+int64_t Net::macs(const Node& node, const Shape& out, bool with_zeros) const {
+  if (!is_layer(node.attributes.op)) return 0;
+  const Matrix& matrix = *weight(node);
+  return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero()) * out.h * out.w;
+}
+
+}  // namespace pomona
+
+struct pomona_net {
+  pomona::Net net;
+};
+
+extern "C" {
+
+int pomona_net_new(const pomona_graph* graph, const pomona_net_options* options, pomona_net** net, int32_t* bad_node) {
+  int32_t unused;
+  if (bad_node == nullptr) bad_node = &unused;
+  *bad_node = -1;
+  if (graph == nullptr || net == nullptr) return POMONA_BAD_POINTER;
+  *net = nullptr;
+  return pomona::guarded([&]() -> int {
+    std::unique_ptr<pomona_net> made(new pomona_net);
+    int error = pomona::build(*graph, options, &made->net, bad_node);
+    if (error != POMONA_OK) return error;
+    pomona::Plan* plan;
+    error = pomona::plan_for(&made->net, 1, &plan, bad_node);
+    if (error == POMONA_OK) *net = made.release();
+    return error;
+  });
+}
+
+void pomona_net_free(pomona_net* net) { delete net; }
+
+int pomona_net_shape(const pomona_net* net, int32_t value, pomona_shape* shape) {
+  if (net == nullptr || shape == nullptr) return POMONA_BAD_POINTER;
+  if (value < 0 || static_cast<size_t>(value) >= net->net.shapes.size()) return POMONA_BAD_VALUE;
+  const pomona::Shape& s = net->net.shapes[static_cast<size_t>(value)];
+  const auto narrow = [](int64_t size) { return static_cast<int32_t>(size); };
+  switch (s.rank) {
+    case 1: *shape = {1, {narrow(s.c), 1, 1}}; break;
+    case 2: *shape = {2, {narrow(s.w), narrow(s.c), 1}}; break;
+    default: *shape = {3, {narrow(s.c), narrow(s.h), narrow(s.w)}};
+  }
+  return POMONA_OK;
+}
+
+int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs, float* const* outputs, int num_threads) {
+  if (handle == nullptr) return POMONA_BAD_POINTER;
+  if (batch < 0 || num_threads < 1) return POMONA_BAD_VALUE;
+  if (batch == 0) return POMONA_OK;
+  if (inputs == nullptr || outputs == nullptr) return POMONA_BAD_POINTER;
+  pomona::Net& net = handle->net;
+  for (size_t i = 0; i < net.inputs.size(); ++i)
+    if (inputs[i] == nullptr) return POMONA_BAD_POINTER;
+  for (size_t i = 0; i < net.outputs.size(); ++i)
+    if (outputs[i] == nullptr) return POMONA_BAD_POINTER;
+  return pomona::guarded([&]() -> int {
+    pomona::Plan* plan;
+    int32_t bad_node;
+    const int error = pomona::plan_for(&net, pomona::samples_together(net, batch), &plan, &bad_node);
+    if (error != POMONA_OK) return error;
+    plan->run(net, batch, inputs, outputs, num_threads);
+    return POMONA_OK;
+  });
+}
+
+int pomona_net_profile(pomona_net* handle, int profile, double* seconds) {
+  if (handle == nullptr || seconds == nullptr) return POMONA_BAD_POINTER;
+  pomona::Net& net = handle->net;
+  std::copy(net.seconds.begin(), net.seconds.end(), seconds);
+  std::fill(net.seconds.begin(), net.seconds.end(), 0.0);
+  net.profile = profile != 0;
+  return POMONA_OK;
+}
+
+int pomona_net_about(const pomona_net* handle, pomona_net_info* info) {
+  if (handle == nullptr || info == nullptr) return POMONA_BAD_POINTER;
+  const pomona::Net& net = handle->net;
+  *info = {};
+  for (const auto& [samples, plan] : net.plans) {
+    info->activation_bytes += plan->activation_bytes();
+    info->weight_bytes += plan->weight_bytes();
+  }
+  for (size_t i = 0; i < net.nodes.size(); ++i) {
+    const pomona::Shape& out = net.shapes[static_cast<size_t>(net.value_of(i))];
+    info->macs += net.macs(net.nodes[i], out, false);
+    info->dense_macs += net.macs(net.nodes[i], out, true);
+  }
+  return POMONA_OK;
+}
+}

@@ -1,0 +1,436 @@
+// Laying a network out for some number of samples: where values are, which nodes are done together, weights as entries.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <set>
+#include <tuple>
+
+namespace pomona {
+namespace {
+
+constexpr int64_t kAlign = 16;                  // floats: one cache line
+constexpr int64_t kSlack = 2 * kMaxTile + 256;  // floats that vectors may read beyond a value
+constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+// How far windows reach beyond the input along one axis.
+struct Reach {
+  int64_t before, after;
+};
+
+Reach reach(int64_t size, int64_t out, int64_t kernel, int64_t padding, int64_t dilation) {
+  return {padding, std::max<int64_t>(0, out - 1 - padding + (kernel - 1) * dilation - (size - 1))};
+}
+
+struct Tuning {
+  int64_t max_floats = 64, cache_floats = 8192, panel_floats = 12288;
+  double least_uses = 12;
+};
+Tuning tuning_from_environment() {
+  Tuning t;
+  if (const char* text = getenv("POMONA_TUNE")) sscanf(text, "%ld,%ld,%ld,%lf", &t.max_floats, &t.cache_floats, &t.panel_floats, &t.least_uses);
+  return t;
+}
+
+class Classes {  // union-find
+ public:
+  explicit Classes(size_t num) : parent_(num) { std::iota(parent_.begin(), parent_.end(), size_t{0}); }
+  size_t find(size_t i) {
+    while (parent_[i] != i) i = parent_[i] = parent_[parent_[i]];
+    return i;
+  }
+  void join(size_t i, size_t j) { parent_[find(i)] = find(j); }
+
+ private:
+  std::vector<size_t> parent_;
+};
+
+bool is_pointwise(int32_t op) {
+  return (op >= POMONA_RELU && op <= POMONA_ADD) || op == POMONA_SCALE;
+}
+
+}  // namespace
+
+// Convolutions read their input where it is if they move over it one by one and it is not much larger than the output:
+// then both have rows of the same stride, and positions in the one are positions in the other.
+bool Plan::is_in_place(const Net& net, const Node& node) const {
+  const pomona_node& a = node.attributes;
+  const Shape& x = net.shapes[static_cast<size_t>(node.operands[0])];
+  const Shape& y = net.shapes[static_cast<size_t>(net.value_of(static_cast<size_t>(&node - net.nodes.data())))];
+  return a.stride[0] == 1 && a.stride[1] == 1 && 4 * x.w <= 5 * y.w + 12 && 4 * x.h <= 5 * y.h + 12 &&
+         x.w + a.padding[1] <= 2 * x.w && x.h + a.padding[0] <= 2 * x.h;
+}
+
+int Plan::lay_out(const Net& net) {
+  const size_t num = net.shapes.size();
+  layouts_.resize(num);
+  // Values of one height and width are laid out alike, and so are those that a convolution joins.
+  std::map<std::tuple<int64_t, int64_t>, size_t> sizes;
+  std::vector<size_t> size_of(num);
+  for (size_t i = 0; i < num; ++i)
+    size_of[i] = sizes.emplace(std::make_tuple(net.shapes[i].h, net.shapes[i].w), sizes.size()).first->second;
+  Classes classes(sizes.size());
+  struct Need {
+    int64_t width = 0, height = 0, above = 0, left = 0;
+    bool is_by_sample = false;  // written sample by sample, and a vector beyond each
+  };
+  std::vector<Need> needs(sizes.size());
+  for (size_t i = 0; i < num; ++i) {
+    Need& need = needs[size_of[i]];
+    need.width = std::max(need.width, net.shapes[i].w);
+    need.height = std::max(need.height, net.shapes[i].h);
+  }
+  for (size_t i = 0; i < net.nodes.size(); ++i) {
+    const Node& node = net.nodes[i];
+    if (node.attributes.op != POMONA_CONV) continue;
+    if (!is_in_place(net, node)) {
+      needs[size_of[static_cast<size_t>(net.value_of(i))]].is_by_sample = true;
+      continue;
+    }
+    const pomona_node& a = node.attributes;
+    const size_t in = static_cast<size_t>(node.operands[0]), out = static_cast<size_t>(net.value_of(i));
+    const Shape &x = net.shapes[in], &y = net.shapes[out];
+    const Reach rows = reach(x.h, y.h, a.kernel[0], a.padding[0], a.dilation[0]);
+    const Reach columns = reach(x.w, y.w, a.kernel[1], a.padding[1], a.dilation[1]);
+    Need& need = needs[size_of[in]];
+    need.width = std::max(need.width, x.w + std::max(columns.before, columns.after));
+    need.height = std::max(need.height, x.h + std::max(rows.before, rows.after));
+    need.above = std::max(need.above, rows.before);
+    need.left = std::max(need.left, columns.before);
+    classes.join(size_of[in], size_of[out]);
+  }
+  std::vector<Need> joined(sizes.size());
+  for (size_t i = 0; i < needs.size(); ++i) {
+    Need& all = joined[classes.find(i)];
+    all.width = std::max(all.width, needs[i].width);
+    all.height = std::max(all.height, needs[i].height);
+    all.above = std::max(all.above, needs[i].above);
+    all.left = std::max(all.left, needs[i].left);
+    all.is_by_sample |= needs[i].is_by_sample;
+  }
+  for (size_t i = 0; i < num; ++i) {
+    const Need& need = joined[classes.find(size_of[i])];
+    Layout& l = layouts_[i];
+    l.row_stride = need.width;
+    l.rows = need.height;
+    l.lead = round_up(need.above * need.width + need.left, kAlign);
+    const int64_t positions = samples_ * l.sample_stride();
+    if (positions == 1) {
+      l.channel_stride = 1;
+    } else {
+      l.channel_stride = round_up(l.lead + positions + (need.is_by_sample && samples_ > 1 ? kMaxLanes : 0), kAlign);
+      // Channels a multiple of 4 KiB apart would share a few lines of the first-level cache.
+      if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
+    }
+    if (net.shapes[i].c > std::numeric_limits<int32_t>::max() / l.channel_stride) return POMONA_BAD_SIZE;
+  }
+  return POMONA_OK;
+}
+
+// Images side by side for what cannot be read in place: for each column of the kernel, and each row within the stride, one
+// whose positions are the output's.
+void Plan::use_strided(const Net& net, Step* step) {
+  const pomona_node& a = net.nodes[step->node].attributes;
+  const Shape& y = net.shapes[static_cast<size_t>(step->out)];
+  std::set<int64_t> phases;
+  int64_t from = std::numeric_limits<int64_t>::max(), to = std::numeric_limits<int64_t>::min();
+  for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
+    const int64_t row = ky * a.dilation[0] - a.padding[0];
+    const int64_t whole = floor_divide(row, a.stride[0]);
+    phases.insert(row - whole * a.stride[0]);
+    from = std::min(from, whole);
+    to = std::max(to, whole);
+  }
+  step->image_rows = y.h + to - from;
+  for (const int64_t phase : phases)
+    for (int64_t kx = 0; kx < a.kernel[1]; ++kx)
+      step->images.push_back({from * a.stride[0] + phase, kx * a.dilation[1] - a.padding[1]});
+  Layout& l = step->scratch;
+  l.row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
+  l.rows = step->image_rows * static_cast<int64_t>(step->images.size());
+  l.channel_stride = round_up(l.sample_stride(), kAlign);
+  if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
+}
+
+int Plan::add_weights(const Net& net, Step* step) {
+  const Node& node = net.nodes[step->node];
+  const pomona_node& a = node.attributes;
+  const Matrix& matrix = *net.weight(node);
+  const Shape& x = net.shapes[static_cast<size_t>(step->in[0])];
+  const Shape& y = net.shapes[static_cast<size_t>(step->out)];
+  const Layout& in = layouts_[static_cast<size_t>(step->in[0])];
+  const bool is_conv = a.op == POMONA_CONV;
+  const int64_t groups = is_conv ? a.groups : 1, channels = x.c / groups, rows_each = matrix.rows / groups;
+  const int64_t taps = is_conv ? int64_t{a.kernel[0]} * a.kernel[1] : 1;
+  step->num_rows = matrix.rows;
+  step->bias = net.bias(node);
+  if (is_conv && !is_in_place(net, node)) use_strided(net, step);
+  const bool is_strided = !step->images.empty();
+  const int64_t channel_stride = is_strided ? step->scratch.channel_stride : in.channel_stride;
+  if (x.c > std::numeric_limits<int32_t>::max() / channel_stride) return POMONA_BAD_SIZE;
+
+  // Offset of each tap within a channel.
+  std::vector<int64_t> places(static_cast<size_t>(taps), 0);
+  if (is_conv) {
+    for (int64_t ky = 0; ky < a.kernel[0]; ++ky)
+      for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
+        const int64_t row = ky * a.dilation[0] - a.padding[0], column = kx * a.dilation[1] - a.padding[1];
+        int64_t& place = places[static_cast<size_t>(ky * a.kernel[1] + kx)];
+        if (is_strided) {
+          const int64_t whole = floor_divide(row, a.stride[0]);
+          size_t image = 0;
+          int64_t first = std::numeric_limits<int64_t>::max();
+          for (size_t i = 0; i < step->images.size(); ++i) {
+            const int64_t down = step->images[i].first_row;
+            if (step->images[i].first_column == column && (row - down) % a.stride[0] == 0) image = i, first = down;
+          }
+          place = (static_cast<int64_t>(image) * step->image_rows + whole - floor_divide(first, a.stride[0])) * step->scratch.row_stride;
+        } else {
+          place = row * in.row_stride + column;
+        }
+      }
+  }
+  const auto offset = [&](int64_t row, int64_t column) {
+    return ((row / rows_each) * channels + column / taps) * channel_stride + places[static_cast<size_t>(column % taps)];
+  };
+
+  const double density = static_cast<double>(matrix.num_nonzero()) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
+  const bool as_dense = net.options.dense == POMONA_DENSE_ALWAYS || (net.options.dense == 0 && density >= kDenseFrom);
+  step->is_vector = samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() == 1 && y.h * y.w == 1;
+  step->is_contiguous = step->is_vector && !is_strided && channel_stride == 1 && taps == 1;
+  step->is_dense = as_dense && groups == 1 && (step->is_vector ? step->is_contiguous : matrix.rows >= kDenseRows);
+  if (step->is_dense) {
+    const int64_t rows = step->is_vector ? matrix.rows : round_up(matrix.rows, kDenseRows);
+    step->values.assign(static_cast<size_t>(rows * matrix.cols), 0.0f);
+    for (int64_t row = 0; row < matrix.rows; ++row)
+      matrix.each(row, false, [&](int64_t k, float value) {
+        const int64_t at = step->is_vector ? row * matrix.cols + k
+                                           : (row / kDenseRows * matrix.cols + k) * kDenseRows + row % kDenseRows;
+        step->values[static_cast<size_t>(at)] = value;
+      });
+    for (int64_t k = 0; k < matrix.cols; ++k) step->offsets.push_back(static_cast<int32_t>(offset(0, k)));
+    step->max_vectors = net.kernels->max_dense_vectors;
+    return POMONA_OK;
+  }
+
+  int64_t num_entries = 0;
+  for (int64_t row = 0; row < matrix.rows; ++row) matrix.each(row, as_dense, [&](int64_t, float) { ++num_entries; });
+  if (num_entries > std::numeric_limits<int32_t>::max()) return POMONA_BAD_SIZE;
+  plan_tiles(net, channels, places, num_entries, step);
+  const int64_t num_blocks = static_cast<int64_t>(step->blocks.size());
+  // Row by row into the blocks: the entries of block b's row r are counted first, then placed.
+  const size_t width = static_cast<size_t>(matrix.rows + 1);
+  std::vector<int32_t> counts(static_cast<size_t>(num_blocks) * width + 1, 0);
+  const int64_t block_channels = step->blocks[0].num_channels;
+  const auto block_of = [&](int64_t column) { return num_blocks == 1 ? 0 : column / taps / block_channels; };
+  for (int64_t row = 0; row < matrix.rows; ++row)
+    matrix.each(row, as_dense, [&](int64_t k, float) { ++counts[static_cast<size_t>(block_of(k)) * width + static_cast<size_t>(row)]; });
+  step->starts.assign(counts.size(), 0);
+  int32_t sum = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    step->starts[i] = sum;
+    sum += counts[i];
+  }
+  std::vector<int32_t> next(step->starts);
+  step->entries.resize(static_cast<size_t>(num_entries));
+  for (int64_t row = 0; row < matrix.rows; ++row)
+    matrix.each(row, as_dense, [&](int64_t k, float value) {
+      const int64_t block = block_of(k);
+      int64_t place = offset(row, k);
+      if (step->panel_width > 0)
+        place = (k / taps - step->blocks[static_cast<size_t>(block)].first_channel) * step->panel_width +
+                places[static_cast<size_t>(k % taps)] - step->panel_from;
+      int32_t& at = next[static_cast<size_t>(block) * width + static_cast<size_t>(row)];
+      step->entries[static_cast<size_t>(at++)] = {static_cast<int32_t>(place), value};
+    });
+  return POMONA_OK;
+}
+
+// How many positions go together, and whether the inputs of that many are first copied side by side, in blocks of
+// channels that stay in the cache.
+void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries, Step* step) const {
+  const int64_t all = net.shapes[static_cast<size_t>(step->in[0])].c;
+  step->blocks = {{0, channels}};
+  step->max_vectors = net.kernels->max_vectors;
+  if (step->is_vector) return;
+  const Layout& out = layouts_[static_cast<size_t>(step->out)];
+  const int64_t positions = (step->images.empty() ? samples_ : 1) * out.sample_stride();
+  const int64_t low = *std::min_element(places.begin(), places.end()), high = *std::max_element(places.begin(), places.end());
+  const int64_t lanes = net.kernels->lanes, vectors = (positions + lanes - 1) / lanes;
+  const Tuning tuning = tuning_from_environment();
+  step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, tuning.max_floats / lanes);
+  const double uses = static_cast<double>(num_entries) / static_cast<double>(all);  // of one loaded vector
+  const int64_t tile = std::min(step->max_vectors, vectors) * lanes;
+  const bool is_grouped = channels != all;
+  const bool fits = channels * (tile + (high - low)) <= tuning.cache_floats;
+  if (is_grouped || fits || uses < tuning.least_uses) return;
+  step->panel_from = low;
+  step->panel_vectors = tile / lanes;
+  step->panel_width = round_up(tile + (high - low), lanes);
+  const int64_t per_block = std::clamp<int64_t>(tuning.panel_floats / step->panel_width, 1, channels);
+  const int64_t num_blocks = (channels + per_block - 1) / per_block, even = (channels + num_blocks - 1) / num_blocks;
+  step->blocks.clear();
+  for (int64_t first = 0; first < channels; first += even) step->blocks.push_back({first, std::min(even, channels - first)});
+}
+
+int Plan::add_steps(const Net& net, int32_t* bad_node) {
+  const size_t num_values = net.shapes.size();
+  std::vector<int> uses(num_values, 0);
+  for (const Node& node : net.nodes)
+    for (const int32_t value : node.operands) ++uses[static_cast<size_t>(value)];
+  for (const int32_t value : net.outputs) uses[static_cast<size_t>(value)] += 2;  // never only an intermediate
+  std::vector<int32_t> only_user(num_values, -1);
+  for (size_t i = 0; i < net.nodes.size(); ++i)
+    for (const int32_t value : net.nodes[i].operands)
+      if (uses[static_cast<size_t>(value)] == 1) only_user[static_cast<size_t>(value)] = static_cast<int32_t>(i);
+
+  std::vector<bool> is_done(net.nodes.size(), false);
+  for (size_t i = 0; i < net.nodes.size(); ++i) {
+    if (is_done[i]) continue;
+    *bad_node = static_cast<int32_t>(i);
+    const Node& node = net.nodes[i];
+    Step step;
+    step.op = node.attributes.op;
+    step.node = i;
+    step.in = node.operands;
+    step.out = net.value_of(i);
+    step.low = node.attributes.low;
+    step.high = node.attributes.high;
+    if (step.op == POMONA_CONV || step.op == POMONA_LINEAR) {
+      // A sum with what exists already, then an activation, are done before the result is stored.
+      const auto follow = [&]() { return only_user[static_cast<size_t>(step.out)]; };
+      int32_t user = follow();
+      if (user >= 0 && net.nodes[static_cast<size_t>(user)].attributes.op == POMONA_ADD) {
+        const std::vector<int32_t>& terms = net.nodes[static_cast<size_t>(user)].operands;
+        const int32_t other = terms[0] == step.out ? terms[1] : terms[0];
+        const bool exists = other < net.value_of(0) || is_done[static_cast<size_t>(other - net.value_of(0))];
+        if (other != step.out && exists) {
+          step.residual = other;
+          is_done[static_cast<size_t>(user)] = true;
+          step.out = net.value_of(static_cast<size_t>(user));
+          user = follow();
+        }
+      }
+      if (user >= 0) {
+        const pomona_node& next = net.nodes[static_cast<size_t>(user)].attributes;
+        if (next.op == POMONA_RELU || next.op == POMONA_CLIP) {
+          step.act = next.op;
+          step.low = next.low;
+          step.high = next.high;
+          is_done[static_cast<size_t>(user)] = true;
+          step.out = net.value_of(static_cast<size_t>(user));
+        }
+      }
+      const int error = add_weights(net, &step);
+      if (error != POMONA_OK) return error;
+      const Layout& l = layouts_[static_cast<size_t>(step.out)];
+      const Shape& shape = net.shapes[static_cast<size_t>(step.out)];
+      if (l.row_stride > shape.w || l.rows > shape.h) step.mask = mask_for(l, shape);
+    }
+    is_done[i] = true;
+    steps_.push_back(std::move(step));
+  }
+  *bad_node = -1;
+  return POMONA_OK;
+}
+
+const int32_t* Plan::mask_for(const Layout& l, const Shape& shape) {
+  const auto key = std::make_tuple(l.row_stride, l.rows, shape.h, shape.w);
+  std::vector<int32_t>& mask = masks_[key];
+  if (mask.empty()) {
+    mask.assign(static_cast<size_t>(round_up(samples_ * l.sample_stride(), kAlign)), 0);
+    for (int64_t sample = 0; sample < samples_; ++sample)
+      for (int64_t y = 0; y < shape.h; ++y)
+        for (int64_t x = 0; x < shape.w; ++x)
+          mask[static_cast<size_t>(sample * l.sample_stride() + y * l.row_stride + x)] = -1;
+  }
+  return mask.data();
+}
+
+// Memory is used again when the last reader of what was there is done.
+int Plan::allocate(const Net& net) {
+  const size_t num = net.shapes.size();
+  std::vector<int64_t> last(num, -1);
+  for (size_t s = 0; s < steps_.size(); ++s) {
+    for (const int32_t value : steps_[s].in) last[static_cast<size_t>(value)] = static_cast<int64_t>(s);
+    if (steps_[s].residual >= 0) last[static_cast<size_t>(steps_[s].residual)] = static_cast<int64_t>(s);
+  }
+  for (const int32_t value : net.outputs) last[static_cast<size_t>(value)] = static_cast<int64_t>(steps_.size());
+
+  struct Piece {
+    int64_t offset, size, last;
+  };
+  std::vector<Piece> pieces;
+  int64_t end = kSlack;
+  const auto place = [&](int64_t size, int64_t now, int64_t until) {
+    pieces.erase(std::remove_if(pieces.begin(), pieces.end(), [&](const Piece& p) { return p.last < now; }), pieces.end());
+    std::sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.offset < b.offset; });
+    int64_t at = kSlack, best = -1, best_gap = std::numeric_limits<int64_t>::max();
+    for (const Piece& piece : pieces) {
+      const int64_t gap = piece.offset - at;
+      if (gap >= size && gap < best_gap) best = at, best_gap = gap;
+      at = std::max(at, piece.offset + piece.size);
+    }
+    if (best < 0) best = at;
+    pieces.push_back({best, size, until});
+    end = std::max(end, best + size);
+    return best;
+  };
+  const auto size_of = [&](size_t value) { return round_up(net.shapes[value].c * layouts_[value].channel_stride + kMaxLanes, kAlign); };
+  for (size_t value = 0; value < net.inputs.size(); ++value)
+    layouts_[value].offset = place(size_of(value), -1, std::max<int64_t>(last[value], 0));
+  for (size_t s = 0; s < steps_.size(); ++s) {
+    Step& step = steps_[s];
+    const int64_t now = static_cast<int64_t>(s);
+    const size_t out = static_cast<size_t>(step.out);
+    // Where it can, a result takes the place of what it is computed from position by position.
+    int32_t over = -1;
+    if (step.residual >= 0 && step.residual != step.in[0]) over = step.residual;
+    else if (is_pointwise(step.op)) over = step.in[0];
+    // Samples that are strided over one by one write a few positions of the next, whose residual must still be there.
+    const bool may = over >= 0 && (step.images.empty() || samples_ == 1) && net.shapes[static_cast<size_t>(over)] == net.shapes[out];
+    const auto piece = std::find_if(pieces.begin(), pieces.end(), [&](const Piece& p) {
+      return may && p.last == now && p.offset == layouts_[static_cast<size_t>(over)].offset;
+    });
+    step.shares = piece != pieces.end();
+    if (step.shares) {
+      layouts_[out].offset = piece->offset;
+      piece->last = std::max(last[out], now);
+    } else {
+      layouts_[out].offset = place(size_of(out), now, std::max(last[out], now));
+    }
+    if (!step.images.empty()) {
+      const int64_t size = net.shapes[static_cast<size_t>(step.in[0])].c * step.scratch.channel_stride + kAlign;
+      step.scratch.offset = place(round_up(size, kAlign), now, now);
+    }
+    if (end > net.options.max_bytes / 4) return POMONA_BAD_SIZE;
+  }
+  arena_.assign(static_cast<size_t>(end + kSlack), 0.0f);
+  return POMONA_OK;
+}
+
+int Plan::make(const Net& net, int64_t samples, std::unique_ptr<Plan>* plan, int32_t* bad_node) {
+  std::unique_ptr<Plan> made(new Plan);
+  made->samples_ = samples;
+  int error = made->lay_out(net);
+  if (error == POMONA_OK) error = made->add_steps(net, bad_node);
+  if (error == POMONA_OK) error = made->allocate(net);
+  if (error == POMONA_OK) *plan = std::move(made);
+  return error;
+}
+
+int64_t Plan::weight_bytes() const {
+  size_t bytes = 0;
+  for (const Step& step : steps_)
+    bytes += step.entries.size() * sizeof(Entry) + step.starts.size() * 4 + step.values.size() * 4 + step.offsets.size() * 4;
+  return static_cast<int64_t>(bytes);
+}
+
+}  // namespace pomona

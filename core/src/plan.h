@@ -1,0 +1,183 @@
+// A network: what it computes (Net), and how it is laid out for some number of samples at a time (Plan).
+#ifndef POMONA_PLAN_H
+#define POMONA_PLAN_H
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "net_kernels.h"
+#include "pomona_net.h"
+#include "team.h"
+
+namespace pomona {
+
+// (features) is c; (positions, features) is c = features, w = positions; (channels, height, width) is itself.
+struct Shape {
+  int32_t rank = 0;
+  int64_t c = 0, h = 1, w = 1;
+  int64_t size() const { return c * h * w; }
+  bool operator==(const Shape& other) const {
+    return rank == other.rank && c == other.c && h == other.h && w == other.w;
+  }
+};
+
+struct Matrix {
+  std::vector<float> values;
+  std::vector<int32_t> columns;
+  std::vector<int64_t> starts;  // empty where dense
+  int64_t rows = 0, cols = 0;
+
+  bool is_dense() const { return starts.empty(); }
+  int64_t num_nonzero() const;
+  // Calls f(column, value) for the entries of a row that are not zero, or for all of them.
+  template <typename F>
+  void each(int64_t row, bool with_zeros, F&& f) const;
+};
+
+struct Node {
+  pomona_node attributes;
+  std::vector<int32_t> operands;
+};
+
+class Plan;
+
+struct Net {
+  std::vector<Shape> inputs;
+  std::vector<Node> nodes;
+  std::vector<Matrix> matrices;
+  std::vector<int32_t> outputs;
+  std::vector<Shape> shapes;  // of all values
+  pomona_net_options options{};
+  const NetKernels* kernels = nullptr;
+  std::map<int64_t, std::unique_ptr<Plan>> plans;  // by the number of samples
+  std::vector<double> seconds;
+  bool profile = false;
+
+  ~Net();
+  int32_t value_of(size_t node) const { return static_cast<int32_t>(inputs.size() + node); }
+  const Matrix* weight(const Node& node) const;
+  const float* bias(const Node& node) const;
+  int64_t macs(const Node& node, const Shape& out, bool with_zeros) const;
+};
+
+// Where the numbers of a value are: element (channel, sample, y, x) is at
+// channel * channel_stride + lead + sample * rows * row_stride + y * row_stride + x, in floats from `offset` of the arena. What lies
+// between rows, between samples and before the first is zero: the padding of convolutions.
+struct Layout {
+  int64_t row_stride = 1, rows = 1, lead = 0, channel_stride = 1;
+  int64_t offset = 0;
+  int64_t sample_stride() const { return rows * row_stride; }
+  bool is_padded(const Shape& shape) const { return lead > 0 || row_stride > shape.w || rows > shape.h; }
+};
+
+// Column-blocked entries of a sparse matrix: block b's row r is entries[starts[b * (rows + 1) + r] ...].
+struct Block {
+  int64_t first_channel, num_channels;
+};
+
+constexpr int64_t kCacheFloats = 1 << 17;  // half of a second-level cache of 1 MiB
+
+struct Step {
+  int32_t op;
+  size_t node;             // whose time it is
+  std::vector<int32_t> in;  // values
+  int32_t out;
+  int32_t residual = -1;  // a value, or -1
+  int32_t act = -1;
+  float low = 0.0f, high = 0.0f;
+  const float* bias = nullptr;
+  bool shares = false;  // the result takes the place of an operand
+
+  // Of convolutions and linear layers.
+  bool is_dense = false;   // all rows take all inputs
+  bool is_vector = false;  // one position
+  bool is_contiguous = false;  // a dense vector
+  int64_t num_rows = 0;
+  std::vector<Entry> entries;
+  std::vector<int32_t> starts;
+  std::vector<Block> blocks;  // one, and no panel, unless the inputs of a tile are too many for the cache
+  int64_t panel_width = 0;    // floats a channel, copied side by side; 0: read where they are
+  int64_t panel_from = 0;     // smallest offset within a channel
+  int64_t panel_vectors = 0;  // of the widest tile
+  std::vector<float> values;  // dense
+  std::vector<int32_t> offsets;
+  int64_t max_vectors = 1;
+  // Strided inputs are first copied, image by image: rows phase + stride * y, columns shift + stride * x.
+  struct Image {
+    int64_t first_row, first_column;
+  };
+  std::vector<Image> images;
+  int64_t image_rows = 0;
+  Layout scratch;  // of one sample, all images of a channel one after the other
+  const int32_t* mask = nullptr;
+};
+
+class Plan {
+ public:
+  // Returns POMONA_OK or an error, with the node it is of.
+  static int make(const Net& net, int64_t samples, std::unique_ptr<Plan>* plan, int32_t* bad_node);
+
+  void run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads);
+
+  int64_t activation_bytes() const { return static_cast<int64_t>(arena_.size()) * 4; }
+  int64_t weight_bytes() const;
+
+ private:
+  int lay_out(const Net& net);
+  int add_steps(const Net& net, int32_t* bad_node);
+  int add_weights(const Net& net, Step* step);
+  void plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries, Step* step) const;
+  const int32_t* mask_for(const Layout& layout, const Shape& shape);
+  void use_strided(const Net& net, Step* step);
+  int allocate(const Net& net);
+  bool is_in_place(const Net& net, const Node& node) const;
+
+  void run_step(const Net& net, const Step& step, int64_t n, Team& team);
+  void run_layer(const Net& net, const Step& step, int64_t n, Team& team);
+  void run_tiles(const Net& net, const Step& step, const float* x, int64_t first, int64_t positions, Team& team);
+  void copy_images(const Net& net, const Step& step, int64_t sample, Team& team);
+  void pool(const Net& net, const Step& step, int64_t channel, int64_t n, float* scratch);
+  void copy_in(const Net& net, size_t input, const float* from, int64_t n, Team& team);
+  void copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& team);
+  void clear_border(const Net& net, int32_t value, int64_t channel, int64_t n);
+  float* scratch(int worker, int64_t floats);
+  float* at(int32_t value, int64_t channel = 0) {
+    const Layout& l = layouts_[static_cast<size_t>(value)];
+    return arena_.data() + l.offset + channel * l.channel_stride + l.lead;
+  }
+
+  int64_t samples_ = 1;
+  std::vector<Layout> layouts_;  // of values
+  std::vector<Step> steps_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;
+  std::vector<float> arena_;
+  std::vector<std::vector<float>> scratch_;  // of threads
+};
+
+template <typename F>
+void Matrix::each(int64_t row, bool with_zeros, F&& f) const {
+  if (is_dense()) {
+    for (int64_t k = 0; k < cols; ++k) {
+      const float value = values[static_cast<size_t>(row * cols + k)];
+      if (with_zeros || value != 0.0f) f(k, value);
+    }
+    return;
+  }
+  int64_t next = 0;
+  for (int64_t i = starts[static_cast<size_t>(row)]; i < starts[static_cast<size_t>(row) + 1]; ++i) {
+    const int64_t k = columns[static_cast<size_t>(i)];
+    if (with_zeros)
+      for (; next < k; ++next) f(next, 0.0f);
+    if (with_zeros || values[static_cast<size_t>(i)] != 0.0f) f(k, values[static_cast<size_t>(i)]);
+    next = k + 1;
+  }
+  if (with_zeros)
+    for (; next < cols; ++next) f(next, 0.0f);
+}
+
+}  // namespace pomona
+
+#endif
