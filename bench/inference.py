@@ -206,8 +206,9 @@ def merge(file: Path, row: dict[str, Any], workers: dict[str, Worker], venvs: Pa
         row["paths"] = old[0]["paths"] | row["paths"]
     rows = [other for other in about["rows"] if other not in old] + [row]
     versions = about.get("versions", {}) | {name: version(workers[name], name) for name in workers}
-    command = " ".join(["bench/inference.py", *sys.argv[1:]])
-    about = {"machine": machine(), "versions": versions, "command": command.replace(str(venvs), "DIR"), "rows": rows}
+    words = [word.partition("=")[0] + "=FILE" if "=" in word else word for word in sys.argv[1:]]
+    command = " ".join(["bench/inference.py", *words]).replace(str(venvs), "DIR")
+    about = {"machine": machine(), "versions": versions, "command": command, "rows": rows}
     file.write_text(json.dumps(about, indent=1))
 
 

@@ -222,8 +222,10 @@ class LayerResult:
 
     @property
     def is_faster_dense(self) -> bool:
-        """By more than what two measurements of one thing may differ by."""
-        return bool(self.weights and self.seconds and self.dense_seconds and self.dense_seconds < 0.9 * self.seconds)
+        """By more than what two measurements of one thing may differ by; of a layer that has zeros."""
+        if self.kept == self.weights or self.seconds is None or self.dense_seconds is None:
+            return False
+        return self.dense_seconds < 0.9 * self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,13 +347,13 @@ def _outputs(path: PathResult) -> str:
 
 def layer_rows(result: BenchResult) -> list[list[str]]:
     """The same of the layers in Pomona's engine."""
-    rows = [["layer", ">weight", ">kept", ">multiplications", ">time", ">with zeros", "faster"]]
+    rows = [["layer", ">weight", ">kept", ">multiplications", ">time", ">with zeros", ""]]
     for layer in result.layers:
         times = [_NONE if s is None else duration(s) for s in (layer.seconds, layer.dense_seconds)]
         if not layer.weights:
             rows.append([layer.name, "", "", "", *times, ""])
             continue
-        faster = "" if layer.seconds is None else "dense" if layer.is_faster_dense else "as chosen"
+        faster = "dense is faster" if layer.is_faster_dense else ""
         kept = _percent(layer.kept, layer.weights)
         rows.append([layer.name, "x".join(map(str, layer.shape)), kept, _million(layer.kept_macs), *times, faster])
     return rows
