@@ -498,9 +498,7 @@ def _read_data(model: str, data: str | Path | None) -> _Data | None:
         known = DATA[read_run(Path(model))["recipe"]["data"]](data)
         return known.test_inputs.numpy(), known.test_labels.numpy()
     if Path(data).is_dir():
-        raise ValueError(
-            f"data {data} is a folder, which only tells where a run of pomona has its data; give an .npz file"
-        )
+        raise ValueError(f"data {data} is a folder, which is understood for a run of pomona only; give an .npz file")
     with np.load(data) as arrays:
         if not {"x", "y"} <= set(arrays.files):
             raise ValueError(f"{data} must hold arrays x and y, got {', '.join(arrays.files)}")
