@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from pomona import container
+from pomona import container, library
 from pomona.runtime import reference
 from pomona.runtime.bench import (
     BenchResult,
@@ -166,6 +166,16 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "weights.pomona.safetensors"
     container.write(file, {"w": container.Stored("F32", np.ones((2, 2), np.float32))})
     assert "holds weights but no graph" in failing(str(file))
+
+
+def test_without_the_compiled_core_numpy_runs_it(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POMONA_CORE", "0")  # of the process that runs it
+    with library.switched(False):
+        result = bench(tiny, inputs=[(1, 3, 8, 8)], seconds=0.01, paths=["pomona"])
+    timing, layer = result.path("pomona").timing, result.layers[0]
+    assert timing is not None and not result.path("pomona").is_wrong
+    assert layer.seconds is None and layer.kept == 20
+    assert "no compiled core" in str(result)
 
 
 def test_a_path_that_fails_does_not_end_the_others(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,11 +158,12 @@ def take_turns(opened: Sequence[tuple[Worker, str]], *, seconds: float) -> list[
     longest = 0.0
     for i, (worker, key) in enumerate(opened):
         try:
-            warm = worker.ask("time", key=key, calls=2)["wall"][-1]
-            calls[i] = max(1, math.ceil(_BLOCK / max(warm, 1e-7)))
-            warm = statistics.median(worker.ask("time", key=key, calls=calls[i])["wall"])
-            calls[i] = max(1, math.ceil(_BLOCK / max(warm, 1e-7)))
-            longest = max(longest, calls[i] * warm)
+            seconds_each = worker.ask("time", key=key, calls=1)["wall"][0]  # the second call: opening made one
+            calls[i] = max(1, math.ceil(_BLOCK / max(seconds_each, 1e-7)))
+            if calls[i] > 1:
+                seconds_each = statistics.median(worker.ask("time", key=key, calls=calls[i])["wall"])
+                calls[i] = max(1, math.ceil(_BLOCK / max(seconds_each, 1e-7)))
+            longest = max(longest, calls[i] * seconds_each)
         except WorkerError as error:
             failed[i] = error
     for _ in range(min(max(round(seconds / max(longest, _BLOCK)), 3), 100)):

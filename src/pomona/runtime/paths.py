@@ -48,9 +48,15 @@ Open = Callable[[Case, int], Run]  # the case, and the number of threads
 
 
 def open_pomona(case: Case, threads: int) -> Run:
+    """The engine; without the compiled core, numpy."""
+    from pomona import library
+    from pomona.runtime import reference
     from pomona.runtime.engine import Engine
 
-    engine = Engine(*read_network(case.file), threads=threads)
+    graph, tensors = read_network(case.file)
+    if not library.is_available():
+        return lambda inputs: reference.run(graph, tensors, *inputs)
+    engine = Engine(graph, tensors, threads=threads)
     return lambda inputs: list(engine(*inputs))
 
 
