@@ -159,6 +159,12 @@ void Plan::use_strided(const Net& net, Step* step) {
   if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
 }
 
+int64_t in_panel(const Step& step, int64_t place) {
+  for (const Step::Piece& piece : step.pieces)
+    if (place >= piece.from && place < piece.from + piece.length) return piece.to + place - piece.from;
+  return 0;  // not reached: every tap is in a piece
+}
+
 int Plan::add_weights(const Net& net, Step* step) {
   const Node& node = net.nodes[step->node];
   const pomona_node& a = node.attributes;
@@ -246,7 +252,7 @@ int Plan::add_weights(const Net& net, Step* step) {
       int64_t place = offset(row, k);
       if (step->panel_width > 0)
         place = (k / taps - step->blocks[static_cast<size_t>(block)].first_channel) * step->panel_width +
-                places[static_cast<size_t>(k % taps)] - step->panel_from;
+                in_panel(*step, places[static_cast<size_t>(k % taps)]);
       int32_t& at = next[static_cast<size_t>(block) * width + static_cast<size_t>(row)];
       step->entries[static_cast<size_t>(at++)] = {static_cast<int32_t>(place), value};
     });
@@ -262,18 +268,31 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   if (step->is_vector) return;
   const Layout& out = layouts_[static_cast<size_t>(step->out)];
   const int64_t positions = (step->images.empty() ? samples_ : 1) * out.sample_stride();
-  const int64_t low = *std::min_element(places.begin(), places.end()), high = *std::max_element(places.begin(), places.end());
   const int64_t lanes = net.kernels->lanes, vectors = (positions + lanes - 1) / lanes;
   const Tuning tuning = tuning_from_environment();
   step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, tuning.max_floats / lanes);
   const double uses = static_cast<double>(num_entries) / static_cast<double>(all);  // of one loaded vector
   const int64_t tile = std::min(step->max_vectors, vectors) * lanes;
-  const bool is_grouped = channels != all;
-  const bool fits = channels * (tile + (high - low)) <= tuning.cache_floats;
-  if (is_grouped || fits || uses < tuning.least_uses) return;
-  step->panel_from = low;
+  if (channels != all) return;
+  // Taps near each other read one piece of a channel.
+  std::vector<int64_t> sorted(places);
+  std::sort(sorted.begin(), sorted.end());
+  std::vector<Step::Piece> pieces;
+  int64_t width = 0;
+  for (const int64_t place : sorted) {
+    if (!pieces.empty() && place - pieces.back().from < pieces.back().length + lanes) {
+      const int64_t length = round_up(place - pieces.back().from + tile, lanes);
+      width += length - pieces.back().length;
+      pieces.back().length = length;
+    } else {
+      pieces.push_back({place, tile, width});
+      width += tile;
+    }
+  }
+  if (channels * width <= tuning.cache_floats || uses * static_cast<double>(tile) < tuning.least_uses * static_cast<double>(width)) return;
+  step->pieces = pieces;
   step->panel_vectors = tile / lanes;
-  step->panel_width = round_up(tile + (high - low), lanes);
+  step->panel_width = width;
   const int64_t per_block = std::clamp<int64_t>(tuning.panel_floats / step->panel_width, 1, channels);
   const int64_t num_blocks = (channels + per_block - 1) / per_block, even = (channels + num_blocks - 1) / num_blocks;
   step->blocks.clear();

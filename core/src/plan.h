@@ -100,7 +100,10 @@ struct Step {
   std::vector<int32_t> starts;
   std::vector<Block> blocks;  // one, and no panel, unless the inputs of a tile are too many for the cache
   int64_t panel_width = 0;    // floats a channel, copied side by side; 0: read where they are
-  int64_t panel_from = 0;     // smallest offset within a channel
+  struct Piece {
+    int64_t from, length, to;  // offset within a channel, floats for the widest tile, and where in the panel
+  };
+  std::vector<Piece> pieces;  // what a panel takes of each channel
   int64_t panel_vectors = 0;  // of the widest tile
   std::vector<float> values;  // dense
   std::vector<int32_t> offsets;

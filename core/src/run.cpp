@@ -179,12 +179,14 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t f
     float* const panel = scratch(worker, panel_floats + (tile.last_row - tile.first_row) * num * lanes);
     tile.partial = panel + panel_floats;
     tile.partial_stride = num * lanes;
-    const float* const from = x + position + step.panel_from;
-    const int64_t used = step.panel_width - (step.panel_vectors - num) * lanes;
+    const float* const from = x + position;
+    const int64_t unused = (step.panel_vectors - num) * lanes;
     for (size_t b = 0; b < step.blocks.size(); ++b) {
       const Block& block = step.blocks[b];
       for (int64_t c = 0; c < block.num_channels; ++c)
-        kernels.copy(from + (block.first_channel + c) * channel_stride, panel + c * step.panel_width, used);
+        for (const Step::Piece& piece : step.pieces)
+          kernels.copy(from + (block.first_channel + c) * channel_stride + piece.from, panel + c * step.panel_width + piece.to,
+                       piece.length - unused);
       tile.x = panel;
       tile.is_first = b == 0;
       tile.is_last = b + 1 == step.blocks.size();

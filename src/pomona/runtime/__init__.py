@@ -1,0 +1,1 @@
+"""Networks with sparse weights, executed without torch."""
