@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from pomona import container, library
+from pomona import container, library, runtime
 from pomona.runtime import reference
 from pomona.runtime.bench import (
     BenchResult,
@@ -32,7 +32,7 @@ from pomona.runtime.bench import (
 from pomona.runtime.bench_page import write_bench_page
 from pomona.runtime.graph import ELEMENTWISE, Graph, Node
 from pomona.runtime.module import GraphModule
-from pomona.runtime.paths import open_module, peak_memory, read_network, relative_error
+from pomona.runtime.paths import open_module, peak_memory, relative_error
 from pomona.sparse import Sparse
 from pomona.zoo.models import build_model
 from tests.runs import command_line
@@ -165,7 +165,7 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     assert "understood for a run of pomona only" in failing(tiny, *shape, "--data", str(tmp_path))
     file = tmp_path / "weights.pomona.safetensors"
     container.write(file, {"w": container.Stored("F32", np.ones((2, 2), np.float32))})
-    assert "holds weights but no graph" in failing(str(file))
+    assert "not what is computed with them" in failing(str(file))
 
 
 def test_without_the_compiled_core_numpy_runs_it(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_a_file_keeps_zeros_and_gives_the_same_network(tmp_path: Path) -> None:
     file = str(tmp_path / "net.pomona.safetensors")
     write_network(file, model, [torch.zeros(1, 2, 6, 6)])
     x = torch.randn(3, 2, 6, 6)
-    graph, tensors = read_network(file)
-    assert [node.op for node in graph.nodes] == ["conv", "relu"]
-    assert isinstance(tensors[graph.nodes[0].weight or ""], Sparse)
+    network = runtime.load(file)
+    assert [node.op for node in network.graph.nodes] == ["conv", "relu"]
+    assert isinstance(network.tensors[network.graph.nodes[0].weight or ""], Sparse)
     torch.testing.assert_close(open_module(file)(x), model(x))

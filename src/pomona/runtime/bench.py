@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona import library
-from pomona.runtime.paths import PATHS, Arrays, Case, open_module, read_network, relative_error
+from pomona import library, runtime
+from pomona.runtime.paths import PATHS, Arrays, Case, open_module, relative_error
 from pomona.sparse import Sparse
 
 if TYPE_CHECKING:
@@ -479,7 +479,7 @@ def _shapes(model: str, inputs: Sequence[Sequence[int]], data: _Data | None) -> 
     if inputs:
         return [tuple(shape) for shape in inputs]
     if _is_file(model):
-        return [(1, *shape) for shape in read_network(model)[0].inputs]
+        return [(1, *shape) for shape in runtime.load(model).graph.inputs]
     if data is not None:
         return [(1, *data[0].shape[1:])]
     raise ValueError(f"the shape of {model}'s input is not known: give it with the batch, e.g. --input 1x3x224x224")
@@ -593,7 +593,8 @@ def _accuracy(worker: Worker, case: Case, data: _Data | None) -> float | None:
 
 def _layers(case: Case, threads: int) -> list[LayerResult]:
     """Of the file's graph, as it is run; times are None where the core is missing."""
-    graph, tensors = read_network(case.file)
+    network = runtime.load(case.file)
+    graph, tensors = network.graph, network.tensors
     shapes = graph.shapes(tensors)
     times: dict[str, list[float]] = {}
     if library.is_available():

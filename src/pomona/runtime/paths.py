@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona.runtime.fold import fold
-from pomona.runtime.graph import Graph
-from pomona.sparse import Sparse
+from pomona import runtime
+from pomona.runtime.engine import Engine
 
 Arrays = list[NDArray[Any]]
 Run = Callable[[Arrays], Arrays]
@@ -48,29 +47,13 @@ Open = Callable[[Case, int], Run]  # the case, and the number of threads
 
 
 def open_pomona(case: Case, threads: int) -> Run:
-    """The engine; without the compiled core, numpy."""
-    from pomona import library
-    from pomona.runtime import reference
-    from pomona.runtime.engine import Engine
+    network = runtime.load(case.file, threads=threads)
 
-    graph, tensors = read_network(case.file)
-    if not library.is_available():
-        return lambda inputs: reference.run(graph, tensors, *inputs)
-    engine = Engine(graph, tensors, threads=threads)
-    return lambda inputs: list(engine(*inputs))
+    def run(inputs: Arrays) -> Arrays:
+        outputs = network.run(*inputs)
+        return outputs if isinstance(outputs, list) else [outputs]
 
-
-def read_network(path: str) -> tuple[Graph, dict[str, NDArray[Any] | Sparse]]:
-    """Graph and tensors of a file, as they are run."""
-    from pomona import container
-
-    file = container.read(path)
-    if file.graph is None:
-        raise ValueError(
-            f"{path} holds weights but no graph, so nothing says how to run them; export the model with an example: "
-            "pomona.export(model, path, example=...)"
-        )
-    return fold(Graph.from_json(file.graph), {name: stored.value for name, stored in file.tensors.items()})
+    return run
 
 
 def open_eager(case: Case, threads: int) -> Run:
@@ -155,7 +138,8 @@ def _module_of_run(folder: Path) -> Any:
 def _module_of_file(path: str) -> Any:
     from pomona.runtime.module import GraphModule
 
-    return GraphModule(*read_network(path))
+    network = runtime.load(path)
+    return GraphModule(network.graph, network.tensors)
 
 
 def open_onnxruntime(case: Case, threads: int) -> Run:
@@ -296,12 +280,13 @@ class Served:
 
     def do_layers(self, *, case: dict[str, Any], threads: int) -> dict[str, Any]:
         """Seconds of each node in Pomona's engine, as it chooses and with all zeros computed: medians of rounds."""
-        from pomona.runtime.engine import Engine
-
         opened = Case(**case)
         inputs = opened.read_inputs()
-        network = read_network(opened.file)
-        engines = {key: Engine(*network, threads=threads, dense=dense) for key, dense in (("", None), ("dense_", True))}
+        network = runtime.load(opened.file)
+        engines = {
+            key: Engine(network.graph, network.tensors, threads=threads, dense=dense)
+            for key, dense in (("", None), ("dense_", True))
+        }
         start = time.perf_counter()
         for engine in engines.values():
             engine(*inputs)
