@@ -1,9 +1,9 @@
 """How fast networks with zeros run on a CPU: Pomona's engine beside its peers, in turns, outputs compared first.
 
     python bench/inference.py build --venvs DIR     a virtual environment for each peer, as bench/peers/*.txt pin it
-    python bench/inference.py run --venvs DIR       all of it, about 12 minutes on a quiet machine
+    python bench/inference.py run --venvs DIR       all of it, half an hour on a quiet machine
     python bench/inference.py run --venvs DIR --nets resnet-56 --batches 1 --threads 1 --only pomona "mnn sparse"
-    python bench/inference.py table                 the tables of bench/RESULTS-inference.md
+    python bench/inference.py table                 print the tables, and write them into bench/RESULTS-inference.md
 
 Results go into bench/results/inference, a file for each network, batch and number of threads. ONNX Runtime takes its
 turn in every round, so that all ratios have a common reference: what is run later with --only is compared with its own.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from speed import machine, show
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "inference"
+REPORT = HERE / "RESULTS-inference.md"
+BEGIN, END = "<!-- tables: python bench/inference.py table -->", "<!-- end of the tables -->"
 REFERENCE = "onnxruntime"
 
 # path -> the environment it runs in; "" is this one.
@@ -220,10 +223,25 @@ def version(worker: Worker, name: str) -> str:
 
 
 def table(options: argparse.Namespace) -> None:
-    for threads in options.threads:
-        for batch in options.batches:
-            print(f"\n{threads} thread{'s' * (threads > 1)}, batch {batch}\n")
-            print_table(rows_of(options.nets, batch, threads), by="ratio")
+    """Print the tables, and put them into REPORT between its two marks."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        for threads in options.threads:
+            for batch in options.batches:
+                rows = list(rows_of(options.nets, batch, threads))
+                if not rows:
+                    continue
+                # One thread: CPU time, which other programs disturb less. Several: what a user waits for.
+                by = "cpu_ratio" if threads == 1 else "ratio"
+                kind = "CPU time" if threads == 1 else "wall time"
+                print(f"\n### {threads} thread{'s' * (threads > 1)}, batch {batch}: times as fast, by {kind}\n")
+                print_sparse(rows, by)
+                print("\nDense, ms of wall time (times as fast):\n")
+                print_dense(rows, by)
+    print(text.getvalue())
+    if REPORT.exists():
+        before, rest = REPORT.read_text().split(BEGIN)
+        REPORT.write_text(f"{before}{BEGIN}\n{text.getvalue()}\n{END}{rest.split(END)[1]}")
 
 
 def rows_of(nets: Iterable[str], batch: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -233,33 +251,52 @@ def rows_of(nets: Iterable[str], batch: int, threads: int) -> Iterator[dict[str,
             yield from json.loads(file.read_text())["rows"]
 
 
-def print_table(rows: Iterable[dict[str, Any]], *, by: str) -> None:
-    rows = list(rows)
+def print_sparse(rows: list[dict[str, Any]], by: str) -> None:
     dense = {row["net"]: row["paths"] for row in rows if row["mask"] == "dense"}
     head = ["network, mask", "sparsity", "kept MACs", "ONNX Runtime, ms", "fastest dense fp32", "dense int8"]
-    show([*head, "MNN sparse", "DeepSparse", "Pomona", "behind"], head=True)
+    show([*head, "MNN sparse", "DeepSparse", "Pomona", "Pomona, ms", "behind"], head=True)
     for row in rows:
         if row["mask"] == "dense":
             continue
         paths, base = row["paths"], dense.get(row["net"], {})
-        fp32 = {name: path[by] for name, path in base.items() if "int8" not in name and name in DENSE and by in path}
-        int8 = {name: path[by] for name, path in base.items() if "int8" in name and by in path}
-        rivals = {name: best for name, best in (best_of(fp32 | {REFERENCE: 1.0}), best_of(int8)) if name}
+        right = {name: path[by] for name, path in base.items() if name != "pomona" and is_right(path, by)}
+        fp32 = best_of({name: ratio for name, ratio in right.items() if "int8" not in name})
+        int8 = best_of({name: ratio for name, ratio in right.items() if "int8" in name})
+        rivals = {f"dense fp32, {fp32[0]}": fp32[1], f"dense {int8[0]}": int8[1]}
         rivals |= {name: paths[name][by] for name in ("mnn sparse", "deepsparse") if is_right(paths.get(name), by)}
-        mine = paths["pomona"][by] if is_right(paths.get("pomona"), by) else None
-        behind = [f"{name} {ratio / mine:.2f}x" for name, ratio in rivals.items() if mine and ratio > mine]
+        mine = paths["pomona"][by] if is_right(paths.get("pomona"), by) else 0.0
+        behind = [f"{name} ({ratio / mine:.2f}x)" for name, ratio in rivals.items() if mine and ratio > mine]
         show(
             [
                 f"{row['net']}, {row['mask']}",
-                f"{100 * row['sparsity']:g} %",
+                f"{100 * row['sparsity']:.4g} %",
                 f"{100 * row['kept_macs'] / row['macs']:.1f} %",
-                f"{1e3 * paths[REFERENCE]['median']:.3g}",
-                told(*best_of(fp32 | {REFERENCE: 1.0})),
-                told(*best_of(int8)),
+                ms(paths[REFERENCE]),
+                told(*fp32),
+                told(*int8),
                 *(cell(paths.get(name), by) for name in SPARSE),
-                ", ".join(behind) or "-",
+                ms(paths["pomona"]) if mine else "-",
+                "; ".join(behind) or "-",
             ]
         )
+
+
+def print_dense(rows: list[dict[str, Any]], by: str) -> None:
+    names = [REFERENCE, *DENSE, "deepsparse", "pomona"]
+    show(["network", *names], head=True)
+    for row in rows:
+        if row["mask"] == "dense":
+            paths = row["paths"]
+            cells = (
+                f"{ms(paths[name])} ({cell(paths[name], by)})" if "median" in paths.get(name, {}) else "-"
+                for name in names
+            )
+            show([row["net"], *cells])
+
+
+def ms(path: dict[str, Any]) -> str:
+    number = 1e3 * path["median"]
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def best_of(ratios: dict[str, float]) -> tuple[str, float]:

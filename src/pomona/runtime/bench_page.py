@@ -12,7 +12,7 @@ from pomona.runtime.bench import BenchResult, duration, facts, layer_rows, path_
 
 _WIDTH, _LABEL, _NUMBER = 720, 170, 80  # of a picture, of the names to its left, of the numbers to its right
 _ROW = 22
-_MOST_LAYERS = 60  # in the picture
+_MOST_LAYERS = 30  # in the picture
 
 
 @dataclass(frozen=True, slots=True)
