@@ -1,9 +1,5 @@
-<<<<<<< HEAD
-"""The command line: ``pomona train | compare | sweep | ticket | valley | diagnose | report | export | recipes |
-=======
-"""The command line: ``pomona train | compare | sweep | ticket | valley | diagnose | report | bench | recipes |
->>>>>>> 528fb3a440b18ec660e75d3adae9f0d229b00aa8
-env``."""
+"""The command line: ``pomona train | compare | sweep | ticket | valley | diagnose | report | export | bench |
+recipes | env``."""
 
 from __future__ import annotations
 
@@ -13,15 +9,9 @@ import warnings
 from collections.abc import Sequence
 
 import pomona
-<<<<<<< HEAD
-from pomona.cli import compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley
+from pomona.cli import bench, compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley
 
-_COMMANDS = (train, compare, sweep, ticket, valley, diagnose, report, export, recipes, env)
-=======
-from pomona.cli import bench, compare, diagnose, env, recipes, report, sweep, ticket, train, valley
-
-_COMMANDS = (train, compare, sweep, ticket, valley, diagnose, report, bench, recipes, env)
->>>>>>> 528fb3a440b18ec660e75d3adae9f0d229b00aa8
+_COMMANDS = (train, compare, sweep, ticket, valley, diagnose, report, export, bench, recipes, env)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
