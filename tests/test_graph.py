@@ -17,6 +17,7 @@ from pomona.runtime import reference
 from pomona.runtime.fold import fold, pad_weight
 from pomona.runtime.graph import OPS, Graph, Node
 from pomona.sparse import Sparse
+from tests import fuzz_graph
 
 LENET: dict[str, Any] = {
     "inputs": [[1, 28, 28]],
@@ -300,3 +301,8 @@ def test_an_infinite_factor_leaves_zeros_alone() -> None:
     weight = made["w@s"]
     assert isinstance(weight, np.ndarray)
     assert weight.tolist() == [[np.inf, 0], [0, -1]] and not np.signbit(weight[1, 0])
+
+
+def test_hostile_graphs_are_refused_or_computed() -> None:
+    told = fuzz_graph.run(range(500), 1)
+    assert min(told[how] for how in ("not read", "refused", "run")) > 20
