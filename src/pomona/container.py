@@ -317,7 +317,9 @@ def _split_gaps(tensors: list[Sparse]) -> tuple[list[int], list[bytes]]:
     for less in (0, 1, 2, 3, 4, _MAX_LOW_BITS):
         widths = [max(0, width - less) for width in natural]
         highs = [_escape(gap >> width) for gap, width in zip(gaps, widths, strict=True)]
-        size = 8 * len(_squeeze(b"".join(highs))) + sum(w * gap.size for gap, w in zip(gaps, widths, strict=True))
+        joined = b"".join(highs)
+        quick = min(len(_deflated(joined, 1, how)) for how in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY))
+        size = 8 * quick + sum(w * gap.size for gap, w in zip(gaps, widths, strict=True))
         if best is None or size < best[0]:
             best = size, widths, highs
     assert best is not None
@@ -393,8 +395,7 @@ def _deflate(sections: list[list[bytes]]) -> bytes:
     """One raw deflate stream. Each section has codes of its own; in a small file each run of parts, as is best."""
     parts = [part for section in sections for part in section if part]
     if sum(map(len, parts)) > _SMALL or len(parts) > 40:
-        parts = [b"".join(section) for section in sections]
-        return b"".join([*(_squeeze(part) for part in parts if part), _LAST_BLOCK])
+        return b"".join([*map(_squeeze_runs, sections), _LAST_BLOCK])
     best: list[bytes] = [b""]  # of the first 0, 1, 2, ... parts
     for end in range(1, len(parts) + 1):
         best.append(min((best[i] + _squeeze(b"".join(parts[i:end])) for i in range(end)), key=len))
@@ -402,18 +403,40 @@ def _deflate(sections: list[list[bytes]]) -> bytes:
 
 
 _LAST_BLOCK = b"\x03\x00"  # an empty one
+_RUNS = (1 << 10, 1 << 12, 1 << 14)  # bytes that may pay for codes of their own
+
+
+def _squeeze_runs(section: list[bytes]) -> bytes:
+    """A section as one, or in runs of parts, whichever is smaller."""
+    candidates = [_squeeze(b"".join(section))]
+    for least in _RUNS if sum(map(len, section)) > _RUNS[0] and len(section) > 1 else ():
+        runs: list[list[bytes]] = [[]]
+        for part in section:
+            if sum(map(len, runs[-1])) >= least:
+                runs.append([])
+            runs[-1].append(part)
+        candidates.append(b"".join(_squeeze(b"".join(run)) for run in runs))
+    return min(candidates, key=len)
 
 
 def _squeeze(section: bytes) -> bytes:
     """Deflate blocks of one section that end at a whole byte and are not the last."""
-    candidates = [_stored_blocks(section)]
+    if not section:
+        return b""
+    ways = [(9, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_FILTERED)]
+    if len(section) > _LARGE:
+        ways = [(9, zlib.Z_HUFFMAN_ONLY), (1, zlib.Z_DEFAULT_STRATEGY)]
+    return min(_stored_blocks(section), *(_deflated(section, *way) for way in ways), key=len)
+
+
+_LARGE = 1 << 18  # bytes for which the last percent is not worth the time
+
+
+def _deflated(section: bytes, level: int, strategy: int) -> bytes:
     width = len(section).bit_length()
     window, memory = max(9, min(width, 15)), max(1, min(width - 6, 9))  # no more than it can use: a fast start
-    strategies = (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED)
-    for strategy in strategies[: 3 if len(section) < 1 << 22 else 1]:
-        coder = zlib.compressobj(9, zlib.DEFLATED, -window, memory, strategy)
-        candidates.append(coder.compress(section) + coder.flush(zlib.Z_SYNC_FLUSH))
-    return min(candidates, key=len)
+    coder = zlib.compressobj(level, zlib.DEFLATED, -window, memory, strategy)
+    return coder.compress(section) + coder.flush(zlib.Z_SYNC_FLUSH)
 
 
 def _stored_blocks(section: bytes) -> bytes:
