@@ -1,8 +1,8 @@
 """Hostile graphs: whatever is changed in one, it is refused with a ValueError or computed, by all alike.
 
 ``python -m tests.fuzz_graph --cases 100000`` makes that many. Case n of seed s is always the same graph: ``--seed s
---only n`` repeats it. What ``Graph.shapes`` refuses the core must refuse too, which believes nothing either; what it takes
-must run, folded and not, and the core's outputs must be those of the literal executor.
+--only n`` repeats it. What ``Graph.shapes`` refuses the core must refuse too, which believes nothing either; what it
+takes must run, folded and not, and the core's outputs must be those of the literal executor.
 """
 
 from __future__ import annotations

@@ -147,6 +147,7 @@ MISFITS: list[tuple[Graph, dict[str, tuple[int, ...]], str]] = [
     (layer("avg_pool", (8, 4, 4), kernel=(3, 3), padding=(2, 0)), {}, "more than half"),
     (layer("max_pool", (1, 9, 9), kernel=(2**20, 2**20), padding=(2**19, 2**19)), {}, "at most 65536 elements"),
     (layer("mean", (8,)), {}, "takes .channels"),
+    (layer("flatten", (8, 2)), {}, "takes .channels"),
     (layer("concat", (8, 2, 2), (8, 2, 3)), {}, "of one height and width"),
     (layer("concat", (8, 2), (8, 2)), {}, "of one height and width"),
     (layer("relu", (2**31 - 1, 2, 2)), {}, "takes more than"),
