@@ -7,7 +7,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow bench fuzz sanitize format clean
+.PHONY: demo test test-slow bench fuzz web sanitize format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
@@ -29,6 +29,9 @@ bench: $(VENV)/.test  ## half an hour on a quiet machine: what pruning costs, in
 
 fuzz: $(VENV)/.test  ## minutes: 100,000 damaged and hostile files; make fuzz FUZZ="--seed 1 --cases 1000000"
 	$(RUN) tests.fuzz_container $(FUZZ)
+
+web:  ## the core for browsers, web/pomona.wasm: after a change of the core; needs clang and lld
+	$(PYTHON) web/build.py
 
 sanitize:  ## random calls of the compiled core under the sanitizers, without Python
 	for kinds in address,undefined thread; do \

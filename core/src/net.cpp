@@ -9,6 +9,8 @@ namespace pomona {
 namespace {
 
 constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
+constexpr int64_t kMostSamples = 64;
+constexpr int64_t kActivations = 1 << 19;  // floats
 constexpr int32_t kMostNodes = 1 << 20;
 constexpr int64_t kMostElements = int64_t{1} << 31;
 
@@ -214,11 +216,17 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
 int64_t samples_together(const Net& net, int64_t batch) {
   int64_t most = net.options.micro_batch;
   if (most == 0) {
-    // Two neighbouring values of as many samples as this stay in the second-level cache.
-    int64_t largest = 1;
-    for (size_t i = 0; i < net.nodes.size(); ++i)
-      largest = std::max(largest, net.shapes[static_cast<size_t>(net.value_of(i))].size());
-    most = std::clamp<int64_t>(kCacheFloats / (2 * largest), 1, 64);
+    // One image fills the vectors, and more only leave the cache. One sample of features fills one lane: where layers of
+    // these matter, as many go together as stay in a second-level cache.
+    int64_t largest = 1, of_features = 0, all = 0;
+    for (size_t i = 0; i < net.nodes.size(); ++i) {
+      const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
+      const int64_t macs = net.macs(net.nodes[i], shape, false);
+      largest = std::max(largest, shape.size());
+      if (shape.h * shape.w == 1) of_features += macs;
+      all += macs;
+    }
+    most = 10 * of_features < all ? 1 : std::clamp<int64_t>(kActivations / (2 * largest), 1, kMostSamples);
   }
   int64_t samples = 1;
   while (samples * 2 <= std::min(most, batch)) samples *= 2;

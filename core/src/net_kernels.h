@@ -59,6 +59,7 @@ struct NetKernels {
   void (*maximum)(const float* a, float* inout, int64_t n);
   float (*sum)(const float* x, int64_t n);
   void (*copy)(const float* from, float* to, int64_t n);  // in whole vectors: up to lanes - 1 more
+  void (*every_second)(const float* from, float* to, int64_t n);  // to[i] = from[2 i]; likewise
 };
 
 const NetKernels* portable_net_kernels();

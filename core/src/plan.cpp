@@ -2,8 +2,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -15,9 +13,14 @@ namespace {
 
 constexpr int64_t kAlign = 16;                  // floats: one cache line
 constexpr int64_t kSlack = 2 * kMaxTile + 256;  // floats that vectors may read beyond a value
+constexpr int64_t kTileFloats = 96;             // positions that go together at most
+constexpr int64_t kCacheFloats = 8192;          // of a first-level cache, 32 KiB: what a tile reads again and again
+constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay
 constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// An odd number of cache lines, so that the same positions of many channels do not share a few sets of the cache.
+int64_t spread(int64_t floats) { return floats >= 256 && floats / kAlign % 2 == 0 ? floats + kAlign : floats; }
 int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 // How far windows reach beyond the input along one axis.
@@ -27,16 +30,6 @@ struct Reach {
 
 Reach reach(int64_t size, int64_t out, int64_t kernel, int64_t padding, int64_t dilation) {
   return {padding, std::max<int64_t>(0, out - 1 - padding + (kernel - 1) * dilation - (size - 1))};
-}
-
-struct Tuning {
-  int64_t max_floats = 64, cache_floats = 8192, panel_floats = 12288;
-  double least_uses = 12;
-};
-Tuning tuning_from_environment() {
-  Tuning t;
-  if (const char* text = getenv("POMONA_TUNE")) sscanf(text, "%ld,%ld,%ld,%lf", &t.max_floats, &t.cache_floats, &t.panel_floats, &t.least_uses);
-  return t;
 }
 
 class Classes {  // union-find
@@ -126,37 +119,56 @@ int Plan::lay_out(const Net& net) {
       l.channel_stride = 1;
     } else {
       l.channel_stride = round_up(l.lead + positions + (need.is_by_sample && samples_ > 1 ? kMaxLanes : 0), kAlign);
-      // Channels a multiple of 4 KiB apart would share a few lines of the first-level cache.
-      if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
+      l.channel_stride = spread(l.channel_stride);
     }
     if (net.shapes[i].c > std::numeric_limits<int32_t>::max() / l.channel_stride) return POMONA_BAD_SIZE;
   }
   return POMONA_OK;
 }
 
-// Images side by side for what cannot be read in place: for each column of the kernel, and each row within the stride, one
-// whose positions are the output's.
+// Images side by side for what cannot be read in place: for each row within the stride, and each column within it, one
+// whose positions are the output's. Where the output's rows leave no room beside them, one for each column of the kernel.
 void Plan::use_strided(const Net& net, Step* step) {
   const pomona_node& a = net.nodes[step->node].attributes;
   const Shape& y = net.shapes[static_cast<size_t>(step->out)];
-  std::set<int64_t> phases;
-  int64_t from = std::numeric_limits<int64_t>::max(), to = std::numeric_limits<int64_t>::min();
+  const int64_t row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
+  const auto steps = [&](int axis) {  // whole strides from the first position to the first and the last tap
+    const int64_t last = int64_t{a.kernel[axis] - 1} * a.dilation[axis];
+    return std::make_pair(floor_divide(-a.padding[axis], a.stride[axis]), floor_divide(last - a.padding[axis], a.stride[axis]));
+  };
+  const auto [top, bottom] = steps(0);
+  const auto [left, right] = steps(1);
+  std::set<int64_t> rows, columns;
   for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
     const int64_t row = ky * a.dilation[0] - a.padding[0];
-    const int64_t whole = floor_divide(row, a.stride[0]);
-    phases.insert(row - whole * a.stride[0]);
-    from = std::min(from, whole);
-    to = std::max(to, whole);
+    rows.insert(top * a.stride[0] + row - floor_divide(row, a.stride[0]) * a.stride[0]);
   }
-  step->image_rows = y.h + to - from;
-  for (const int64_t phase : phases)
-    for (int64_t kx = 0; kx < a.kernel[1]; ++kx)
-      step->images.push_back({from * a.stride[0] + phase, kx * a.dilation[1] - a.padding[1]});
+  for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
+    const int64_t column = kx * a.dilation[1] - a.padding[1];
+    const int64_t phase = column - floor_divide(column, a.stride[1]) * a.stride[1];
+    columns.insert(y.w + right - left <= row_stride ? left * a.stride[1] + phase : column);
+  }
+  step->image_rows = y.h + bottom - top;
+  for (const int64_t row : rows)
+    for (const int64_t column : columns) step->images.push_back({row, column});
   Layout& l = step->scratch;
-  l.row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
+  l.row_stride = row_stride;
   l.rows = step->image_rows * static_cast<int64_t>(step->images.size());
-  l.channel_stride = round_up(l.sample_stride(), kAlign);
-  if (l.channel_stride % 1024 == 0) l.channel_stride += kAlign;
+  l.channel_stride = round_up(l.sample_stride() + kMaxLanes, kAlign);
+  l.channel_stride = spread(l.channel_stride);
+  if (samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() > 1) step->groups = a.groups;
+}
+
+// Where, from an output position, the input of a tap is in the images of a channel.
+int64_t in_images(const Step& step, const pomona_node& a, int64_t row, int64_t column) {
+  int64_t place = 0, nearest = std::numeric_limits<int64_t>::max();
+  for (size_t i = 0; i < step.images.size(); ++i) {
+    const int64_t down = row - step.images[i].first_row, along = column - step.images[i].first_column;
+    if (down < 0 || down % a.stride[0] != 0 || along < 0 || along % a.stride[1] != 0 || along >= nearest) continue;
+    nearest = along;
+    place = (static_cast<int64_t>(i) * step.image_rows + down / a.stride[0]) * step.scratch.row_stride + along / a.stride[1];
+  }
+  return place;
 }
 
 int64_t in_panel(const Step& step, int64_t place) {
@@ -190,21 +202,15 @@ int Plan::add_weights(const Net& net, Step* step) {
         const int64_t row = ky * a.dilation[0] - a.padding[0], column = kx * a.dilation[1] - a.padding[1];
         int64_t& place = places[static_cast<size_t>(ky * a.kernel[1] + kx)];
         if (is_strided) {
-          const int64_t whole = floor_divide(row, a.stride[0]);
-          size_t image = 0;
-          int64_t first = std::numeric_limits<int64_t>::max();
-          for (size_t i = 0; i < step->images.size(); ++i) {
-            const int64_t down = step->images[i].first_row;
-            if (step->images[i].first_column == column && (row - down) % a.stride[0] == 0) image = i, first = down;
-          }
-          place = (static_cast<int64_t>(image) * step->image_rows + whole - floor_divide(first, a.stride[0])) * step->scratch.row_stride;
+          place = in_images(*step, a, row, column);
         } else {
           place = row * in.row_stride + column;
         }
       }
   }
   const auto offset = [&](int64_t row, int64_t column) {
-    return ((row / rows_each) * channels + column / taps) * channel_stride + places[static_cast<size_t>(column % taps)];
+    const int64_t channel = (step->groups > 1 ? 0 : row / rows_each * channels) + column / taps;
+    return channel * channel_stride + places[static_cast<size_t>(column % taps)];
   };
 
   const double density = static_cast<double>(matrix.num_nonzero()) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
@@ -269,8 +275,7 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   const Layout& out = layouts_[static_cast<size_t>(step->out)];
   const int64_t positions = (step->images.empty() ? samples_ : 1) * out.sample_stride();
   const int64_t lanes = net.kernels->lanes, vectors = (positions + lanes - 1) / lanes;
-  const Tuning tuning = tuning_from_environment();
-  step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, tuning.max_floats / lanes);
+  step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, kTileFloats / lanes);
   const double uses = static_cast<double>(num_entries) / static_cast<double>(all);  // of one loaded vector
   const int64_t tile = std::min(step->max_vectors, vectors) * lanes;
   if (channels != all) return;
@@ -289,11 +294,11 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
       width += tile;
     }
   }
-  if (channels * width <= tuning.cache_floats || uses * static_cast<double>(tile) < tuning.least_uses * static_cast<double>(width)) return;
+  if (channels * width <= kCacheFloats || uses * static_cast<double>(tile) < kLeastUses * static_cast<double>(width)) return;
   step->pieces = pieces;
   step->panel_vectors = tile / lanes;
   step->panel_width = width;
-  const int64_t per_block = std::clamp<int64_t>(tuning.panel_floats / step->panel_width, 1, channels);
+  const int64_t per_block = std::clamp<int64_t>(kCacheFloats / step->panel_width, 1, channels);
   const int64_t num_blocks = (channels + per_block - 1) / per_block, even = (channels + num_blocks - 1) / num_blocks;
   step->blocks.clear();
   for (int64_t first = 0; first < channels; first += even) step->blocks.push_back({first, std::min(even, channels - first)});
@@ -425,13 +430,13 @@ int Plan::allocate(const Net& net) {
     } else {
       layouts_[out].offset = place(size_of(out), now, std::max(last[out], now));
     }
-    if (!step.images.empty()) {
+    if (!step.images.empty() && step.groups == 1) {
       const int64_t size = net.shapes[static_cast<size_t>(step.in[0])].c * step.scratch.channel_stride + kAlign;
       step.scratch.offset = place(round_up(size, kAlign), now, now);
     }
     if (end > net.options.max_bytes / 4) return POMONA_BAD_SIZE;
   }
-  arena_.assign(static_cast<size_t>(end + kSlack), 0.0f);
+  arena_.resize(end + kSlack);
   return POMONA_OK;
 }
 

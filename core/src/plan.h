@@ -78,8 +78,6 @@ struct Block {
   int64_t first_channel, num_channels;
 };
 
-constexpr int64_t kCacheFloats = 1 << 17;  // half of a second-level cache of 1 MiB
-
 struct Step {
   int32_t op;
   size_t node;             // whose time it is
@@ -108,14 +106,33 @@ struct Step {
   std::vector<float> values;  // dense
   std::vector<int32_t> offsets;
   int64_t max_vectors = 1;
-  // Strided inputs are first copied, image by image: rows phase + stride * y, columns shift + stride * x.
+  // Strided inputs are first copied, image by image: rows first_row + stride * y, columns first_column + stride * x.
   struct Image {
     int64_t first_row, first_column;
   };
   std::vector<Image> images;
   int64_t image_rows = 0;
   Layout scratch;  // of one sample, all images of a channel one after the other
+  int64_t groups = 1;  // copied and done one after the other, in the memory of one
   const int32_t* mask = nullptr;
+};
+
+// Floats that begin with a cache line: a vector that lies across two of them takes two loads.
+class Lines {
+ public:
+  float* data() { return floats_.empty() ? nullptr : floats_.data() + skipped_; }
+  int64_t size() const { return size_; }
+  void resize(int64_t size) {  // contents are lost
+    floats_.assign(static_cast<size_t>(size) + kLine, 0.0f);
+    skipped_ = (kLine - reinterpret_cast<uintptr_t>(floats_.data()) / sizeof(float) % kLine) % kLine;
+    size_ = size;
+  }
+
+ private:
+  static constexpr size_t kLine = 16;
+  std::vector<float> floats_;
+  size_t skipped_ = 0;
+  int64_t size_ = 0;
 };
 
 class Plan {
@@ -125,7 +142,7 @@ class Plan {
 
   void run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads);
 
-  int64_t activation_bytes() const { return static_cast<int64_t>(arena_.size()) * 4; }
+  int64_t activation_bytes() const { return arena_.size() * 4; }
   int64_t weight_bytes() const;
 
  private:
@@ -141,7 +158,9 @@ class Plan {
   void run_step(const Net& net, const Step& step, int64_t n, Team& team);
   void run_layer(const Net& net, const Step& step, int64_t n, Team& team);
   void run_tiles(const Net& net, const Step& step, const float* x, int64_t first, int64_t positions, Team& team);
-  void copy_images(const Net& net, const Step& step, int64_t sample, Team& team);
+  void run_groups(const Net& net, const Step& step, int64_t sample, int64_t positions, Team& team);
+  Tile tile_of(const Step& step, const float* x, int64_t first, int64_t position);
+  void copy_images(const Net& net, const Step& step, int64_t sample, int64_t channel, float* to);
   void pool(const Net& net, const Step& step, int64_t channel, int64_t n, float* scratch);
   void copy_in(const Net& net, size_t input, const float* from, int64_t n, Team& team);
   void copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& team);
@@ -156,8 +175,8 @@ class Plan {
   std::vector<Layout> layouts_;  // of values
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;
-  std::vector<float> arena_;
-  std::vector<std::vector<float>> scratch_;  // of threads
+  Lines arena_;
+  std::vector<Lines> scratch_;  // of threads
 };
 
 template <typename F>

@@ -34,8 +34,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 float* Plan::scratch(int worker, int64_t floats) {
-  std::vector<float>& mine = scratch_[static_cast<size_t>(worker)];
-  if (static_cast<int64_t>(mine.size()) < floats) mine.resize(static_cast<size_t>(floats));
+  Lines& mine = scratch_[static_cast<size_t>(worker)];
+  if (mine.size() < floats) mine.resize(floats);
   return mine.data();
 }
 
@@ -103,43 +103,38 @@ void Plan::copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& t
   });
 }
 
-void Plan::copy_images(const Net& net, const Step& step, int64_t sample, Team& team) {
+// The images of one channel of one sample.
+void Plan::copy_images(const Net& net, const Step& step, int64_t sample, int64_t channel, float* to) {
   const pomona_node& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Layout& in = layouts_[static_cast<size_t>(step.in[0])];
-  const Layout& l = step.scratch;
-  const int64_t width = l.row_stride, stride = a.stride[1];
-  team.each(x.c, [&](int64_t c, int) {
-    const float* const from = at(step.in[0], c) + sample * in.sample_stride();
-    float* to = arena_.data() + l.offset + c * l.channel_stride;
-    for (const Step::Image& image : step.images) {
-      // Columns first_column + stride * i of the input, where it has them.
-      const int64_t begin = image.first_column < 0 ? std::min(width, divide_up(-image.first_column, stride)) : 0;
-      const int64_t there = x.w - 1 - image.first_column;
-      const int64_t end = there < 0 ? begin : std::max(begin, std::min(width, there / stride + 1));
-      for (int64_t y = 0; y < step.image_rows; ++y, to += width) {
-        const int64_t row = image.first_row + y * a.stride[0];
-        if (row < 0 || row >= x.h) {
-          clear(to, width);
-          continue;
-        }
-        const float* const line = from + row * in.row_stride + image.first_column;
-        clear(to, begin);
-        if (stride == 1) copy(line + begin, to + begin, end - begin);
-        else if (stride == 2)
-          for (int64_t i = begin; i < end; ++i) to[i] = line[2 * i];
-        else
-          for (int64_t i = begin; i < end; ++i) to[i] = line[stride * i];
-        clear(to + end, width - end);
+  const int64_t width = step.scratch.row_stride, stride = a.stride[1];
+  const float* const from = at(step.in[0], channel) + sample * in.sample_stride();
+  for (const Step::Image& image : step.images) {
+    // Columns first_column + stride * i of the input, where it has them.
+    const int64_t begin = image.first_column < 0 ? std::min(width, divide_up(-image.first_column, stride)) : 0;
+    const int64_t there = x.w - 1 - image.first_column;
+    const int64_t end = there < 0 ? begin : std::max(begin, std::min(width, there / stride + 1));
+    for (int64_t y = 0; y < step.image_rows; ++y, to += width) {
+      const int64_t row = image.first_row + y * a.stride[0];
+      if (row < 0 || row >= x.h) {
+        clear(to, width);
+        continue;
       }
+      const float* const line = from + row * in.row_stride + image.first_column + stride * begin;
+      clear(to, begin);
+      if (stride == 1) copy(line, to + begin, end - begin);
+      else if (stride == 2) net.kernels->every_second(line, to + begin, end - begin);
+      else
+        for (int64_t i = begin; i < end; ++i) to[i] = line[stride * (i - begin)];
+      clear(to + end, width - end);
     }
-  });
+  }
 }
 
 // Positions [first, first + positions) of all rows of a layer; x is what lies at the first of them in channel 0.
 void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t first, int64_t positions, Team& team) {
   const NetKernels& kernels = *net.kernels;
-  const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const int64_t lanes = kernels.lanes, vectors = divide_up(positions, lanes);
   const int64_t num_tiles = divide_up(vectors, step.max_vectors);
   const int64_t channel_stride = step.images.empty() ? layouts_[static_cast<size_t>(step.in[0])].channel_stride : step.scratch.channel_stride;
@@ -154,24 +149,14 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t f
     const int64_t begin = vectors * index / num_tiles, end = vectors * (index + 1) / num_tiles;
     const int num = static_cast<int>(end - begin);
     const int64_t position = begin * lanes;
-    Tile tile{};
-    tile.x = x + position;
-    tile.out = at(step.out) + first + position;
-    tile.row_stride = out.channel_stride;
+    Tile tile = tile_of(step, x, first, position);
     tile.first_row = static_cast<int32_t>(chunk * rows_each);
     tile.last_row = static_cast<int32_t>(std::min(step.num_rows, (chunk + 1) * rows_each));
-    tile.epilogue.bias = step.bias;
-    tile.epilogue.residual = step.residual < 0 ? nullptr : at(step.residual) + first + position;
-    tile.epilogue.mask = step.mask == nullptr ? nullptr : step.mask + first + position;
-    tile.epilogue.act = step.act;
-    tile.epilogue.low = step.low;
-    tile.epilogue.high = step.high;
     if (step.is_dense) {
       kernels.dense(tile, step.values.data(), step.offsets.data(), static_cast<int64_t>(step.offsets.size()), num);
       return;
     }
     if (step.panel_width == 0) {
-      tile.is_first = tile.is_last = true;
       kernels.sparse(tile, step.entries.data(), step.starts.data(), num);
       return;
     }
@@ -199,22 +184,19 @@ void Plan::run_layer(const Net& net, const Step& step, int64_t n, Team& team) {
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const Shape& shape = net.shapes[static_cast<size_t>(step.out)];
   const float* const x = step.images.empty() ? at(step.in[0]) : arena_.data() + step.scratch.offset;
+  const auto copy_all = [&](int64_t sample) {
+    team.each(net.shapes[static_cast<size_t>(step.in[0])].c, [&](int64_t c, int) {
+      copy_images(net, step, sample, c, arena_.data() + step.scratch.offset + c * step.scratch.channel_stride);
+    });
+  };
   if (step.is_vector) {
-    if (!step.images.empty()) copy_images(net, step, 0, team);
+    if (!step.images.empty()) copy_all(0);
     const int64_t num_chunks = team.size() == 1 ? 1 : std::min<int64_t>(team.size() * kTasksEach, divide_up(step.num_rows, 64));
     const int64_t rows_each = divide_up(step.num_rows, num_chunks);
     team.each(num_chunks, [&](int64_t chunk, int) {
-      Tile tile{};
-      tile.x = x;
-      tile.out = at(step.out);
-      tile.row_stride = out.channel_stride;
+      Tile tile = tile_of(step, x, 0, 0);
       tile.first_row = static_cast<int32_t>(std::min(step.num_rows, chunk * rows_each));
       tile.last_row = static_cast<int32_t>(std::min(step.num_rows, (chunk + 1) * rows_each));
-      tile.epilogue.bias = step.bias;
-      tile.epilogue.residual = step.residual < 0 ? nullptr : at(step.residual);
-      tile.epilogue.act = step.act;
-      tile.epilogue.low = step.low;
-      tile.epilogue.high = step.high;
       if (step.is_dense) net.kernels->dense_vector(tile, step.values.data(), static_cast<int64_t>(step.offsets.size()));
       else net.kernels->sparse_vector(tile, step.entries.data(), step.starts.data());
     });
@@ -235,13 +217,49 @@ void Plan::run_layer(const Net& net, const Step& step, int64_t n, Team& team) {
   }
   if (step.images.empty()) return run_tiles(net, step, x, 0, (n - 1) * out.sample_stride() + image, team);
   for (int64_t sample = 0; sample < n; ++sample) {
-    copy_images(net, step, sample, team);
+    if (step.groups > 1) {
+      run_groups(net, step, sample, image, team);
+      continue;
+    }
+    copy_all(sample);
     run_tiles(net, step, x, sample * out.sample_stride(), image, team);
   }
 }
 
-// First down the rows, a whole line at a time, then along the line.
-void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, float* line) {
+// Group by group, each with the images of its own channels only.
+void Plan::run_groups(const Net& net, const Step& step, int64_t sample, int64_t positions, Team& team) {
+  const int64_t channels = net.shapes[static_cast<size_t>(step.in[0])].c / step.groups, rows = step.num_rows / step.groups;
+  const int64_t lanes = net.kernels->lanes, vectors = divide_up(positions, lanes), first = sample * layouts_[static_cast<size_t>(step.out)].sample_stride();
+  team.each(step.groups, [&](int64_t group, int worker) {
+    float* const images = scratch(worker, channels * step.scratch.channel_stride + kMaxTile);
+    for (int64_t c = 0; c < channels; ++c) copy_images(net, step, sample, group * channels + c, images + c * step.scratch.channel_stride);
+    for (int64_t begin = 0; begin < vectors; begin += step.max_vectors) {
+      Tile tile = tile_of(step, images, first, begin * lanes);
+      tile.first_row = static_cast<int32_t>(group * rows);
+      tile.last_row = static_cast<int32_t>((group + 1) * rows);
+      net.kernels->sparse(tile, step.entries.data(), step.starts.data(), static_cast<int>(std::min(step.max_vectors, vectors - begin)));
+    }
+  });
+}
+
+// A tile at a position of all that is done together, all rows in one block.
+Tile Plan::tile_of(const Step& step, const float* x, int64_t first, int64_t position) {
+  Tile tile{};
+  tile.x = x + position;
+  tile.out = at(step.out) + first + position;
+  tile.row_stride = layouts_[static_cast<size_t>(step.out)].channel_stride;
+  tile.epilogue.bias = step.bias;
+  tile.epilogue.residual = step.residual < 0 ? nullptr : at(step.residual) + first + position;
+  tile.epilogue.mask = step.mask == nullptr ? nullptr : step.mask + first + position;
+  tile.epilogue.act = step.act;
+  tile.epilogue.low = step.low;
+  tile.epilogue.high = step.high;
+  tile.is_first = tile.is_last = true;
+  return tile;
+}
+
+// First down the rows, a whole line at a time, then along the line at every place, of which every stride-th counts.
+void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, float* scratch) {
   const pomona_node& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Shape& y = net.shapes[static_cast<size_t>(step.out)];
@@ -249,31 +267,48 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const NetKernels& kernels = *net.kernels;
   const bool is_max = step.op == POMONA_MAX_POOL, counts_padding = (a.flags & POMONA_COUNT_PADDING) != 0;
+  const int64_t left = a.padding[1], stride = a.stride[1];
+  const int64_t places = (y.w - 1) * stride + 1, width = std::max(left + x.w, places + a.kernel[1] - 1);
+  // In whole vectors: what is read beyond a row ends in the right border, which is then made anew.
+  const auto whole = [&](int64_t num) { return divide_up(num, kernels.lanes) * kernels.lanes; };
+  const float border = is_max ? -std::numeric_limits<float>::infinity() : 0.0f;
+  float* const line = scratch;
+  float* const along = line + width + kMaxLanes;
+  float* const picked = along + 2 * (places + kMaxLanes);
+  float* const inverse = picked + y.w + kMaxLanes;
+  std::fill(line, line + left, border);
+  // How many columns of each window count.
+  for (int64_t j = 0; j < y.w; ++j) {
+    const int64_t begin = j * stride - left, end = begin + a.kernel[1];
+    const int64_t num = counts_padding ? std::min(x.w + left, end) - begin : std::min(x.w, end) - std::max<int64_t>(0, begin);
+    inverse[j] = 1.0f / static_cast<float>(num);
+  }
   for (int64_t sample = 0; sample < n; ++sample) {
     const float* const from = at(step.in[0], channel) + sample * in.sample_stride();
     float* const to = at(step.out, channel) + sample * out.sample_stride();
     for (int64_t i = 0; i < y.h; ++i) {
-      const int64_t top = i * a.stride[0] - a.padding[0];
-      const int64_t first = std::max<int64_t>(0, top), last = std::min(x.h, top + a.kernel[0]);
-      copy(from + first * in.row_stride, line, x.w);
+      const int64_t top = i * a.stride[0] - a.padding[0], bottom = top + a.kernel[0];
+      const int64_t first = std::max<int64_t>(0, top), last = std::min(x.h, bottom);
+      kernels.copy(from + first * in.row_stride, line + left, x.w);
       for (int64_t row = first + 1; row < last; ++row) {
-        if (is_max) kernels.maximum(from + row * in.row_stride, line, x.w);
-        else kernels.add(from + row * in.row_stride, line, line, x.w);
+        if (is_max) kernels.maximum(from + row * in.row_stride, line + left, whole(x.w));
+        else kernels.add(from + row * in.row_stride, line + left, line + left, whole(x.w));
       }
-      // With padding counted, windows end at the padding's end all the same.
-      const int64_t height = std::min(x.h + a.padding[0], top + a.kernel[0]) - top;
-      for (int64_t j = 0; j < y.w; ++j) {
-        const int64_t left = j * a.stride[1] - a.padding[1];
-        const int64_t begin = std::max<int64_t>(0, left), end = std::min(x.w, left + a.kernel[1]);
-        float value = line[begin];
-        if (is_max) {
-          for (int64_t k = begin + 1; k < end; ++k) value = line[k] > value || line[k] != line[k] ? line[k] : value;
-        } else {
-          for (int64_t k = begin + 1; k < end; ++k) value += line[k];
-          const int64_t width = std::min(x.w + a.padding[1], left + a.kernel[1]) - left;
-          value /= static_cast<float>(counts_padding ? height * width : (last - first) * (end - begin));
-        }
-        to[i * out.row_stride + j] = value;
+      std::fill(line + left + x.w, line + width, border);
+      kernels.copy(line, along, places);
+      for (int64_t k = 1; k < a.kernel[1]; ++k) {
+        if (is_max) kernels.maximum(line + k, along, whole(places));
+        else kernels.add(line + k, along, along, whole(places));
+      }
+      float* const result = to + i * out.row_stride;
+      if (stride == 2) kernels.every_second(along, picked, y.w);
+      if (stride <= 2) copy(stride == 1 ? along : picked, result, y.w);
+      else
+        for (int64_t j = 0; j < y.w; ++j) result[j] = along[stride * j];
+      if (!is_max) {
+        const int64_t rows = counts_padding ? std::min(x.h + a.padding[0], bottom) - top : last - first;
+        const float factor = 1.0f / static_cast<float>(rows);
+        for (int64_t j = 0; j < y.w; ++j) result[j] *= factor * inverse[j];
       }
     }
   }
@@ -348,27 +383,34 @@ void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
     }
     case POMONA_MAX_POOL:
     case POMONA_AVG_POOL:
-      return team.each(y.c, [&](int64_t c, int worker) { pool(net, step, c, n, scratch(worker, x.w)); });
+      return team.each(y.c, [&](int64_t c, int worker) {
+        const int64_t floats = x.w + a.padding[1] + 4 * (y.w * a.stride[1] + a.kernel[1]) + 8 * kMaxLanes;
+        pool(net, step, c, n, scratch(worker, floats));
+      });
     case POMONA_MEAN:
       return channels([&](int64_t c) {
         for (int64_t sample = 0; sample < n; ++sample) {
-          float sum = 0.0f;
-          for (int64_t row = 0; row < x.h; ++row)
-            sum += kernels.sum(at(step.in[0], c) + sample * in.sample_stride() + row * in.row_stride, x.w);
+          // What lies between the rows is zero.
+          const float sum = kernels.sum(at(step.in[0], c) + sample * in.sample_stride(), (x.h - 1) * in.row_stride + x.w);
           at(step.out, c)[sample * out.sample_stride()] = sum / static_cast<float>(x.h * x.w);
         }
         clear_border(net, step.out, c, n);
       });
     case POMONA_FLATTEN:
       return team.each(x.c, [&](int64_t c, int) {
-        for (int64_t row = 0; row < x.h; ++row)
-          for (int64_t column = 0; column < x.w; ++column) {
-            const int64_t feature = (c * x.h + row) * x.w + column;
-            for (int64_t sample = 0; sample < n; ++sample)
-              at(step.out, feature)[sample * out.sample_stride()] =
-                  at(step.in[0], c)[sample * in.sample_stride() + row * in.row_stride + column];
-            clear_border(net, step.out, feature, n);
+        for (int64_t row = 0; row < x.h; ++row) {
+          const float* const from = at(step.in[0], c) + row * in.row_stride;
+          float* const to = at(step.out, (c * x.h + row) * x.w);
+          if (n == 1 && out.channel_stride == 1) {
+            copy(from, to, x.w);
+            continue;
           }
+          for (int64_t column = 0; column < x.w; ++column)
+            for (int64_t sample = 0; sample < n; ++sample)
+              to[column * out.channel_stride + sample * out.sample_stride()] = from[sample * in.sample_stride() + column];
+          if (out.is_padded(y))
+            for (int64_t column = 0; column < x.w; ++column) clear_border(net, step.out, (c * x.h + row) * x.w + column, n);
+        }
       });
     case POMONA_CONCAT: {
       int64_t first = 0;
@@ -385,7 +427,6 @@ void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
     }
     default: return;
   }
-  (void)a;
 }
 
 void Plan::run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads) {

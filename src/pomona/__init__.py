@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pomona.progressive import Candidate, progressive
     from pomona.pruner import Pruner
     from pomona.report import LayerReport, Report, report
+    from pomona.runtime.compile import compile
     from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
     from pomona.scope import Scope
     from pomona.score import magnitude, saliency
@@ -44,6 +45,7 @@ _NAMES_IN = {
     "progressive": ("Candidate", "progressive"),
     "pruner": ("Pruner",),
     "report": ("LayerReport", "Report", "report"),
+    "runtime.compile": ("compile",),
     "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
     "scope": ("Scope",),
     "score": ("magnitude", "saliency"),
@@ -76,6 +78,7 @@ __all__ = [
     "Scope",
     "Weight",
     "WeightMom",
+    "compile",
     "export",
     "global_top_k",
     "hold",

@@ -18,6 +18,7 @@ _EXTRAS = {
     "zoo": ("matplotlib", "mlxtend"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "shrink": ("torch-pruning",),
+    "bench": ("onnx", "onnxruntime", "openvino"),
 }
 
 

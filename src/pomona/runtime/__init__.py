@@ -41,7 +41,7 @@ def load(file: str | os.PathLike[str] | File, *, threads: int = 1, max_bytes: in
         file: a path, or what :func:`pomona.container.read` gave.
         threads: how many the network may use.
         max_bytes: the most that its tensors may take as dense ones, and the most for what is made of them and for
-            activations. Default: those of :func:`pomona.container.read` and of :class:`Engine`.
+            activations. Default: that of :func:`pomona.container.read`, and 16 GiB.
 
     Raises:
         FormatError: it is not such a file, or damaged; a ValueError.
@@ -83,15 +83,15 @@ class Network:
         max_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        graph.shapes(tensors, max_bytes=max_bytes or MAX_BYTES)
+        limit = MAX_BYTES if max_bytes is None else max_bytes
+        graph.shapes(tensors, max_bytes=limit)
         self.graph, self.tensors = fold(graph, tensors)
         self.metadata = dict(metadata or {})
         self.threads = threads
         self.is_compiled = library.is_available()
         self._execute: Callable[..., list[NDArray[np.float32]]]
         if self.is_compiled:
-            limit = {} if max_bytes is None else {"max_bytes": max_bytes}
-            self._execute = Engine(self.graph, self.tensors, threads=threads, **limit)
+            self._execute = Engine(self.graph, self.tensors, threads=threads, max_bytes=limit)
         else:
             self._execute = partial(reference.run, self.graph, self.tensors)
 
