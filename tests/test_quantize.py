@@ -57,15 +57,14 @@ def test_other_words_are_refused(text: str, reason: str) -> None:
 
 @fast
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=10), st.integers(2, 4))
-def test_k_means_is_near_the_best_partition(numbers: list[int], count: int) -> None:
+def test_k_means_of_few_numbers_is_the_best_partition(numbers: list[int], count: int) -> None:
     """Of sorted numbers the best clusters are intervals: all of them are tried."""
     values = np.sort(np.array(numbers, np.float32))
     found = k_means(values, count)
     assert len(found) <= count and (np.diff(found) > 0).all()
     cuts = itertools.combinations(range(1, len(values)), min(count, len(values)) - 1)
     best = min(error(values, np.array([part.mean() for part in np.split(values, cut)])) for cut in cuts)
-    spread = error(values, np.array([values.mean()]))
-    assert error(values, found) <= best + 0.35 * spread  # a local optimum; nearer for many numbers, see below
+    assert error(values, found) <= best * (1 + 1e-6) + 1e-9  # means are of float32
 
 
 def test_k_means_of_a_normal_distribution_is_that_of_lloyd_and_max() -> None:
