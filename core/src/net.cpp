@@ -15,6 +15,7 @@ constexpr int64_t kMostSamples = 64;
 constexpr int64_t kInCache = 1 << 20;       // floats of the largest value of all samples, 4 MiB; or
 constexpr int64_t kTogether = 14 << 18;     // 14 MiB, where what is read is used
 constexpr int64_t kIntensity = 50;          // times
+constexpr int64_t kMacsEach = 1 << 19;      // for which a further thread pays
 constexpr size_t kNear = 12;                // nodes
 constexpr int32_t kMostNodes = 1 << 20;
 constexpr int64_t kMostElements = int64_t{1} << 31;
@@ -218,11 +219,12 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   int64_t of_features = 0, all = 0;
   for (size_t i = 0; i < net->nodes.size(); ++i) {
     const Shape& shape = net->shapes[static_cast<size_t>(net->value_of(i))];
-    const int64_t macs = net->macs(net->nodes[i], shape, false);
+    const int64_t macs = net->macs_of(net->nodes[i], shape, false);
     if (shape.h * shape.w == 1) of_features += macs;
     all += macs;
     net->largest = std::max(net->largest, shape.size());
   }
+  net->macs = all;
   net->is_of_features = 10 * of_features >= all;
   return POMONA_OK;
 }
@@ -253,7 +255,7 @@ size_t find_split(const Net& net, int64_t samples) {
   int64_t macs = 0, floats = 0;
   for (size_t i = first; i < num; ++i) {
     const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
-    macs += net.macs(net.nodes[i], shape, false);
+    macs += net.macs_of(net.nodes[i], shape, false);
     floats += net.nodes[i].attributes.op == POMONA_CONV ? shape.size() : 0;
   }
   if (macs < kIntensity * floats) first = first_within(net, samples, kInCache);
@@ -360,7 +362,7 @@ const float* Net::bias(const Node& node) const {
   return node.attributes.bias < 0 ? nullptr : matrices[static_cast<size_t>(node.attributes.bias)].values.data();
 }
 
-int64_t Net::macs(const Node& node, const Shape& out, bool with_zeros) const {
+int64_t Net::macs_of(const Node& node, const Shape& out, bool with_zeros) const {
   if (!is_layer(node.attributes.op)) return 0;
   const Matrix& matrix = *weight(node);
   return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero()) * out.h * out.w;
@@ -428,7 +430,8 @@ int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs
       parts.emplace_back(first, route);
       first += samples;
     }
-    pomona::with_team(num_threads, [&](pomona::Team& team) {
+    const int64_t most = 1 + net.macs * batch / pomona::kMacsEach;
+    pomona::with_team(static_cast<int>(std::min<int64_t>(num_threads, most)), [&](pomona::Team& team) {
       for (size_t i = 0; i < parts.size(); ++i) {
         const int64_t end = i + 1 < parts.size() ? parts[i + 1].first : batch;
         pomona::run_route(net, *parts[i].second, parts[i].first, end - parts[i].first, inputs, outputs, team);
@@ -466,8 +469,8 @@ int pomona_net_about(const pomona_net* handle, pomona_net_info* info) {
   }
   for (size_t i = 0; i < net.nodes.size(); ++i) {
     const pomona::Shape& out = net.shapes[static_cast<size_t>(net.value_of(i))];
-    info->macs += net.macs(net.nodes[i], out, false);
-    info->dense_macs += net.macs(net.nodes[i], out, true);
+    info->macs += net.macs_of(net.nodes[i], out, false);
+    info->dense_macs += net.macs_of(net.nodes[i], out, true);
   }
   return POMONA_OK;
 }

@@ -62,6 +62,7 @@ struct Net {
   std::map<int64_t, Route> routes;  // by the number of samples
   bool is_of_features = false;  // layers of one position do a good part of the work
   int64_t largest = 1;          // value
+  int64_t macs = 0;             // of one sample
   std::vector<double> seconds;
   bool profile = false;
 
@@ -69,7 +70,7 @@ struct Net {
   int32_t value_of(size_t node) const { return static_cast<int32_t>(inputs.size() + node); }
   const Matrix* weight(const Node& node) const;
   const float* bias(const Node& node) const;
-  int64_t macs(const Node& node, const Shape& out, bool with_zeros) const;
+  int64_t macs_of(const Node& node, const Shape& out, bool with_zeros) const;
 };
 
 // Where the numbers of a value are: element (channel, y, x, sample) is at

@@ -58,7 +58,7 @@ void Plan::copy_in(const Net& net, int32_t value, const float* from, int64_t n, 
   const Layout& l = layouts_[static_cast<size_t>(value)];
   constexpr int64_t kSquare = 32;
   if (s.rank == 3) {
-    team.each(s.c, [&](int64_t c, int) {
+    each_of(team, s.c, s.h * s.w * samples_, [&](int64_t c, int) {
       for (int64_t y = 0; y < s.h; ++y) {
         float* const to = at(value, c) + y * l.row_stride;
         if (samples_ == 1) {
@@ -95,7 +95,7 @@ void Plan::copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& t
   const Layout& l = layouts_[static_cast<size_t>(value)];
   constexpr int64_t kSquare = 32;
   if (s.rank == 3) {
-    team.each(s.c, [&](int64_t c, int) {
+    each_of(team, s.c, s.h * s.w * samples_, [&](int64_t c, int) {
       for (int64_t y = 0; y < s.h; ++y) {
         const float* const from = at(value, c) + y * l.row_stride;
         if (samples_ == 1) {
@@ -204,7 +204,7 @@ void Plan::run_layer(const Net& net, const Step& step, Team& team) {
   const bool has_images = !step.images.empty();
   const float* const x = has_images ? arena_.data() + step.scratch.offset : at(step.in[0]);
   if (has_images && step.groups == 1)
-    team.each(net.shapes[static_cast<size_t>(step.in[0])].c, [&](int64_t c, int) {
+    each_of(team, net.shapes[static_cast<size_t>(step.in[0])].c, step.scratch.positions(), [&](int64_t c, int) {
       copy_images(net, step, c, arena_.data() + step.scratch.offset + c * step.scratch.channel_stride);
     });
   if (step.is_vector) {
@@ -236,7 +236,7 @@ void Plan::run_layer(const Net& net, const Step& step, Team& team) {
 void Plan::run_groups(const Net& net, const Step& step, int64_t positions, Team& team) {
   const int64_t channels = net.shapes[static_cast<size_t>(step.in[0])].c / step.groups, rows = step.num_rows / step.groups;
   const int64_t lanes = net.kernels->lanes, vectors = divide_up(positions, lanes);
-  team.each(step.groups, [&](int64_t group, int worker) {
+  each_of(team, step.groups, channels * step.scratch.positions(), [&](int64_t group, int worker) {
     float* const images = scratch(worker, channels * step.scratch.channel_stride + kMaxTile);
     for (int64_t c = 0; c < channels; ++c) copy_images(net, step, group * channels + c, images + c * step.scratch.channel_stride);
     for (int64_t begin = 0; begin < vectors; begin += step.max_vectors) {
@@ -329,7 +329,7 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const int64_t width = y.w * samples_, positions = (y.h - 1) * out.row_stride + width;
   const auto channels = [&](auto&& f) {
-    team.each(y.c, [&](int64_t c, int) {
+    each_of(team, y.c, positions, [&](int64_t c, int) {
       f(c);
       if (!step.shares) clear_border(net, step.out, c);
     });
@@ -376,7 +376,7 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
     }
     case POMONA_MAX_POOL:
     case POMONA_AVG_POOL:
-      return team.each(y.c, [&](int64_t c, int worker) {
+      return each_of(team, y.c, x.h * x.w * samples_, [&](int64_t c, int worker) {
         const int64_t columns = x.w + 2 * a.padding[1] + 4 * (y.w * a.stride[1] + a.kernel[1]);
         pool(net, step, c, scratch(worker, columns * samples_ + 8 * kMaxLanes));
       });
@@ -395,7 +395,7 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
         kernels.scale(to, factor, 0.0f, to, samples_);
       });
     case POMONA_FLATTEN:
-      return team.each(x.c, [&](int64_t c, int) {
+      return each_of(team, x.c, x.h * x.w * samples_, [&](int64_t c, int) {
         for (int64_t row = 0; row < x.h; ++row) {
           const float* const from = at(step.in[0], c) + row * in.row_stride;
           const int64_t first = (c * x.h + row) * x.w;
@@ -414,7 +414,7 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
       for (const int32_t value : step.in) {
         const int64_t num = net.shapes[static_cast<size_t>(value)].c;
         // Values of one height and width are laid out alike, zeros included.
-        team.each(num, [&](int64_t c, int) { copy(at(value, c) - out.lead, at(step.out, first + c) - out.lead, out.channel_stride); });
+        each_of(team, num, out.channel_stride, [&](int64_t c, int) { copy(at(value, c) - out.lead, at(step.out, first + c) - out.lead, out.channel_stride); });
         first += num;
       }
       return;
