@@ -1,11 +1,11 @@
 """How small: bits for each weight that is left, against the entropy limit and what else there is.
 
-    python bench/size.py [--nets resnet-56 resnet-50] [--runs DIR ...]
+    python bench/size.py [--nets lenet-5 resnet-56 resnet-50] [--runs DIR ...]
 
 Random masks, which are the worst case for positions, and masks of the largest weights of the whole network, drawn from
 each layer's usual initialisation. ``--runs`` adds the networks of finished runs, with accuracy before and after
 quantisation, on the data of $POMONA_DATA. zstd needs the package zstandard; without it its columns are empty. Prints
-tables and writes bench/results/size.json.
+tables and writes bench/results/size.json, in which other networks and runs are kept as they are.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ Weights = dict[str, np.ndarray]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--nets", nargs="+", default=["lenet-5", "resnet-56", "resnet-50"], choices=[*MODELS, "resnet-50"]
-    )
+    parser.add_argument("--nets", nargs="*", default=[], choices=[*MODELS, "resnet-50"])
     parser.add_argument("--runs", nargs="*", type=Path, default=[])
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "rows": [], "matrix": list(matrices()), "runs": []}
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "runs": []}
+    found["rows"] = [row for row in found["rows"] if row["net"] not in options.nets]
+    found["runs"] = [row for row in found["runs"] if row["run"] not in [folder.name for folder in options.runs]]
+    found |= {"machine": machine(), "matrix": list(matrices())}
     for net in options.nets:
         torch.manual_seed(0)
         model = resnet50() if net == "resnet-50" else build_model(net, seed=0)
@@ -202,19 +203,12 @@ def trained(folder: Path) -> Iterator[dict[str, Any]]:
     kept = pomona.report(model).nonzero
     for name, network in (("as trained", model), ("shrunk", smaller)):
         for how in (None, *HOWS):
-            for has_graph in (False, True):
-                with tempfile.TemporaryDirectory() as place:
-                    told = pomona.export(
-                        network,
-                        Path(place) / "x.pomona.safetensors",
-                        quantize=how,
-                        evaluate=(lambda n=network: evaluate(n, data).accuracy) if how else None,
-                        example=example if has_graph else None,
-                    )
-                    size = told.num_bytes
-                    (header,) = struct.unpack("<Q", told.path.read_bytes()[:8])
-                if not has_graph:
-                    alone, alone_header = size, header
+            measured = (lambda n=network: evaluate(n, data).accuracy) if how else None
+            with tempfile.TemporaryDirectory() as place:
+                path = Path(place) / "x.pomona.safetensors"
+                with_graph = pomona.export(network, path, quantize=how, example=example).num_bytes
+                told = pomona.export(network, path, quantize=how, evaluate=measured)
+                (header,) = struct.unpack("<Q", path.read_bytes()[:8])
             dense = sum(p.numel() for p in model.parameters()) * 4
             yield {
                 "run": folder.name,
@@ -223,10 +217,10 @@ def trained(folder: Path) -> Iterator[dict[str, Any]]:
                 "weights": kept,
                 "network": name,
                 "values": how or "fp32",
-                "bytes": alone,
-                "of these header": alone_header,
-                "with graph": size,
-                "times smaller": round(dense / alone, 1),
+                "bytes": told.num_bytes,
+                "of these header": header,
+                "with graph": with_graph,
+                "times smaller": round(dense / told.num_bytes, 1),
                 "accuracy": evaluate(network, data).accuracy if how is None else told.accuracy_before,
                 "after": told.accuracy_after,
             }
