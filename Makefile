@@ -7,7 +7,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow bench web sanitize format clean
+.PHONY: demo test test-slow bench fuzz web sanitize format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
@@ -26,6 +26,10 @@ test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kill
 
 bench: $(VENV)/.test  ## half an hour on a quiet machine: what pruning costs, into bench/results/speed
 	for what in step cut growth scale memory; do $(VENV)/bin/python bench/speed.py $$what || exit 1; done
+
+fuzz: $(VENV)/.test  ## minutes: 100,000 damaged and hostile files, and as many graphs; make fuzz FUZZ="--seed 1 --cases 1000000"
+	$(RUN) tests.fuzz_container $(FUZZ)
+	$(RUN) tests.fuzz_graph $(FUZZ)
 
 web:  ## the core for browsers, web/pomona.wasm: after a change of the core; needs clang and lld
 	$(PYTHON) web/build.py

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import pomona
+from nets import resnet50
 from pomona import core
 from pomona.distributed import Ranks, Shard
 from pomona.methods import METHODS
@@ -83,42 +84,6 @@ def show(cells: list[object], *, head: bool = False) -> None:
 
 
 # Networks
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (which strides), 1x1, beside a shortcut (arXiv 1512.03385)."""
-
-    def __init__(self, width: int, planes: int, stride: int) -> None:
-        super().__init__()
-        sizes = [(width, planes, 1, 1), (planes, planes, 3, stride), (planes, 4 * planes, 1, 1)]
-        layers: list[nn.Module] = []
-        for num_in, num_out, size, step in sizes:
-            layers += [
-                nn.Conv2d(num_in, num_out, size, step, size // 2, bias=False),
-                nn.BatchNorm2d(num_out),
-                nn.ReLU(),
-            ]
-        self.body = nn.Sequential(*layers[:-1])
-        self.shortcut = nn.Sequential()
-        if stride != 1 or width != 4 * planes:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width, 4 * planes, 1, stride, bias=False), nn.BatchNorm2d(4 * planes)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def resnet50() -> nn.Module:
-    """25.5 million weights, for images of 224 x 224."""
-    blocks: list[nn.Module] = []
-    width = 64
-    for planes, num, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        for i in range(num):
-            blocks.append(Bottleneck(width, planes, stride if i == 0 else 1))
-            width = 4 * planes
-    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
 
 def gpt2() -> nn.Module:

@@ -9,7 +9,7 @@ One line beside any ``torch.optim`` optimizer, one global budget, exact zeros at
 Five questions, five nouns: WHAT is pruned (:class:`Scope`), HOW a weight is ranked (a score), HOW MUCH and WHERE (a
 budget), WHEN (a :class:`Schedule`), and HOW weights move (a :class:`Method`).
 
-Names are imported when they are first used, so that what needs no torch (``pomona.runtime``) works without it.
+Names are imported when they are first used, so that what needs no torch works without it: ``pomona.runtime``.
 """
 
 import importlib
@@ -18,14 +18,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pomona import runtime
     from pomona.budget import global_top_k
     from pomona.diagnosis import Diagnosis
+    from pomona.export import Exported, FormatError, export, load, shrink
     from pomona.harden import hold
     from pomona.method import Method, Weight
     from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
     from pomona.progressive import Candidate, progressive
     from pomona.pruner import Pruner
     from pomona.report import LayerReport, Report, report
+    from pomona.runtime.compile import compile
     from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
     from pomona.scope import Scope
     from pomona.score import magnitude, saliency
@@ -35,12 +38,14 @@ __version__ = "0.1.0"
 _NAMES_IN = {
     "budget": ("global_top_k",),
     "diagnosis": ("Diagnosis",),
+    "export": ("Exported", "FormatError", "export", "load", "shrink"),
     "harden": ("hold",),
     "method": ("Method", "Weight"),
     "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Magnitude", "RigL", "WeightMom"),
     "progressive": ("Candidate", "progressive"),
     "pruner": ("Pruner",),
     "report": ("LayerReport", "Report", "report"),
+    "runtime.compile": ("compile",),
     "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
     "scope": ("Scope",),
     "score": ("magnitude", "saliency"),
@@ -59,6 +64,8 @@ __all__ = [
     "Cubic",
     "Diagnosis",
     "Every",
+    "Exported",
+    "FormatError",
     "Geometric",
     "LayerReport",
     "Linear",
@@ -71,16 +78,23 @@ __all__ = [
     "Scope",
     "Weight",
     "WeightMom",
+    "compile",
+    "export",
     "global_top_k",
     "hold",
+    "load",
     "magnitude",
     "progressive",
     "report",
+    "runtime",
     "saliency",
+    "shrink",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "runtime":
+        return importlib.import_module("pomona.runtime")
     if name not in _PLACE_OF:
         raise AttributeError(f"module 'pomona' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"pomona.{_PLACE_OF[name]}"), name)

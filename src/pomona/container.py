@@ -144,13 +144,7 @@ def write(
         ValueError: a tensor, name or key cannot be stored; says which.
     """
     data = pack(tensors, metadata, graph)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    safetensors.write(path, data)
     return len(data)
 
 
@@ -167,34 +161,59 @@ def pack(
     for name, stored in tensors.items():
         if own.setdefault(id(stored), name) == name:
             _check_stored(name, stored)
-            parts[name] = _smaller(stored)
-    books = _books(parts.values())
-    low_bits, highs = _split_gaps([p.value for p in parts.values() if isinstance(p.value, Sparse)])
-
-    widths = iter(low_bits)
-    lines = []
-    for name, stored in tensors.items():
-        first = own[id(stored)]
-        if first == name:
-            lines.append(_line(name, parts[name], books, widths))
-        else:
-            lines.append(f"{_quote(name)}={_quote(first)}")
+            parts[name] = stored
+    ties = {name: own[id(stored)] for name, stored in tensors.items()}
+    graph_text = b""
     if graph is not None:
         graph_text = json.dumps(graph, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
         metadata["graph"] = str(len(graph_text))
+
+    chosen = {name: _smaller(stored) for name, stored in parts.items()}
+    best = _pack(chosen, ties, metadata, graph_text)
+    if sum(_elements(stored).size for stored in chosen.values()) > _SMALL:
+        return best
+    for name, stored in parts.items():  # in a small file tensors share code tables: try each the other way
+        other = {**chosen, name: _the_other_way(chosen[name], stored)}
+        data = _pack(other, ties, metadata, graph_text)
+        if len(data) < len(best):
+            chosen, best = other, data
+    return best
+
+
+_SMALL = 1 << 14
+"""Of so few elements or bytes more ways are tried."""
+
+
+def _pack(parts: dict[str, Stored], ties: dict[str, str], metadata: dict[str, str], graph: bytes) -> bytes:
+    """The file, of tensors that are as they will be stored; `ties` has the first name for each."""
+    sparse = [part.value for part in parts.values() if isinstance(part.value, Sparse)]
+    books = _books(parts.values())
+    low_bits, highs = _split_gaps(sparse)
+    widths = iter(low_bits)
+    lines = [
+        _line(name, parts[name], books, widths) if first == name else f"{_quote(name)}={_quote(first)}"
+        for name, first in ties.items()
+    ]
     header = {"format": FORMAT, "tensors": ";".join(lines)}
     if books:
         header["books"] = ";".join(f"{book.kind} {book.dtype} {len(book.values)}" for book in books)
-    header |= metadata
-
-    sections = [graph_text if graph is not None else b""]
-    sections.append(_pack_lows([p.value for p in parts.values() if isinstance(p.value, Sparse)], low_bits))
-    sections.append(b"".join(book.raw() for book in books))
-    sections.append(b"".join(_codes(p).tobytes() for p in parts.values() if isinstance(p.storage, Book)))
+    sections = [[graph], [_pack_lows(sparse, low_bits)], [book.raw() for book in books]]
+    sections.append([_codes(part).tobytes() for part in parts.values() if isinstance(part.storage, Book)])
     for dtype in DTYPES:
-        sections += _planes([_plain(p) for p in parts.values() if (p.storage or p.dtype) == dtype])
+        sections += [
+            [plane] for plane in _planes([_plain(p) for p in parts.values() if (p.storage or p.dtype) == dtype])
+        ]
     sections.append(highs)
-    return _assemble(header, _deflate(sections))
+    return _assemble(header | metadata, _deflate(sections))
+
+
+def _the_other_way(stored: Stored, original: Stored) -> Stored:
+    """Sparse instead of dense, or the reverse."""
+    dense = original.dense()
+    is_full_book = isinstance(stored.storage, Book) and len(stored.storage.values) > 255
+    if isinstance(stored.value, Sparse) and not is_full_book:
+        return Stored(stored.dtype, dense, stored.storage)
+    return Stored(stored.dtype, Sparse.from_dense(dense), stored.storage)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
@@ -230,7 +249,7 @@ def _smaller(stored: Stored) -> Stored:
     """The same tensor, sparse or dense: as its bytes will be fewer, by their entropy."""
     dense = stored.dense()
     value = Sparse.from_dense(dense)
-    if isinstance(stored.storage, Book) and len(stored.storage.values) > 255 or dense.dtype == bool:
+    if (isinstance(stored.storage, Book) and len(stored.storage.values) > 255) or dense.dtype == bool:
         return Stored(stored.dtype, value if dense.dtype != bool else dense, stored.storage)
     sparse_bits = _gap_bits(value) + 64  # what the header says of it
     as_sparse = Stored(stored.dtype, value, stored.storage)
@@ -286,19 +305,21 @@ def _gaps(sparse: Sparse) -> NDArray[np.int64]:
     return np.diff(sparse.positions, prepend=-1) - 1
 
 
-def _split_gaps(tensors: list[Sparse]) -> tuple[list[int], bytes]:
-    """How many low bits of each tensor's gaps are kept apart, and the bytes of the rest for all of them.
+def _split_gaps(tensors: list[Sparse]) -> tuple[list[int], list[bytes]]:
+    """How many low bits of each tensor's gaps are kept apart, and the bytes of the rest.
 
     A geometric gap of mean m has about log2(m) bits of which the low ones are noise: they are stored as they are, and
     what is left has nearly the same distribution in every tensor, so that one Huffman code serves all.
     """
     gaps = [_gaps(sparse) for sparse in tensors]
     natural = [_natural_low_bits(gap) for gap in gaps]
-    best: tuple[int, list[int], bytes] | None = None
+    best: tuple[int, list[int], list[bytes]] | None = None
     for less in (0, 1, 2, 3, 4, _MAX_LOW_BITS):
         widths = [max(0, width - less) for width in natural]
-        highs = b"".join(_escape(gap >> width) for gap, width in zip(gaps, widths, strict=True))
-        size = 8 * len(_squeeze(highs)) + sum(w * gap.size for gap, w in zip(gaps, widths, strict=True))
+        highs = [_escape(gap >> width) for gap, width in zip(gaps, widths, strict=True)]
+        joined = b"".join(highs)
+        quick = min(len(_deflated(joined, 1, how)) for how in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY))
+        size = 8 * quick + sum(w * gap.size for gap, w in zip(gaps, widths, strict=True))
         if best is None or size < best[0]:
             best = size, widths, highs
     assert best is not None
@@ -370,21 +391,52 @@ def _planes(elements: list[NDArray[Any]]) -> list[bytes]:
     return [plane.tobytes() for plane in _byte_planes(np.concatenate(elements))]
 
 
-def _deflate(sections: list[bytes]) -> bytes:
-    """One raw deflate stream of all sections, each with codes of its own."""
-    sections = [section for section in sections if section]
-    parts = [_squeeze(section) for section in sections]
-    return b"".join([*parts, b"\x03\x00"])  # an empty last block
+def _deflate(sections: list[list[bytes]]) -> bytes:
+    """One raw deflate stream. Each section has codes of its own; in a small file each run of parts, as is best."""
+    parts = [part for section in sections for part in section if part]
+    if sum(map(len, parts)) > _SMALL or len(parts) > 40:
+        return b"".join([*map(_squeeze_runs, sections), _LAST_BLOCK])
+    best: list[bytes] = [b""]  # of the first 0, 1, 2, ... parts
+    for end in range(1, len(parts) + 1):
+        best.append(min((best[i] + _squeeze(b"".join(parts[i:end])) for i in range(end)), key=len))
+    return best[-1] + _LAST_BLOCK
+
+
+_LAST_BLOCK = b"\x03\x00"  # an empty one
+_RUNS = (1 << 10, 1 << 12, 1 << 14)  # bytes that may pay for codes of their own
+
+
+def _squeeze_runs(section: list[bytes]) -> bytes:
+    """A section as one, or in runs of parts, whichever is smaller."""
+    candidates = [_squeeze(b"".join(section))]
+    for least in _RUNS if sum(map(len, section)) > _RUNS[0] and len(section) > 1 else ():
+        runs: list[list[bytes]] = [[]]
+        for part in section:
+            if sum(map(len, runs[-1])) >= least:
+                runs.append([])
+            runs[-1].append(part)
+        candidates.append(b"".join(_squeeze(b"".join(run)) for run in runs))
+    return min(candidates, key=len)
 
 
 def _squeeze(section: bytes) -> bytes:
     """Deflate blocks of one section that end at a whole byte and are not the last."""
-    candidates = [_stored_blocks(section)]
-    levels = [(9, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_FILTERED)]
-    for level, strategy in levels[: 3 if len(section) < 1 << 22 else 1]:
-        coder = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
-        candidates.append(coder.compress(section) + coder.flush(zlib.Z_SYNC_FLUSH))
-    return min(candidates, key=len)
+    if not section:
+        return b""
+    ways = [(9, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_FILTERED)]
+    if len(section) > _LARGE:
+        ways = [(9, zlib.Z_HUFFMAN_ONLY), (1, zlib.Z_DEFAULT_STRATEGY)]
+    return min(_stored_blocks(section), *(_deflated(section, *way) for way in ways), key=len)
+
+
+_LARGE = 1 << 18  # bytes for which the last percent is not worth the time
+
+
+def _deflated(section: bytes, level: int, strategy: int) -> bytes:
+    width = len(section).bit_length()
+    window, memory = max(9, min(width, 15)), max(1, min(width - 6, 9))  # no more than it can use: a fast start
+    coder = zlib.compressobj(level, zlib.DEFLATED, -window, memory, strategy)
+    return coder.compress(section) + coder.flush(zlib.Z_SYNC_FLUSH)
 
 
 def _stored_blocks(section: bytes) -> bytes:
@@ -544,7 +596,11 @@ def _plan(tensors: str | None, books: str | None, graph: str | None) -> _Plan:
 def _plan_book(text: str) -> tuple[str, str, int]:
     match = _BOOK.fullmatch(text)
     count = int(match["count"]) if match else 0
-    if match is None or not 1 <= count <= 256 or (match["kind"] == "uniform" and (count % 2 or match["dtype"] != "F32")):
+    if (
+        match is None
+        or not 1 <= count <= 256
+        or (match["kind"] == "uniform" and (count % 2 or match["dtype"] != "F32"))
+    ):
         raise FormatError(f"its header describes a book of values as {text[:80]!r}, which this version cannot read")
     return match["kind"], match["dtype"], count
 
@@ -694,5 +750,3 @@ def _positions(raw: NDArray[np.uint8], lows: dict[str, NDArray[np.int64]], plan:
             raise FormatError(f"tensor {name!r} has a value beyond its {size:,} elements")
         found[name] = places
     return found
-
-

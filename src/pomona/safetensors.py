@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -151,7 +151,7 @@ def _entry(name: str, entry: Any) -> Entry:
         raise FormatError(f"tensor {name!r} has no valid data_offsets: two integers from 0 to 2^53")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise FormatError(
-            f"tensor {name!r} of shape {tuple(shape)} and dtype {dtype} does not take bytes {offsets[0]} to {offsets[1]}"
+            f"tensor {name!r} of shape {tuple(shape)} and {dtype} does not take bytes {offsets[0]} to {offsets[1]}"
         )
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -190,6 +190,30 @@ def _array(data: bytes, name: str, entry: Entry) -> NDArray[Any]:
     if entry.dtype == "BOOL" and raw.max(initial=0) > 1:
         raise FormatError(f"tensor {name!r} is of booleans, but has bytes other than 0 and 1")
     return raw.copy().view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings under `__metadata__` of a safetensors file, after checking its header.
+
+    Raises:
+        FormatError: naming the file and what is wrong with it.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            return read_header(file).metadata
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
+
+
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pack(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str]) -> bytes:

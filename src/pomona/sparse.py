@@ -71,7 +71,8 @@ class Sparse:
 
 
 def bits(array: NDArray[Any]) -> NDArray[Any]:
-    """The same memory as unsigned integers; two of them an element where it is complex (then on a new last axis)."""
+    """The same memory as unsigned integers; of complex numbers, whether any bit is set."""
     if array.dtype.kind == "c":
-        return array.view(f"u{array.itemsize // 2}").reshape(*array.shape, 2).any(axis=-1)
+        halves = array.view(f"u{array.itemsize // 2}").reshape(*array.shape, 2)
+        return np.asarray(halves.any(axis=-1))
     return array.view(f"u{array.itemsize}")

@@ -14,7 +14,12 @@ import torch
 import pomona
 from pomona import core
 
-_EXTRAS = {"zoo": ("matplotlib", "mlxtend")}
+_EXTRAS = {
+    "zoo": ("matplotlib", "mlxtend"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "shrink": ("torch-pruning",),
+    "bench": ("onnx", "onnxruntime", "openvino"),
+}
 
 
 def add_to(commands: Any) -> None:
@@ -36,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
         "threads": str(torch.get_num_threads()),
         "selection": _selection(),
     }
-    rows |= {f"extra {name}": _extra(packages) for name, packages in _EXTRAS.items()}
+    rows |= {f"extra {name}": _extra(name, packages) for name, packages in _EXTRAS.items()}
     for name, value in rows.items():
         print(f"{name:12}{value}")
     return 0
@@ -48,12 +53,12 @@ def _selection() -> str:
     return f"numpy; no compiled core: {core.why_not()}"
 
 
-def _extra(packages: tuple[str, ...]) -> str:
-    found = {name: _version(name) for name in packages}
-    missing = [name for name, version in found.items() if version is None]
+def _extra(name: str, packages: tuple[str, ...]) -> str:
+    found = {package: _version(package) for package in packages}
+    missing = [package for package, version in found.items() if version is None]
     if missing:
-        return f"missing {', '.join(missing)} (pip install 'pomona[zoo]')"
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+        return f"missing {', '.join(missing)} (pip install 'pomona[{name}]')"
+    return ", ".join(f"{package} {version}" for package, version in found.items())
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,8 @@ def add_to(commands: Any) -> None:
         "report",
         help="count the zeros of a run or of any state dict, and draw a run's pictures",
         description="Of a run's folder, finished or not: the table, the pictures and report.html, made anew. Of a "
-        "file: the zeros of every tensor of two or more dimensions in a state dict saved by torch.save.",
+        "file: the zeros of every tensor of two or more dimensions in a state dict saved by torch.save, or by pomona "
+        "export.",
     )
     parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="a run's folder, or a file of weights")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -46,11 +47,14 @@ def _report_run(folder: Path, *, as_json: bool) -> int:
     return 0
 
 
-def _report_file(path: Path) -> Any:
+def read_weights(path: Path) -> dict[str, Any]:
+    """The state dict in a file that torch.save wrote, or pomona export."""
     import torch
 
-    from pomona.report import Report, report_layer
+    import pomona
 
+    if path.name.endswith(".safetensors"):
+        return pomona.load(path)
     with path.open("rb") as file:  # its own errors name the path
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -61,6 +65,15 @@ def _report_file(path: Path) -> Any:
             ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _report_file(path: Path) -> Any:
+    import torch
+
+    from pomona.report import Report, report_layer
+
+    state = read_weights(path)
     tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     layers = [report_layer(name, t) for name, t in tensors.items() if t.ndim >= 2 and t.is_floating_point()]
     if not layers:

@@ -1,1 +1,143 @@
-"""Networks with sparse weights, executed without torch."""
+"""Networks with sparse weights, executed as a whole, from a file or from a torch model; numpy only.
+
+    >>> import pomona.runtime  # doctest: +SKIP
+    >>> logits = pomona.runtime.load("lenet.pomona.safetensors").run(images)  # doctest: +SKIP
+
+Torch is needed by :meth:`Network.from_model` alone. Without the compiled core a network runs too, literally and slowly
+(:mod:`pomona.runtime.reference`); ``Network.is_compiled`` tells.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pomona import container, library
+from pomona.container import File, Stored
+from pomona.runtime import reference
+from pomona.runtime.engine import Engine
+from pomona.runtime.fold import fold
+from pomona.runtime.graph import MAX_BYTES, Graph
+from pomona.sparse import Sparse
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Graph", "Network", "load"]
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load(file: str | os.PathLike[str] | File, *, threads: int = 1, max_bytes: int | None = None) -> Network:
+    """The network of a file, ready to run.
+
+    Args:
+        file: a path, or what :func:`pomona.container.read` gave.
+        threads: how many the network may use.
+        max_bytes: the most that its tensors may take as dense ones, and the most for what is made of them and for
+            activations. Default: that of :func:`pomona.container.read`, and 16 GiB.
+
+    Raises:
+        FormatError: it is not such a file, or damaged; a ValueError.
+        ValueError: it holds no graph, or one that does not fit its tensors.
+    """
+    read = file if isinstance(file, File) else container.read(file, max_bytes=max_bytes)
+    where = "the file" if isinstance(file, File) else os.fspath(file)
+    if read.graph is None:
+        raise ValueError(
+            f"{where} holds tensors but not what is computed with them; write it anew from the model and an example of "
+            "its input, or load it into the model with pomona.load"
+        )
+    try:
+        graph = Graph.from_json(read.graph)
+        graph.shapes(read.tensors)
+        tensors = {name: _float32(name, read.tensors[name]) for name in graph.names()}
+        return Network(graph, tensors, threads=threads, max_bytes=max_bytes, metadata=read.metadata)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+class Network:
+    """A graph with its tensors, ready to run.
+
+    Attributes:
+        graph: what it computes, after folding (:func:`pomona.runtime.fold.fold`).
+        tensors: its weights by name, float32, dense or :class:`~pomona.sparse.Sparse`.
+        metadata: what the file says of it.
+        threads: how many it may use.
+        is_compiled: whether the compiled core runs it.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        tensors: Mapping[str, NDArray[Any] | Sparse],
+        *,
+        threads: int = 1,
+        max_bytes: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        limit = MAX_BYTES if max_bytes is None else max_bytes
+        graph.shapes(tensors, max_bytes=limit)
+        self.graph, self.tensors = fold(graph, tensors)
+        self.metadata = dict(metadata or {})
+        self.threads = threads
+        self.is_compiled = library.is_available()
+        self._execute: Callable[..., list[NDArray[np.float32]]]
+        if self.is_compiled:
+            self._execute = Engine(self.graph, self.tensors, threads=threads, max_bytes=limit)
+        else:
+            self._execute = partial(reference.run, self.graph, self.tensors)
+
+    @classmethod
+    def from_model(
+        cls, model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor], *, threads: int = 1
+    ) -> Network:
+        """The network that a torch model in eval mode is; see :func:`pomona.runtime.trace.trace`.
+
+        Raises:
+            UnsupportedError: the runtime cannot say what the model computes; :func:`pomona.compile` takes any.
+        """
+        from pomona.runtime.trace import trace
+
+        return cls(*trace(model, example), threads=threads)
+
+    def run(self, *inputs: Any) -> Any:
+        """The outputs for a batch.
+
+        Args:
+            inputs: arrays of real numbers, (batch, ...) each; computed with as float32.
+
+        Returns:
+            A float32 array (batch, ...), or a list of them where the network has several outputs.
+
+        Raises:
+            ValueError: their number or a shape is wrong.
+        """
+        arrays = tuple(np.ascontiguousarray(x, np.float32) for x in inputs)
+        reference.check_inputs(self.graph, arrays)
+        outputs = self._execute(*arrays)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    __call__ = run
+
+
+def _float32(name: str, stored: Stored) -> NDArray[np.float32] | Sparse:
+    """The numbers, exactly but for those of 64 bits."""
+    if stored.dtype not in _FLOATS:
+        raise ValueError(f"tensor {name[:100]!r} is of {stored.dtype}; the runtime computes with {', '.join(_FLOATS)}")
+
+    def cast(values: NDArray[Any]) -> NDArray[np.float32]:
+        if stored.dtype == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32)
+
+    value = stored.value
+    return replace(value, values=cast(value.values)) if isinstance(value, Sparse) else cast(value)

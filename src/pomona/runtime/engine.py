@@ -29,6 +29,8 @@ from pomona.sparse import Sparse
 Array = NDArray[np.float32]
 
 _COUNT_PADDING, _CEIL = 1, 2
+_FORMS = {"scale": "vector", "conv": "kernel"}
+_RANKS = {"vector": (1,), "matrix": (2,), "kernel": (2, 4)}
 _DENSE = {None: 0, False: 1, True: 2}
 _ERRORS = {
     -2: "a size that overflows, or more memory than max_bytes",
@@ -182,6 +184,11 @@ class Engine:
         _check(status, self.graph, -1)
         return results
 
+    def run_at(self, batch: int, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        """What a call does, for addresses of contiguous float32 arrays, whose sizes are not checked."""
+        from_, to = ((_pointer * len(places))(*places) for places in (inputs, outputs))
+        _check(self._library.pomona_net_run(self._handle, batch, from_, to, self.threads), self.graph, -1)
+
     def about(self) -> About:
         """Its memory and its multiplications."""
         about = _About()
@@ -224,8 +231,8 @@ class _Builder:
             op=OPS.index(node.op),
             first_operand=first,
             num_operands=len(node.operands),
-            weight=self._place(node.weight, "column" if node.op == "scale" else "matrix"),
-            bias=self._place(node.bias, "column"),
+            weight=self._place(node.weight, _FORMS.get(node.op, "matrix")),
+            bias=self._place(node.bias, "vector"),
             kernel=node.kernel if node.op != "conv" else self._kernel(node),
             stride=node.stride,
             padding=node.padding,
@@ -254,12 +261,12 @@ class _Builder:
             return -1
         if (name, form) not in self._places:
             tensor = self._find(name)
-            if form == "column" or not tensor.shape:
-                rows, cols = int(np.prod(tensor.shape)), 1
-            else:
-                rows, cols = tensor.shape[0], int(np.prod(tensor.shape[1:]))
+            shape = tensor.shape
+            if len(shape) not in _RANKS[form]:
+                raise ValueError(f"the tensor {name!r} is used as a {form}, but has the shape {list(shape)}")
+            rows, cols = shape[0], int(np.prod(shape[1:]))
             self._places[name, form] = len(self.tensors)
-            self.tensors.append(self._tensor(tensor, rows, cols, form == "column"))
+            self.tensors.append(self._tensor(tensor, rows, cols, form == "vector"))
         return self._places[name, form]
 
     def _tensor(self, tensor: NDArray[Any] | Sparse, rows: int, cols: int, as_dense: bool) -> _Tensor:

@@ -1,8 +1,4 @@
-"""One self-contained page about one run: the numbers, the pictures and everything needed to repeat it.
-
-The page needs nothing but itself: pictures are embedded, there is no script, and its own content policy forbids
-the browser to load anything. It reads on a phone, in the dark and on paper.
-"""
+"""One self-contained page about one run: the numbers, the pictures and everything needed to repeat it."""
 
 from __future__ import annotations
 
@@ -14,11 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pomona.html import NONE, PERCENT, TIMES, pairs, section, table, write
 from pomona.zoo.pictures import Result, Row, times
 
-_NONE = "\u2013"  # what a cell says where there is no number
-_ARROW, _TIMES = "\u2192", "\u00d7"
-_PERCENT = "\u00a0%"  # with a space that no line breaks at
+_ARROW = "\u2192"
 _NUM_LAST = 10  # epochs in the table of the last ones
 
 _CAPTIONS = {
@@ -42,24 +37,17 @@ def write_page(rows: Sequence[Row], result: Result, pictures: Iterable[Path], pa
     """
     sections = (
         _top(rows, result),
-        _section("Accuracy", _accuracy(result)),
-        _section("Tickets", _tickets(result)),
-        _section("Diagnosis", _diagnosis(result)),
-        _section("Pictures", "\n".join(_picture(picture) for picture in pictures)),
-        _section("Layers", _layers(result)),
-        _section("Not pruned", _outside(result)),
-        _section("Recipe", _recipe(result)),
-        _section("Environment", _environment(result)),
+        section("Accuracy", _accuracy(result)),
+        section("Tickets", _tickets(result)),
+        section("Diagnosis", _diagnosis(result)),
+        section("Pictures", "\n".join(_picture(picture) for picture in pictures)),
+        section("Layers", _layers(result)),
+        section("Not pruned", _outside(result)),
+        section("Recipe", _recipe(result)),
+        section("Environment", _environment(result)),
         _last_epochs(rows),
     )
-    page = _PAGE.format(
-        title=escape(str(result.get("title") or "A run of Pomona")),
-        style=_STYLE,
-        body="\n".join(section for section in sections if section),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write(path, str(result.get("title") or "A run of Pomona"), sections)
 
 
 def _top(rows: Sequence[Row], result: Result) -> str:
@@ -73,7 +61,7 @@ def _top(rows: Sequence[Row], result: Result) -> str:
         ("smallest weight kept", _number(report.get("smallest_kept"))),
         ("dead channels", _count(report.get("dead_channels"))),
     ]
-    told = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures if value != _NONE]
+    told = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures if value != NONE]
     if told:
         lines += ['<dl class="figures">', *told, "</dl>"]
     return "<header>\n" + "\n".join(lines) + "\n</header>"
@@ -84,7 +72,7 @@ def _headline(rows: Sequence[Row], result: Result) -> str:
     parts = []
     if report:
         total, kept = report["total"], report["nonzero"]
-        size = f"{times(total, kept).removesuffix('x')}{_TIMES} smaller" if kept else "all of them cut"
+        size = f"{times(total, kept).removesuffix('x')}{TIMES} smaller" if kept else "all of them cut"
         parts.append(f"{total:,} {_ARROW} {kept:,} weights, {size}")
     if accuracy.get("after_cut") is not None:
         before, after = _percent(accuracy.get("before_cut")), _percent(accuracy["after_cut"])
@@ -116,12 +104,12 @@ def _accuracy(result: Result) -> str:
         head += [">test loss (nats)"]
         for cells, key in zip(body, ("base", "before_cut", "after_cut"), strict=True):
             cells += [_number(loss.get(key))]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _verdict(value: float | None, wanted: float | None, tolerance: float | None) -> str:
     if value is None or wanted is None:
-        return _NONE
+        return NONE
     tolerance = tolerance or 0.0
     difference = value - wanted
     if abs(difference) <= tolerance + 1e-9:  # the decimals of a percentage are not exact in binary
@@ -139,7 +127,7 @@ def _tickets(result: Result) -> str:
     published = {"method": expected.get("ticket_accuracy"), "magnitude": expected.get("magnitude_ticket_accuracy")}
     head = ["mask", ">weights", ">test accuracy", ">against base", ">published"]
     base = _at(result, "accuracy", "base")
-    return _table(
+    return table(
         head,
         [
             [
@@ -170,14 +158,14 @@ def _layers(result: Result) -> str:
     body = [
         [
             str(layer.get("name", "?")),
-            _TIMES.join(str(size) for size in layer.get("shape") or []),
+            TIMES.join(str(size) for size in layer.get("shape") or []),
             _count(layer.get("total")),
             _count(layer.get("nonzero")),
             _share(layer.get("density")),
             _compression(layer),
-            f"{layer['dead_channels']:,} of {layer['channels']:,}" if layer.get("channels") else _NONE,
+            f"{layer['dead_channels']:,} of {layer['channels']:,}" if layer.get("channels") else NONE,
             _number(layer.get("largest_cut")),
-            str(layer.get("reason") or _NONE),
+            str(layer.get("reason") or NONE),
         ]
         for layer in report["layers"]
     ]
@@ -193,7 +181,7 @@ def _layers(result: Result) -> str:
         "",
     ]
     of = f'<p class="quiet">Numbers of {escape(str(report["of"]))}.</p>\n' if report.get("of") else ""
-    return of + _table(head, body, foot=whole)
+    return of + table(head, body, foot=whole)
 
 
 def _outside(result: Result) -> str:
@@ -201,9 +189,9 @@ def _outside(result: Result) -> str:
     if not outside:
         return ""
     if isinstance(outside, dict):  # name -> reason, as Report.to_dict has it
-        return _table(["tensor", "why"], [[name, str(reason)] for name, reason in outside.items()])
-    body = [[str(t.get("name", "?")), _count(t.get("total")), str(t.get("reason") or _NONE)] for t in outside]
-    return _table(["tensor", ">numbers", "why"], body)
+        return table(["tensor", "why"], [[name, str(reason)] for name, reason in outside.items()])
+    body = [[str(t.get("name", "?")), _count(t.get("total")), str(t.get("reason") or NONE)] for t in outside]
+    return table(["tensor", ">numbers", "why"], body)
 
 
 def _picture(picture: Path) -> str:
@@ -237,7 +225,7 @@ def _environment(result: Result) -> str:
     seconds = result.get("seconds")
     facts = {key: result.get(key) for key in ("seed", "pomona", "torch", "threads", "commit")}
     told = {key: str(value) for key, value in facts.items() if value is not None}
-    return _pairs(told | ({"duration": _duration(seconds)} if seconds is not None else {}))
+    return pairs(told | ({"duration": _duration(seconds)} if seconds is not None else {}))
 
 
 def _last_epochs(rows: Sequence[Row]) -> str:
@@ -247,7 +235,7 @@ def _last_epochs(rows: Sequence[Row]) -> str:
     head += [">test loss", ">loss if cut", ">active", ">decay exponent", ">largest cut", ">seconds"]
     body = [
         [
-            str(row.get("stage") or _NONE),
+            str(row.get("stage") or NONE),
             _count(row.get("epoch")),
             _count(row.get("step")),
             _number(row.get("lr")),
@@ -264,34 +252,7 @@ def _last_epochs(rows: Sequence[Row]) -> str:
         ]
         for row in rows[-_NUM_LAST:]
     ]
-    return f"<details>\n<summary>The last {len(body)} epochs</summary>\n{_table(head, body)}\n</details>"
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]], foot: Sequence[str] = ()) -> str:
-    """A table of plain texts; a heading that begins with `>` aligns its column to the right."""
-    sides = [' class="right"' if name.startswith(">") else "" for name in head]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        texts = (f"<{tag}{side}>{escape(cell)}</{tag}>" for side, cell in zip(sides, cells, strict=True))
-        return f"<tr>{''.join(texts)}</tr>"
-
-    parts = [f"<thead>{line('th', [name.removeprefix('>') for name in head])}</thead>", "<tbody>"]
-    parts += [line("td", cells) for cells in body]
-    parts.append("</tbody>")
-    if foot:
-        parts.append(f"<tfoot>{line('td', foot)}</tfoot>")
-    return '<div class="scroll" tabindex="0"><table>\n' + "\n".join(parts) + "\n</table></div>"
-
-
-def _pairs(pairs: dict[str, str]) -> str:
-    if not pairs:
-        return ""
-    items = (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs.items())
-    return '<dl class="pairs">\n' + "\n".join(items) + "\n</dl>"
+    return f"<details>\n<summary>The last {len(body)} epochs</summary>\n{table(head, body)}\n</details>"
 
 
 def _at(tree: Any, *keys: str) -> Any:
@@ -302,29 +263,29 @@ def _at(tree: Any, *keys: str) -> Any:
 
 
 def _count(value: int | None) -> str:
-    return _NONE if value is None else f"{value:,}"
+    return NONE if value is None else f"{value:,}"
 
 
 def _number(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.4g}"
+    return NONE if value is None else f"{value:.4g}"
 
 
 def _percent(value: float | None, of: float = 100) -> str:
-    return _NONE if value is None else f"{100 * value / of:.2f}{_PERCENT}"
+    return NONE if value is None else f"{100 * value / of:.2f}{PERCENT}"
 
 
 def _share(density: float | None) -> str:
     """A density as percent with three digits, for those of layers span orders of magnitude."""
-    return _NONE if density is None else f"{100 * density:.3g}{_PERCENT}"
+    return NONE if density is None else f"{100 * density:.3g}{PERCENT}"
 
 
 def _compression(of: dict[str, Any]) -> str:
     total, kept = of.get("total"), of.get("nonzero")
-    return _NONE if total is None or kept is None else times(total, kept)
+    return NONE if total is None or kept is None else times(total, kept)
 
 
 def _difference(value: float | None, base: float | None) -> str:
-    return _NONE if value is None or base is None else f"{value - base:+.2f}"
+    return NONE if value is None or base is None else f"{value - base:+.2f}"
 
 
 def _duration(seconds: float) -> str:
@@ -333,75 +294,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<footer class="quiet">Written by Pomona.</footer>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --ink: #1d1f21; --quiet: #5c6166; --paper: #ffffff; --panel: #f4f5f6; --line: #d9dcdf; --mark: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e7e8; --quiet: #a2a8ad; --paper: #16181a; --panel: #212427; --line: #3a3f44; --mark: #56b4e9; }
-  img { filter: brightness(0.9); }
-}
-* { box-sizing: border-box; }
-body {
-  max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-}
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 0.5rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 0.6rem; padding-bottom: 0.25rem; border-bottom: 1px solid var(--line); }
-p { margin: 0.25rem 0; }
-.quiet, figcaption, th, dt { color: var(--quiet); }
-.headline {
-  margin: 1.25rem 0; padding: 0.6rem 0.9rem; border-left: 4px solid var(--mark); background: var(--panel);
-  font-size: 1.2rem; font-weight: 600;
-}
-dl { margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.75rem 1.5rem; }
-.figures dt { font-size: 0.85rem; }
-.figures dd { font-size: 1.15rem; font-weight: 600; }
-.pairs { display: grid; grid-template-columns: fit-content(60%) 1fr; gap: 0.15rem 1.25rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: left; vertical-align: top; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
-th { font-weight: 500; vertical-align: bottom; }
-tbody td { border-top: 1px solid var(--line); }
-tfoot td { border-top: 2px solid var(--line); font-weight: 600; }
-.right { text-align: right; }
-td.right { white-space: nowrap; }
-td:last-child:not(.right) { min-width: 7rem; }
-@media (max-width: 40rem) { td:last-child:not(.right) { white-space: nowrap; } }
-figure { margin: 0 0 2rem; max-width: 46rem; break-inside: avoid; }
-img { display: block; width: 100%; height: auto; padding: 0.25rem 0; border-radius: 6px; background: #ffffff; }
-figcaption { margin-top: 0.5rem; font-size: 0.9rem; }
-pre { margin: 0; padding: 0.8rem 1rem; overflow-x: auto; border-radius: 6px; background: var(--panel); }
-pre { font: 0.85rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-details { margin-top: 2.5rem; }
-summary { cursor: pointer; font-weight: 600; }
-footer { margin-top: 3rem; font-size: 0.85rem; }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  th, td { padding-right: 0.5rem; }
-  h2 { break-after: avoid; }
-  tr, pre { break-inside: avoid; }
-  .scroll { overflow: visible; }
-  details::details-content { content-visibility: visible; }
-}
-"""

@@ -1,0 +1,80 @@
+"""``pomona bench``: how fast a network runs, here and by what else would run it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pomona.cli.train import positive
+from pomona.runtime.paths import PATHS
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="size, latency and memory of a network, beside dense runtimes",
+        description="Run one network by Pomona's engine and by each dense runtime that is installed, in turns, after "
+        "comparing their outputs: size, latency, peak memory, time of each layer, and where dense is faster.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL_OR_FILE",
+        help="a .pomona.safetensors file with a graph, a run's folder, or MODULE:FUNCTION that returns a torch module",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE",
+        nargs="+",
+        type=shape,
+        default=[],
+        help="shape of each input with the batch, e.g. 1x3x224x224 (default: one sample of what the file was made for)",
+    )
+    parser.add_argument("--threads", metavar="N", type=positive, default=1, help="threads of each path (default: 1)")
+    parser.add_argument(
+        "--seconds", metavar="S", type=float, default=1.0, help="to spend on each path (default: 1), or three rounds"
+    )
+    parser.add_argument(
+        "--paths", metavar="PATH", nargs="+", default=list(PATHS), help=f"which, of: {', '.join(PATHS)} (default: all)"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="measure accuracy too: an .npz file of x [n, ...] and y [n], or for a run the folder of its data",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with a picture, too")
+    parser.set_defaults(run=_run)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Whole numbers >= 1, with an x between."""
+    try:
+        sizes = tuple(int(size) for size in text.lower().split("x"))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be whole numbers >= 1 with an x between, as 1x3x224x224, got {text!r}")
+    return sizes
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pomona.runtime.bench import bench
+
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
+    result = bench(
+        options.model,
+        inputs=options.input,
+        threads=options.threads,
+        seconds=options.seconds,
+        paths=options.paths,
+        data=options.data,
+    )
+    print(result.to_json() if options.json else result)
+    if options.html:
+        from pomona.runtime.bench_page import write_bench_page
+
+        write_bench_page(result, options.html)
+    return 0

@@ -1,0 +1,84 @@
+"""``pomona export``: a run, or any state dict, as a file to ship."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pomona.cli.report import read_weights
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a run's network, or any state dict, as a small file, or in another format",
+        description="Of the folder of a finished run: its network, also as what runs without torch. Of a file of "
+        "weights (saved by torch.save, or by pomona export): its tensors. With --quantize the accuracy of a run's "
+        "network is measured before and after, on the test set of its data.",
+    )
+    parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="a run's folder, or a file of weights")
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="e.g. lenet.pomona.safetensors")
+    parser.add_argument("--format", help="default: by FILE's suffix; pomona, safetensors, csr, 2:4, bitmask, onnx, mnn")
+    parser.add_argument(
+        "--quantize", metavar="HOW", help="k-means:COUNT or uniform:BITS; behind it :shared and :biases=COUNT"
+    )
+    parser.add_argument("--shrink", action="store_true", help="take out dead channels first (needs torch-pruning)")
+    parser.add_argument("--no-graph", action="store_true", help="leave out what the network computes: smaller")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    import pomona
+    from pomona.runtime.trace import UnsupportedError
+
+    if not options.path.is_dir():
+        if options.shrink:
+            raise ValueError(f"--shrink needs a network, but {options.path} is a file of weights; give a run's folder")
+        state = read_weights(options.path)
+        print(pomona.export(state, options.out, options.format, quantize=options.quantize))
+        return 0
+    model, example, method, evaluate = _read_run(options.path, options.data_dir)
+    if options.shrink:
+        model, removed = pomona.shrink(model, example)
+        print(f"dead channels taken out: {', '.join(f'{n} of {name}' for name, n in removed.items()) or 'none'}")
+    arguments = {
+        "quantize": options.quantize,
+        "evaluate": (lambda: evaluate(model)) if options.quantize else None,
+        "metadata": {"method": method} if method else None,
+    }
+    is_graph = str(options.format or options.out).endswith(("onnx", "mnn"))
+    try:
+        given = example if is_graph or not options.no_graph else None
+        print(pomona.export(model, options.out, options.format, example=given, **arguments))
+    except UnsupportedError as error:
+        warnings.warn(f"the file holds tensors only, for pomona.load: {error}", stacklevel=1)
+        print(pomona.export(model, options.out, options.format, **arguments))
+    return 0
+
+
+def _read_run(folder: Path, data_dir: str | None) -> tuple[Any, Any, str, Callable[[Any], float]]:
+    """The network of a finished run, an example of its input, its method, and how to measure its accuracy."""
+    import torch
+
+    from pomona.zoo.data import DATA
+    from pomona.zoo.models import build_model
+    from pomona.zoo.run import evaluate
+    from pomona.zoo.train import read_run
+
+    recipe = read_run(folder)["recipe"]
+    path = folder / "model.pt"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no model.pt: its run has not finished, give its command again")
+    model = build_model(recipe["model"], seed=0)
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    data = DATA[recipe["data"]](data_dir)
+    if recipe.get("validation"):
+        data = data.hold_out(recipe["validation"])
+    method = recipe.get("method") or {}
+    told = ", ".join(f"{key}={value}" for key, value in method.items() if key != "name")
+    named = f"{method['name']}({told})" if method else ""
+    return model, data.test_inputs[:1], named, lambda network: evaluate(network, data).accuracy

@@ -1,0 +1,353 @@
+"""Models with sparse layers among torch's own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pomona
+from pomona import library
+from pomona.runtime import compile as module
+from pomona.runtime.compile import Choice, Compilation, sparse_conv2d, sparse_linear
+from tests.networks import NETWORKS, randomised, sparsified
+
+needs_core = pytest.mark.skipif(not library.is_available(), reason="no compiled core")
+
+
+@pytest.fixture
+def all_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer with zeros is replaced, however long it takes; outcomes of races are no business of most tests."""
+    monkeypatch.setattr(module, "_GAIN", float("inf"))
+    monkeypatch.setattr(module, "_MOST_ROUNDS", 1)
+
+
+class Net(nn.Module):
+    """Convolutions and dense layers, and operations that the runtime has not: they stay in torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding="same", groups=4, bias=False)
+        self.norm = nn.GroupNorm(2, 8)
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.grouped(F.relu(self.conv(x))))
+        return F.softmax(self.linear(x.flatten(2).transpose(1, 2)), -1)
+
+
+def net() -> nn.Module:
+    return sparsified(Net(), 0.8).eval()
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [type(m).__name__ for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+
+X = torch.randn(2, 3, 9, 8)
+close = torch.testing.assert_close  # of float32 with sums in another order
+
+
+@needs_core
+def test_replaced_layers_compute_the_same(all_gain: None) -> None:
+    model = net()
+    compiled = pomona.compile(model, X)
+    assert kinds(compiled) == ["SparseConv2d", "SparseConv2d", "SparseLinear"]
+    assert kinds(model) == ["Conv2d", "Conv2d", "Linear"]
+    with torch.no_grad():
+        close(compiled(X), model(X))
+        other = torch.randn(5, 3, 12, 12)  # another batch and size
+        close(compiled(other), model(other))
+        close(compiled(other[:0]), model(other[:0]))
+        last = other.contiguous(memory_format=torch.channels_last)
+        close(compiled(last), model(other))
+
+
+@needs_core
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str, all_gain: None) -> None:
+    build, shape = NETWORKS[name]
+    model = sparsified(randomised(build()), 0.7)
+    x = torch.randn(2, *shape)
+    with torch.no_grad():
+        close(pomona.compile(model, x)(x), model(x))
+
+
+@needs_core
+def test_the_state_dict_is_the_models_own(all_gain: None) -> None:
+    model = net()
+    compiled = pomona.compile(model, X)
+    assert list(compiled.state_dict()) == list(model.state_dict())
+    for a, b in zip(compiled.parameters(), model.parameters(), strict=True):
+        assert a is b
+
+
+@needs_core
+def test_changed_weights_are_used(all_gain: None) -> None:
+    model = net()
+    compiled = pomona.compile(model, X)
+
+    def check() -> None:
+        with torch.no_grad():
+            close(compiled(X), model(X))
+
+    check()
+    other = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    compiled.load_state_dict(other)
+    check()
+    model.load_state_dict({name: value / 2 for name, value in other.items()}, assign=False)
+    check()
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
+    compiled(X).square().sum().backward()
+    optimizer.step()
+    check()
+    with torch.no_grad():
+        compiled.conv.bias.add_(1)
+        check()
+        compiled.conv.weight[0] = 0
+        check()
+    for name in ("conv", "grouped", "linear"):
+        weight = nn.Parameter(torch.randn_like(getattr(model, name).weight))
+        getattr(model, name).weight = getattr(compiled, name).weight = weight
+    check()
+    compiled.linear.weight.data = model.linear.weight.data = torch.randn(6, 8)
+    check()
+    compiled.load_state_dict({name: torch.randn_like(v) for name, v in other.items()}, assign=True)
+    model.load_state_dict(compiled.state_dict(), assign=True)
+    check()
+
+
+@needs_core
+def test_memory_used_again_for_another_weight_is_not_taken_for_the_old_one() -> None:
+    x = torch.randn(3, 64)
+    for _ in range(30):  # an allocator gives the same address again
+        weight = torch.randn(64, 64)
+        close(sparse_linear(x, weight, None, 1), x @ weight.T)
+        del weight
+
+
+@needs_core
+def test_what_was_made_of_a_weight_goes_with_it() -> None:
+    sparse_linear(torch.randn(1, 3), torch.randn(2, 3), None, 1)
+    gc.collect()
+    kept = torch.randn(2, 3)
+    sparse_linear(torch.randn(1, 3), kept, None, 1)  # making one looks after the others
+    assert all(made.is_alive() for made in module._made.values())
+    for _ in range(20):
+        kept.add_(1)
+        sparse_linear(torch.randn(1, 3), kept, None, 1)
+    for size in range(20):
+        sparse_conv2d(torch.randn(1, 2, 4 + size, 4), kept[:, :2, None, None], None, [1, 1], [0, 0], [1, 1], 1, 1)
+    made = module._made[module._place(kept)]
+    assert len(made.layers) <= module._ENGINES_A_WEIGHT
+
+
+@needs_core
+def test_gradients_are_those_of_the_dense_layer(all_gain: None) -> None:
+    model = net().double().float()
+    compiled = copy.deepcopy(pomona.compile(model, X))
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    model(x).square().sum().backward()
+    compiled(y).square().sum().backward()
+    close(y.grad, x.grad)
+    for a, b in zip(compiled.parameters(), model.parameters(), strict=True):
+        close(a.grad, b.grad)
+
+
+@needs_core
+def test_in_training_mode_layers_are_torchs_own(all_gain: None) -> None:
+    model = net()
+    compiled = pomona.compile(model, X)
+    compiled.train()
+    model.train()
+    assert torch.equal(compiled(X), model(X))
+
+
+@needs_core
+def test_the_operations_pass_torchs_own_checks() -> None:
+    weight = torch.randn(4, 2, 3, 3).mul_(torch.rand(4, 2, 3, 3) > 0.5)
+    x = torch.randn(2, 4, 7, 6, requires_grad=True)
+    bias = torch.randn(4, requires_grad=True)
+    torch.library.opcheck(sparse_conv2d, (x, weight.requires_grad_(), bias, [2, 1], [1, 0], [1, 2], 2, 1))
+    torch.library.opcheck(sparse_conv2d, (x.detach(), weight, None, [1, 1], [0, 2], [1, 1], 2, 1))
+    x, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    torch.library.opcheck(sparse_linear, (x, weight, bias, 2))
+    torch.library.opcheck(sparse_linear, (x[0, 0].detach(), weight.detach(), None, 1))
+
+
+@needs_core
+def test_torch_compile_takes_the_whole_graph(all_gain: None) -> None:
+    model = net()
+    compiled = pomona.compile(model, X)
+    faster = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        close(faster(X), model(X))
+        model.linear.weight.mul_(2)
+        close(faster(X), model(X))
+
+
+@needs_core
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch itself
+def test_inductor(all_gain: None) -> None:
+    model = net()
+    faster = torch.compile(pomona.compile(model, X), fullgraph=True)
+    with torch.no_grad():
+        close(faster(X), model(X))
+
+
+@needs_core
+def test_torch_export(all_gain: None, tmp_path: Path) -> None:
+    model = net()
+    compiled = pomona.compile(model, X)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(compiled, (X,), dynamic_shapes=({0: batch},), strict=False)
+    assert any("pomona.sparse_conv2d" in str(node.target) for node in program.graph.nodes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    again = torch.export.load(file).module()
+    x = torch.randn(7, *X.shape[1:])
+    with torch.no_grad():
+        close(again(x), model(x))
+
+
+@needs_core
+def test_a_copy_and_a_saved_model_run(all_gain: None) -> None:
+    model = net()
+    compiled = pomona.compile(model, X)
+    file = io.BytesIO()
+    torch.save(compiled, file)
+    file.seek(0)
+    with torch.no_grad():
+        for other in (copy.deepcopy(compiled), torch.load(file, weights_only=False)):
+            assert kinds(other) == kinds(compiled)
+            close(other(X), model(X))
+
+
+@needs_core
+def test_several_threads_call_one_model(all_gain: None) -> None:
+    compiled = pomona.compile(net(), X, threads=1)
+    inputs = [torch.randn(2, 3, 9, 8) for _ in range(4)]
+    with torch.no_grad():
+        expected = [compiled(x) for x in inputs]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(compiled(inputs[i]), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@needs_core
+def test_inference_tensors_are_computed_densely() -> None:
+    with torch.inference_mode():
+        x, weight = torch.randn(2, 3), torch.randn(4, 3)
+        assert torch.equal(sparse_linear(x, weight, None, 1), F.linear(x, weight))
+        weight.zero_()
+        assert not sparse_linear(x, weight, None, 1).any()
+        weight = torch.randn(4, 3, 1, 1)
+        image = torch.randn(1, 3, 2, 2)
+        assert torch.equal(sparse_conv2d(image, weight, None, [1, 1], [0, 0], [1, 1], 1, 1), F.conv2d(image, weight))
+
+
+@needs_core
+def test_layers_are_replaced_only_where_they_gain() -> None:
+    empty, full = nn.Linear(1024, 1024), nn.Linear(1024, 1024)
+    full.weight.data[0, 0] = 0
+    empty.weight.data.mul_(torch.rand(1024, 1024) > 0.995)
+    model = nn.Sequential(empty, full, nn.Linear(1024, 8)).eval()
+    before = dict(vars(model[1]))
+    compiled = pomona.compile(model, torch.randn(64, 1024))
+    first, second, third = compiled.compilation.layers
+    assert first.is_sparse and first.dense_us and first.sparse_us and first.sparse_us < 0.95 * first.dense_us
+    assert first.calls == {(64, 1024): 1} and first.sparsity > 0.99
+    assert not second.is_sparse and second.dense_us and second.sparse_us
+    assert not third.is_sparse and third.dense_us is None and third.reason == "no zeros"
+    assert kinds(compiled) == ["SparseLinear", "Linear", "Linear"]
+    assert vars(compiled[1]).keys() == before.keys()
+
+
+@needs_core
+def test_reasons(all_gain: None) -> None:
+    class Mine(nn.Linear):
+        pass
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mine, self.unused, self.twice = Mine(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.reflect = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
+            self.uneven = nn.Conv2d(1, 1, 2, padding="same")
+            self.flat = nn.Conv2d(1, 1, 1)
+            self.precise = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.uneven(self.reflect(x))
+            x = self.flat(x[0])[None]
+            return self.precise(self.twice(self.twice(self.mine(x))).double())
+
+    model = sparsified(Odd(), 0.5).eval()
+    with pytest.warns(UserWarning, match="even kernel"):
+        compiled = pomona.compile(model, torch.randn(1, 1, 4, 4))
+    reasons = {choice.name: choice.reason for choice in compiled.compilation.layers}
+    assert reasons.pop("twice").endswith("times as fast")
+    assert reasons == {
+        "mine": "a Mine, which may do anything",
+        "unused": "not called with the example",
+        "reflect": "padding (1, 1) of reflect",
+        "uneven": "padding 'same' of zeros",
+        "flat": "an input without a batch",
+        "precise": "torch.float64 on cpu, not float32 on the CPU",
+    }
+    assert next(c for c in compiled.compilation.layers if c.name == "twice").calls == {(1, 1, 4, 4): 2}
+
+
+def test_without_the_core_nothing_is_replaced() -> None:
+    model = net()
+    with library.switched(False):
+        compiled = pomona.compile(model, X)
+        assert compiled.compilation.num_sparse == 0
+        assert all("no compiled core" in choice.reason for choice in compiled.compilation.layers)
+        x, weight = torch.randn(2, 3), torch.randn(4, 3)
+        assert torch.equal(sparse_linear(x, weight, None, 1), F.linear(x, weight))
+    with torch.no_grad():
+        assert torch.equal(compiled(X), model(X))
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"eval mode: call model.eval\(\) first"):
+        pomona.compile(nn.Linear(2, 2), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        pomona.compile(nn.Linear(2, 2).eval(), torch.zeros(1, 2), threads=0)
+
+
+def test_the_table_says_what_was_chosen_and_why() -> None:
+    layers = (
+        Choice("features.conv", 0.95, {(1, 3, 8, 8): 1}, 30.0, 10.0, True, "3.00 times as fast"),
+        Choice("fc", 0.1, {(1, 8): 1}, 10.0, 20.0, False, "0.50 times as fast"),
+        Choice("head", 0.0, {}, None, None, False, "not called with the example"),
+    )
+    assert str(Compilation(layers)).splitlines() == [
+        "layer          zeros   dense us  sparse us  choice",
+        "features.conv  95.0%       30.0       10.0  sparse: 3.00 times as fast",
+        "fc             10.0%       10.0       20.0  torch: 0.50 times as fast",
+        "head            0.0%          -          -  torch: not called with the example",
+        "1 of 3 layers run sparsely; what was measured takes 20.0 us instead of 40.0 (2.00 times faster)",
+    ]
