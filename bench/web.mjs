@@ -86,4 +86,5 @@ for (const name of names) {
       onnxruntime: ort.env.versions?.web ?? ort.env.versions?.common,
     }),
   );
+  await session.release();
 }

@@ -120,13 +120,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for i, (model, shape) in enumerate(wanted.values()):
             write(model, shape, Path(folder, str(i)))
-        for i, name in enumerate(wanted):
-            command = ["node", str(Path(__file__).with_suffix(".mjs")), folder, str(options.peers.absolute())]
-            done = subprocess.run(
-                [*command, str(options.samples), str(i)], check=True, stdout=subprocess.PIPE, text=True
-            )
-            results[name] = json.loads(done.stdout) | {"name": name}
-            print(name, {k: round(v["cpu"]["median"], 1) for k, v in results[name]["microseconds"].items()}, flush=True)
+        script, peers = Path(__file__).with_suffix(".mjs"), options.peers.absolute()
+        command = ["node", "--no-liftoff", script, folder, peers, options.samples, *range(len(wanted))]
+        with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for name, line in zip(wanted, process.stdout, strict=True):
+                results[name] = json.loads(line) | {"name": name}
+                medians = {
+                    key: round(times["cpu"]["median"], 1) for key, times in results[name]["microseconds"].items()
+                }
+                print(name, medians, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["bench/web.py", *sys.argv[1:]])
     about = {"machine": machine(), "command": command, "rows": list(results.values())}
