@@ -27,8 +27,9 @@ test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kill
 bench: $(VENV)/.test  ## half an hour on a quiet machine: what pruning costs, into bench/results/speed
 	for what in step cut growth scale memory; do $(VENV)/bin/python bench/speed.py $$what || exit 1; done
 
-fuzz: $(VENV)/.test  ## minutes: 100,000 damaged and hostile files; make fuzz FUZZ="--seed 1 --cases 1000000"
+fuzz: $(VENV)/.test  ## minutes: 100,000 damaged and hostile files, and as many graphs; make fuzz FUZZ="--seed 1 --cases 1000000"
 	$(RUN) tests.fuzz_container $(FUZZ)
+	$(RUN) tests.fuzz_graph $(FUZZ)
 
 web:  ## the core for browsers, web/pomona.wasm: after a change of the core; needs clang and lld
 	$(PYTHON) web/build.py

@@ -20,7 +20,7 @@ if not library.is_available():
     pytest.skip(f"no compiled core: {library.why_not()}", allow_module_level=True)
 
 Tensors = dict[str, Any]
-EASY = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EASY = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=library.isas(), autouse=True)
@@ -59,11 +59,11 @@ class Draw:
 
 
 def check(graph: Graph, tensors: Tensors, draw: Draw, **options: Any) -> None:
-    batch = draw.integer(1, 5)
+    batch = draw.choice([1, 2, 3, 5, 8, 17])
     inputs = [draw.random.standard_normal((batch, *shape)).astype(np.float32) for shape in graph.inputs]
     expected = reference.run(graph, tensors, *inputs, dtype=np.float64)
     # The sum of magnitudes bounds what rounding can do to a sum; activations here do not enlarge errors.
-    engine = Engine(graph, tensors, threads=draw.choice([1, 2]), micro_batch=draw.choice([0, 1, 2, 4]), **options)
+    engine = Engine(graph, tensors, threads=draw.choice([1, 2]), micro_batch=draw.choice([0, 0, 1, 2, 16]), **options)
     for _ in range(2):  # memory is used again
         for got, right in zip(engine(*inputs), expected, strict=True):
             assert got.shape == right.shape

@@ -17,6 +17,7 @@ from pomona.runtime import reference
 from pomona.runtime.fold import fold, pad_weight
 from pomona.runtime.graph import OPS, Graph, Node
 from pomona.sparse import Sparse
+from tests import fuzz_graph
 
 LENET: dict[str, Any] = {
     "inputs": [[1, 28, 28]],
@@ -146,6 +147,7 @@ MISFITS: list[tuple[Graph, dict[str, tuple[int, ...]], str]] = [
     (layer("avg_pool", (8, 4, 4), kernel=(3, 3), padding=(2, 0)), {}, "more than half"),
     (layer("max_pool", (1, 9, 9), kernel=(2**20, 2**20), padding=(2**19, 2**19)), {}, "at most 65536 elements"),
     (layer("mean", (8,)), {}, "takes .channels"),
+    (layer("flatten", (8, 2)), {}, "takes .channels"),
     (layer("concat", (8, 2, 2), (8, 2, 3)), {}, "of one height and width"),
     (layer("concat", (8, 2), (8, 2)), {}, "of one height and width"),
     (layer("relu", (2**31 - 1, 2, 2)), {}, "takes more than"),
@@ -300,3 +302,8 @@ def test_an_infinite_factor_leaves_zeros_alone() -> None:
     weight = made["w@s"]
     assert isinstance(weight, np.ndarray)
     assert weight.tolist() == [[np.inf, 0], [0, -1]] and not np.signbit(weight[1, 0])
+
+
+def test_hostile_graphs_are_refused_or_computed() -> None:
+    told = fuzz_graph.run(range(500), 1)
+    assert min(told[how] for how in ("not read", "refused", "run")) > 20

@@ -44,16 +44,17 @@ def lenet() -> nn.Module:
     return sparsified(nn.Sequential(*layers, nn.Linear(20, 10)), 0.9).eval()
 
 
-def save(path: Path, model: nn.Module, example: torch.Tensor) -> None:
+def as_file(model: nn.Module, example: torch.Tensor) -> File:
     """As an exporter does it: the weights as they are, and what had to be made."""
     graph, made = trace(model, example, folded=False)
     tensors = {name: Stored("F32", Sparse.from_dense(value)) for name, value in made.items()}
-    write(path, tensors, {"method": "none"}, graph.to_json())
+    return File(tensors, {"method": "none"}, graph.to_json())
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    save(tmp_path / "lenet.pomona.safetensors", lenet(), torch.zeros(1, *SHAPE))
+    file = as_file(lenet(), torch.zeros(1, *SHAPE))
+    write(tmp_path / "lenet.pomona.safetensors", file.tensors, file.metadata, file.graph)
     return tmp_path / "lenet.pomona.safetensors"
 
 
@@ -88,11 +89,10 @@ assert "torch" not in sys.modules
     assert close(np.load(tmp_path / "y.npy"), lenet()(x))
 
 
-def test_batch_norms_are_folded_when_a_file_is_loaded(tmp_path: Path) -> None:
+def test_batch_norms_are_folded_when_a_file_is_loaded() -> None:
     build, shape = NETWORKS["resnet50-like"]
     model = sparsified(randomised(build()), 0.9)
-    save(tmp_path / "x.pomona.safetensors", model, torch.zeros(1, *shape))
-    network = load(tmp_path / "x.pomona.safetensors")
+    network = load(as_file(model, torch.zeros(1, *shape)))
     assert "scale" not in [node.op for node in network.graph.nodes]
     weights = [network.tensors[node.weight or ""] for node in network.graph.nodes if node.op == "conv"]
     assert any(isinstance(weight, Sparse) for weight in weights)

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <new>
 
@@ -9,8 +10,13 @@ namespace pomona {
 namespace {
 
 constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
+constexpr int64_t kSideBySide = 16;         // samples: a vector of the widest kind, and a cache line
 constexpr int64_t kMostSamples = 64;
-constexpr int64_t kActivations = 1 << 19;  // floats
+constexpr int64_t kInCache = 1 << 20;       // floats of the largest value of all samples, 4 MiB; or
+constexpr int64_t kTogether = 14 << 18;     // 14 MiB, where what is read is used
+constexpr int64_t kIntensity = 50;          // times
+constexpr int64_t kMacsEach = 1 << 19;      // for which a further thread pays
+constexpr size_t kNear = 12;                // nodes
 constexpr int32_t kMostNodes = 1 << 20;
 constexpr int64_t kMostElements = int64_t{1} << 31;
 
@@ -210,40 +216,119 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   }
   net->seconds.assign(net->nodes.size(), 0.0);
   net->kernels = &net_kernels();
+  int64_t of_features = 0, all = 0;
+  for (size_t i = 0; i < net->nodes.size(); ++i) {
+    const Shape& shape = net->shapes[static_cast<size_t>(net->value_of(i))];
+    const int64_t macs = net->macs_of(net->nodes[i], shape, false);
+    if (shape.h * shape.w == 1) of_features += macs;
+    all += macs;
+    net->largest = std::max(net->largest, shape.size());
+  }
+  net->macs = all;
+  net->is_of_features = 10 * of_features >= all;
   return POMONA_OK;
 }
 
+// How many of `batch` samples go through the network together.
 int64_t samples_together(const Net& net, int64_t batch) {
-  int64_t most = net.options.micro_batch;
-  if (most == 0) {
-    // One image fills the vectors, and more only leave the cache. One sample of features fills one lane: where layers of
-    // these matter, as many go together as stay in a second-level cache.
-    int64_t largest = 1, of_features = 0, all = 0;
-    for (size_t i = 0; i < net.nodes.size(); ++i) {
-      const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
-      const int64_t macs = net.macs(net.nodes[i], shape, false);
-      largest = std::max(largest, shape.size());
-      if (shape.h * shape.w == 1) of_features += macs;
-      all += macs;
-    }
-    most = 10 * of_features < all ? 1 : std::clamp<int64_t>(kActivations / (2 * largest), 1, kMostSamples);
-  }
-  int64_t samples = 1;
-  while (samples * 2 <= std::min(most, batch)) samples *= 2;
+  if (net.options.micro_batch > 0) return std::min<int64_t>(net.options.micro_batch, batch);
+  // A vector is filled by the positions of one image, and better by those of many; by one sample of features it is not.
+  if (!net.is_of_features && batch < kSideBySide / 2) return 1;
+  if (batch <= kSideBySide) return net.is_of_features ? batch : kSideBySide;
+  int64_t samples = kSideBySide;
+  while (samples * 2 <= std::min(batch, kMostSamples) && samples * 2 * net.largest <= kInCache / 2) samples *= 2;
   return samples;
 }
 
-int plan_for(Net* net, int64_t samples, Plan** plan, int32_t* bad_node) {
-  std::unique_ptr<Plan>& found = net->plans[samples];
-  if (!found) {
-    const int error = Plan::make(*net, samples, &found, bad_node);
-    if (error != POMONA_OK) {
-      net->plans.erase(samples);
-      return error;
-    }
+// From where on no value of all samples has more than `most` floats.
+size_t first_within(const Net& net, int64_t samples, int64_t most) {
+  size_t first = net.nodes.size();
+  while (first > 0 && net.shapes[static_cast<size_t>(net.value_of(first - 1))].size() * samples <= most) --first;
+  return first;
+}
+
+// From where on samples go together: where their activations stay in a cache, or in a larger one while there is enough to
+// do with each. At a place near there where few values are handed over.
+size_t find_split(const Net& net, int64_t samples) {
+  const size_t num = net.nodes.size();
+  size_t first = first_within(net, samples, kTogether);
+  int64_t macs = 0, floats = 0;
+  for (size_t i = first; i < num; ++i) {
+    const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
+    macs += net.macs_of(net.nodes[i], shape, false);
+    floats += net.nodes[i].attributes.op == POMONA_CONV ? shape.size() : 0;
   }
-  *plan = found.get();
+  if (macs < kIntensity * floats) first = first_within(net, samples, kInCache);
+  if (first == 0 || first == num) return first;
+  std::vector<size_t> last_use(net.shapes.size(), 0);
+  for (size_t i = 0; i < num; ++i)
+    for (const int32_t value : net.nodes[i].operands) last_use[static_cast<size_t>(value)] = i;
+  size_t best = first;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (size_t split = first; split < std::min(num, first + kNear); ++split) {
+    int64_t crossing = 0;
+    for (size_t value = 0; value < static_cast<size_t>(net.value_of(split)); ++value)
+      if (last_use[value] >= split) crossing += net.shapes[value].size();
+    if (crossing < least) least = crossing, best = split;
+  }
+  return best;
+}
+
+// The index of an output that is this value, or -1.
+int64_t output_of(const Net& net, int32_t value) {
+  const auto found = std::find(net.outputs.begin(), net.outputs.end(), value);
+  return found == net.outputs.end() ? -1 : found - net.outputs.begin();
+}
+
+int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
+  const auto found = net->routes.find(samples);
+  if (found != net->routes.end()) {
+    *route = &found->second;
+    return POMONA_OK;
+  }
+  Route made;
+  const size_t split = samples == 1 ? 0 : find_split(*net, samples), num = net->nodes.size();
+  int error = POMONA_OK;
+  if (split > 0) error = Plan::make(*net, 1, 0, split, &made.one, bad_node);
+  if (error == POMONA_OK && (split < num || num == 0)) error = Plan::make(*net, samples, split, num, &made.all, bad_node);
+  if (error != POMONA_OK) return error;
+  if (made.one && made.all) {
+    int64_t floats = 0;
+    for (const int32_t value : made.all->inputs())
+      if (value >= net->value_of(0) && output_of(*net, value) < 0) floats += net->shapes[static_cast<size_t>(value)].size() * samples;
+    if (floats > net->options.max_bytes / 4) return POMONA_BAD_SIZE;
+    for (const int32_t value : made.all->inputs())
+      if (value >= net->value_of(0) && output_of(*net, value) < 0)
+        made.between[value].resize(static_cast<size_t>(net->shapes[static_cast<size_t>(value)].size() * samples));
+  }
+  *route = &net->routes.emplace(samples, std::move(made)).first->second;
   return POMONA_OK;
+}
+
+// Samples [first, first + n) of a batch.
+void run_route(Net& net, Route& route, int64_t first, int64_t n, const float* const* inputs, float* const* outputs, Team& team) {
+  const auto from = [&](int32_t value, int64_t sample) -> const float* {
+    const int64_t size = net.shapes[static_cast<size_t>(value)].size();
+    if (value < net.value_of(0)) return inputs[value] + (first + sample) * size;
+    const int64_t output = output_of(net, value);
+    return output < 0 ? route.between[value].data() + sample * size : outputs[output] + (first + sample) * size;
+  };
+  const auto to = [&](int32_t value, int64_t sample) {
+    const int64_t output = output_of(net, value), size = net.shapes[static_cast<size_t>(value)].size();
+    return output < 0 ? route.between[value].data() + sample * size : outputs[output] + (first + sample) * size;
+  };
+  std::vector<const float*> sources;
+  std::vector<float*> targets;
+  const auto run = [&](Plan& plan, int64_t sample, int64_t num) {
+    sources.clear();
+    targets.clear();
+    for (const int32_t value : plan.inputs()) sources.push_back(from(value, sample));
+    for (const int32_t value : plan.outputs()) targets.push_back(to(value, sample));
+    plan.run(net, num, sources.data(), targets.data(), team);
+  };
+  if (route.one)
+    for (int64_t sample = 0; sample < n; ++sample) run(*route.one, sample, 1);
+  if (route.all) run(*route.all, 0, n);
 }
 
 template <typename F>
@@ -277,7 +362,7 @@ const float* Net::bias(const Node& node) const {
   return node.attributes.bias < 0 ? nullptr : matrices[static_cast<size_t>(node.attributes.bias)].values.data();
 }
 
-int64_t Net::macs(const Node& node, const Shape& out, bool with_zeros) const {
+int64_t Net::macs_of(const Node& node, const Shape& out, bool with_zeros) const {
   if (!is_layer(node.attributes.op)) return 0;
   const Matrix& matrix = *weight(node);
   return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero()) * out.h * out.w;
@@ -301,8 +386,8 @@ int pomona_net_new(const pomona_graph* graph, const pomona_net_options* options,
     std::unique_ptr<pomona_net> made(new pomona_net);
     int error = pomona::build(*graph, options, &made->net, bad_node);
     if (error != POMONA_OK) return error;
-    pomona::Plan* plan;
-    error = pomona::plan_for(&made->net, 1, &plan, bad_node);
+    pomona::Route* route;
+    error = pomona::route_for(&made->net, 1, &route, bad_node);
     if (error == POMONA_OK) *net = made.release();
     return error;
   });
@@ -334,11 +419,29 @@ int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs
   for (size_t i = 0; i < net.outputs.size(); ++i)
     if (outputs[i] == nullptr) return POMONA_BAD_POINTER;
   return pomona::guarded([&]() -> int {
-    pomona::Plan* plan;
-    int32_t bad_node;
-    const int error = pomona::plan_for(&net, pomona::samples_together(net, batch), &plan, &bad_node);
-    if (error != POMONA_OK) return error;
-    plan->run(net, batch, inputs, outputs, num_threads);
+    // What goes together is decided, and laid out, before anything runs.
+    std::vector<std::pair<int64_t, pomona::Route*>> parts;
+    for (int64_t first = 0; first < batch;) {
+      const int64_t samples = pomona::samples_together(net, batch - first);
+      pomona::Route* route;
+      int32_t bad_node;
+      const int error = pomona::route_for(&net, samples, &route, &bad_node);
+      if (error != POMONA_OK) return error;
+      parts.emplace_back(first, route);
+      first += samples;
+    }
+    const int64_t most = 1 + net.macs * batch / pomona::kMacsEach;
+    pomona::with_team(static_cast<int>(std::min<int64_t>(num_threads, most)), [&](pomona::Team& team) {
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const int64_t end = i + 1 < parts.size() ? parts[i + 1].first : batch;
+        pomona::run_route(net, *parts[i].second, parts[i].first, end - parts[i].first, inputs, outputs, team);
+      }
+    });
+    for (size_t i = 0; i < net.outputs.size(); ++i) {
+      const size_t same = static_cast<size_t>(pomona::output_of(net, net.outputs[i]));
+      const size_t floats = static_cast<size_t>(net.shapes[static_cast<size_t>(net.outputs[i])].size() * batch);
+      if (same != i) std::memcpy(outputs[i], outputs[same], floats * sizeof(float));
+    }
     return POMONA_OK;
   });
 }
@@ -356,14 +459,18 @@ int pomona_net_about(const pomona_net* handle, pomona_net_info* info) {
   if (handle == nullptr || info == nullptr) return POMONA_BAD_POINTER;
   const pomona::Net& net = handle->net;
   *info = {};
-  for (const auto& [samples, plan] : net.plans) {
-    info->activation_bytes += plan->activation_bytes();
-    info->weight_bytes += plan->weight_bytes();
+  for (const auto& [samples, route] : net.routes) {
+    for (const pomona::Plan* plan : {route.one.get(), route.all.get()}) {
+      if (plan == nullptr) continue;
+      info->activation_bytes += plan->activation_bytes();
+      info->weight_bytes += plan->weight_bytes();
+    }
+    for (const auto& [value, floats] : route.between) info->activation_bytes += static_cast<int64_t>(floats.size()) * 4;
   }
   for (size_t i = 0; i < net.nodes.size(); ++i) {
     const pomona::Shape& out = net.shapes[static_cast<size_t>(net.value_of(i))];
-    info->macs += net.macs(net.nodes[i], out, false);
-    info->dense_macs += net.macs(net.nodes[i], out, true);
+    info->macs += net.macs_of(net.nodes[i], out, false);
+    info->dense_macs += net.macs_of(net.nodes[i], out, true);
   }
   return POMONA_OK;
 }

@@ -72,7 +72,6 @@ int Plan::lay_out(const Net& net) {
   Classes classes(sizes.size());
   struct Need {
     int64_t width = 0, height = 0, above = 0, left = 0;
-    bool is_by_sample = false;  // written sample by sample, and a vector beyond each
   };
   std::vector<Need> needs(sizes.size());
   for (size_t i = 0; i < num; ++i) {
@@ -80,13 +79,9 @@ int Plan::lay_out(const Net& net) {
     need.width = std::max(need.width, net.shapes[i].w);
     need.height = std::max(need.height, net.shapes[i].h);
   }
-  for (size_t i = 0; i < net.nodes.size(); ++i) {
+  for (size_t i = first_; i < last_; ++i) {
     const Node& node = net.nodes[i];
-    if (node.attributes.op != POMONA_CONV) continue;
-    if (!is_in_place(net, node)) {
-      needs[size_of[static_cast<size_t>(net.value_of(i))]].is_by_sample = true;
-      continue;
-    }
+    if (node.attributes.op != POMONA_CONV || !is_in_place(net, node)) continue;
     const pomona_node& a = node.attributes;
     const size_t in = static_cast<size_t>(node.operands[0]), out = static_cast<size_t>(net.value_of(i));
     const Shape &x = net.shapes[in], &y = net.shapes[out];
@@ -106,21 +101,14 @@ int Plan::lay_out(const Net& net) {
     all.height = std::max(all.height, needs[i].height);
     all.above = std::max(all.above, needs[i].above);
     all.left = std::max(all.left, needs[i].left);
-    all.is_by_sample |= needs[i].is_by_sample;
   }
   for (size_t i = 0; i < num; ++i) {
     const Need& need = joined[classes.find(size_of[i])];
     Layout& l = layouts_[i];
-    l.row_stride = need.width;
+    l.row_stride = need.width * samples_;
     l.rows = need.height;
-    l.lead = round_up(need.above * need.width + need.left, kAlign);
-    const int64_t positions = samples_ * l.sample_stride();
-    if (positions == 1) {
-      l.channel_stride = 1;
-    } else {
-      l.channel_stride = round_up(l.lead + positions + (need.is_by_sample && samples_ > 1 ? kMaxLanes : 0), kAlign);
-      l.channel_stride = spread(l.channel_stride);
-    }
+    l.lead = round_up((need.above * need.width + need.left) * samples_, kAlign);
+    l.channel_stride = l.positions() == 1 ? 1 : spread(round_up(l.lead + l.positions(), kAlign));
     if (net.shapes[i].c > std::numeric_limits<int32_t>::max() / l.channel_stride) return POMONA_BAD_SIZE;
   }
   return POMONA_OK;
@@ -146,7 +134,7 @@ void Plan::use_strided(const Net& net, Step* step) {
   for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
     const int64_t column = kx * a.dilation[1] - a.padding[1];
     const int64_t phase = column - floor_divide(column, a.stride[1]) * a.stride[1];
-    columns.insert(y.w + right - left <= row_stride ? left * a.stride[1] + phase : column);
+    columns.insert((y.w + right - left) * samples_ <= row_stride ? left * a.stride[1] + phase : column);
   }
   step->image_rows = y.h + bottom - top;
   for (const int64_t row : rows)
@@ -154,19 +142,18 @@ void Plan::use_strided(const Net& net, Step* step) {
   Layout& l = step->scratch;
   l.row_stride = row_stride;
   l.rows = step->image_rows * static_cast<int64_t>(step->images.size());
-  l.channel_stride = round_up(l.sample_stride() + kMaxLanes, kAlign);
-  l.channel_stride = spread(l.channel_stride);
-  if (samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() > 1) step->groups = a.groups;
+  l.channel_stride = spread(round_up(l.positions() + kMaxLanes, kAlign));
+  if (layouts_[static_cast<size_t>(step->out)].positions() > 1) step->groups = a.groups;
 }
 
 // Where, from an output position, the input of a tap is in the images of a channel.
-int64_t in_images(const Step& step, const pomona_node& a, int64_t row, int64_t column) {
+int64_t in_images(const Step& step, const pomona_node& a, int64_t row, int64_t column, int64_t samples) {
   int64_t place = 0, nearest = std::numeric_limits<int64_t>::max();
   for (size_t i = 0; i < step.images.size(); ++i) {
     const int64_t down = row - step.images[i].first_row, along = column - step.images[i].first_column;
     if (down < 0 || down % a.stride[0] != 0 || along < 0 || along % a.stride[1] != 0 || along >= nearest) continue;
     nearest = along;
-    place = (static_cast<int64_t>(i) * step.image_rows + down / a.stride[0]) * step.scratch.row_stride + along / a.stride[1];
+    place = (static_cast<int64_t>(i) * step.image_rows + down / a.stride[0]) * step.scratch.row_stride + along / a.stride[1] * samples;
   }
   return place;
 }
@@ -182,7 +169,6 @@ int Plan::add_weights(const Net& net, Step* step) {
   const pomona_node& a = node.attributes;
   const Matrix& matrix = *net.weight(node);
   const Shape& x = net.shapes[static_cast<size_t>(step->in[0])];
-  const Shape& y = net.shapes[static_cast<size_t>(step->out)];
   const Layout& in = layouts_[static_cast<size_t>(step->in[0])];
   const bool is_conv = a.op == POMONA_CONV;
   const int64_t groups = is_conv ? a.groups : 1, channels = x.c / groups, rows_each = matrix.rows / groups;
@@ -201,11 +187,7 @@ int Plan::add_weights(const Net& net, Step* step) {
       for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
         const int64_t row = ky * a.dilation[0] - a.padding[0], column = kx * a.dilation[1] - a.padding[1];
         int64_t& place = places[static_cast<size_t>(ky * a.kernel[1] + kx)];
-        if (is_strided) {
-          place = in_images(*step, a, row, column);
-        } else {
-          place = row * in.row_stride + column;
-        }
+        place = is_strided ? in_images(*step, a, row, column, samples_) : row * in.row_stride + column * samples_;
       }
   }
   const auto offset = [&](int64_t row, int64_t column) {
@@ -215,7 +197,7 @@ int Plan::add_weights(const Net& net, Step* step) {
 
   const double density = static_cast<double>(matrix.num_nonzero()) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
   const bool as_dense = net.options.dense == POMONA_DENSE_ALWAYS || (net.options.dense == 0 && density >= kDenseFrom);
-  step->is_vector = samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() == 1 && y.h * y.w == 1;
+  step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
   step->is_contiguous = step->is_vector && !is_strided && channel_stride == 1 && taps == 1;
   step->is_dense = as_dense && groups == 1 && (step->is_vector ? step->is_contiguous : matrix.rows >= kDenseRows);
   if (step->is_dense) {
@@ -273,8 +255,7 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   step->max_vectors = net.kernels->max_vectors;
   if (step->is_vector) return;
   const Layout& out = layouts_[static_cast<size_t>(step->out)];
-  const int64_t positions = (step->images.empty() ? samples_ : 1) * out.sample_stride();
-  const int64_t lanes = net.kernels->lanes, vectors = (positions + lanes - 1) / lanes;
+  const int64_t lanes = net.kernels->lanes, vectors = (out.positions() + lanes - 1) / lanes;
   step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, kTileFloats / lanes);
   const double uses = static_cast<double>(num_entries) / static_cast<double>(all);  // of one loaded vector
   const int64_t tile = std::min(step->max_vectors, vectors) * lanes;
@@ -307,16 +288,16 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
 int Plan::add_steps(const Net& net, int32_t* bad_node) {
   const size_t num_values = net.shapes.size();
   std::vector<int> uses(num_values, 0);
-  for (const Node& node : net.nodes)
-    for (const int32_t value : node.operands) ++uses[static_cast<size_t>(value)];
-  for (const int32_t value : net.outputs) uses[static_cast<size_t>(value)] += 2;  // never only an intermediate
+  for (size_t i = first_; i < last_; ++i)
+    for (const int32_t value : net.nodes[i].operands) ++uses[static_cast<size_t>(value)];
+  for (const int32_t value : outputs_) uses[static_cast<size_t>(value)] += 2;  // never only an intermediate
   std::vector<int32_t> only_user(num_values, -1);
-  for (size_t i = 0; i < net.nodes.size(); ++i)
+  for (size_t i = first_; i < last_; ++i)
     for (const int32_t value : net.nodes[i].operands)
       if (uses[static_cast<size_t>(value)] == 1) only_user[static_cast<size_t>(value)] = static_cast<int32_t>(i);
 
   std::vector<bool> is_done(net.nodes.size(), false);
-  for (size_t i = 0; i < net.nodes.size(); ++i) {
+  for (size_t i = first_; i < last_; ++i) {
     if (is_done[i]) continue;
     *bad_node = static_cast<int32_t>(i);
     const Node& node = net.nodes[i];
@@ -334,7 +315,7 @@ int Plan::add_steps(const Net& net, int32_t* bad_node) {
       if (user >= 0 && net.nodes[static_cast<size_t>(user)].attributes.op == POMONA_ADD) {
         const std::vector<int32_t>& terms = net.nodes[static_cast<size_t>(user)].operands;
         const int32_t other = terms[0] == step.out ? terms[1] : terms[0];
-        const bool exists = other < net.value_of(0) || is_done[static_cast<size_t>(other - net.value_of(0))];
+        const bool exists = other < net.value_of(first_) || is_done[static_cast<size_t>(other - net.value_of(0))];
         if (other != step.out && exists) {
           step.residual = other;
           is_done[static_cast<size_t>(user)] = true;
@@ -356,7 +337,7 @@ int Plan::add_steps(const Net& net, int32_t* bad_node) {
       if (error != POMONA_OK) return error;
       const Layout& l = layouts_[static_cast<size_t>(step.out)];
       const Shape& shape = net.shapes[static_cast<size_t>(step.out)];
-      if (l.row_stride > shape.w || l.rows > shape.h) step.mask = mask_for(l, shape);
+      if (l.row_stride > shape.w * samples_ || l.rows > shape.h) step.mask = mask_for(l, shape);
     }
     is_done[i] = true;
     steps_.push_back(std::move(step));
@@ -369,11 +350,11 @@ const int32_t* Plan::mask_for(const Layout& l, const Shape& shape) {
   const auto key = std::make_tuple(l.row_stride, l.rows, shape.h, shape.w);
   std::vector<int32_t>& mask = masks_[key];
   if (mask.empty()) {
-    mask.assign(static_cast<size_t>(round_up(samples_ * l.sample_stride(), kAlign)), 0);
-    for (int64_t sample = 0; sample < samples_; ++sample)
-      for (int64_t y = 0; y < shape.h; ++y)
-        for (int64_t x = 0; x < shape.w; ++x)
-          mask[static_cast<size_t>(sample * l.sample_stride() + y * l.row_stride + x)] = -1;
+    mask.assign(static_cast<size_t>(round_up(l.positions(), kAlign)), 0);
+    for (int64_t y = 0; y < shape.h; ++y) {
+      const auto row = mask.begin() + y * l.row_stride;
+      std::fill(row, row + shape.w * samples_, -1);
+    }
   }
   return mask.data();
 }
@@ -386,7 +367,7 @@ int Plan::allocate(const Net& net) {
     for (const int32_t value : steps_[s].in) last[static_cast<size_t>(value)] = static_cast<int64_t>(s);
     if (steps_[s].residual >= 0) last[static_cast<size_t>(steps_[s].residual)] = static_cast<int64_t>(s);
   }
-  for (const int32_t value : net.outputs) last[static_cast<size_t>(value)] = static_cast<int64_t>(steps_.size());
+  for (const int32_t value : outputs_) last[static_cast<size_t>(value)] = static_cast<int64_t>(steps_.size());
 
   struct Piece {
     int64_t offset, size, last;
@@ -408,8 +389,10 @@ int Plan::allocate(const Net& net) {
     return best;
   };
   const auto size_of = [&](size_t value) { return round_up(net.shapes[value].c * layouts_[value].channel_stride + kMaxLanes, kAlign); };
-  for (size_t value = 0; value < net.inputs.size(); ++value)
+  for (const int32_t input : inputs_) {
+    const size_t value = static_cast<size_t>(input);
     layouts_[value].offset = place(size_of(value), -1, std::max<int64_t>(last[value], 0));
+  }
   for (size_t s = 0; s < steps_.size(); ++s) {
     Step& step = steps_[s];
     const int64_t now = static_cast<int64_t>(s);
@@ -418,8 +401,7 @@ int Plan::allocate(const Net& net) {
     int32_t over = -1;
     if (step.residual >= 0 && step.residual != step.in[0]) over = step.residual;
     else if (is_pointwise(step.op)) over = step.in[0];
-    // Samples that are strided over one by one write a few positions of the next, whose residual must still be there.
-    const bool may = over >= 0 && (step.images.empty() || samples_ == 1) && net.shapes[static_cast<size_t>(over)] == net.shapes[out];
+    const bool may = over >= 0 && net.shapes[static_cast<size_t>(over)] == net.shapes[out];
     const auto piece = std::find_if(pieces.begin(), pieces.end(), [&](const Piece& p) {
       return may && p.last == now && p.offset == layouts_[static_cast<size_t>(over)].offset;
     });
@@ -440,9 +422,31 @@ int Plan::allocate(const Net& net) {
   return POMONA_OK;
 }
 
-int Plan::make(const Net& net, int64_t samples, std::unique_ptr<Plan>* plan, int32_t* bad_node) {
+void Plan::find_ends(const Net& net) {
+  std::vector<bool> is_in(net.shapes.size(), false), is_out(net.shapes.size(), false);
+  const int32_t first = net.value_of(first_), last = net.value_of(last_);
+  for (size_t i = first_; i < net.nodes.size(); ++i)
+    for (const int32_t value : net.nodes[i].operands) {
+      if (i < last_ && value < first) is_in[static_cast<size_t>(value)] = true;
+      if (i >= last_ && value >= first && value < last) is_out[static_cast<size_t>(value)] = true;
+    }
+  for (const int32_t value : net.outputs) {
+    // An output that is an input of the network goes through the last plan.
+    if (value >= first && value < last) is_out[static_cast<size_t>(value)] = true;
+    if (value < net.value_of(0) && last_ == net.nodes.size()) is_in[static_cast<size_t>(value)] = is_out[static_cast<size_t>(value)] = true;
+  }
+  for (size_t value = 0; value < net.shapes.size(); ++value) {
+    if (is_in[value]) inputs_.push_back(static_cast<int32_t>(value));
+    if (is_out[value]) outputs_.push_back(static_cast<int32_t>(value));
+  }
+}
+
+int Plan::make(const Net& net, int64_t samples, size_t first, size_t last, std::unique_ptr<Plan>* plan, int32_t* bad_node) {
   std::unique_ptr<Plan> made(new Plan);
   made->samples_ = samples;
+  made->first_ = first;
+  made->last_ = last;
+  made->find_ends(net);
   int error = made->lay_out(net);
   if (error == POMONA_OK) error = made->add_steps(net, bad_node);
   if (error == POMONA_OK) error = made->allocate(net);

@@ -44,6 +44,13 @@ struct Node {
 
 class Plan;
 
+// How a number of samples go through a network: nodes [0, split) one sample after the other, while activations are too large
+// for a cache to hold those of all, and nodes [split, ...) all samples together.
+struct Route {
+  std::unique_ptr<Plan> one, all;                 // either may be missing
+  std::map<int32_t, std::vector<float>> between;  // values handed over, (sample, *shape)
+};
+
 struct Net {
   std::vector<Shape> inputs;
   std::vector<Node> nodes;
@@ -52,7 +59,10 @@ struct Net {
   std::vector<Shape> shapes;  // of all values
   pomona_net_options options{};
   const NetKernels* kernels = nullptr;
-  std::map<int64_t, std::unique_ptr<Plan>> plans;  // by the number of samples
+  std::map<int64_t, Route> routes;  // by the number of samples
+  bool is_of_features = false;  // layers of one position do a good part of the work
+  int64_t largest = 1;          // value
+  int64_t macs = 0;             // of one sample
   std::vector<double> seconds;
   bool profile = false;
 
@@ -60,17 +70,17 @@ struct Net {
   int32_t value_of(size_t node) const { return static_cast<int32_t>(inputs.size() + node); }
   const Matrix* weight(const Node& node) const;
   const float* bias(const Node& node) const;
-  int64_t macs(const Node& node, const Shape& out, bool with_zeros) const;
+  int64_t macs_of(const Node& node, const Shape& out, bool with_zeros) const;
 };
 
-// Where the numbers of a value are: element (channel, sample, y, x) is at
-// channel * channel_stride + lead + sample * rows * row_stride + y * row_stride + x, in floats from `offset` of the arena. What lies
-// between rows, between samples and before the first is zero: the padding of convolutions.
+// Where the numbers of a value are: element (channel, y, x, sample) is at
+// channel * channel_stride + lead + y * row_stride + x * samples + sample, in floats from `offset` of the arena. With many samples
+// the next column is a vector further, and nothing is ever unaligned. What lies between and around rows is zero: the
+// padding of convolutions.
 struct Layout {
   int64_t row_stride = 1, rows = 1, lead = 0, channel_stride = 1;
   int64_t offset = 0;
-  int64_t sample_stride() const { return rows * row_stride; }
-  bool is_padded(const Shape& shape) const { return lead > 0 || row_stride > shape.w || rows > shape.h; }
+  int64_t positions() const { return rows * row_stride; }
 };
 
 // Column-blocked entries of a sparse matrix: block b's row r is entries[starts[b * (rows + 1) + r] ...].
@@ -112,7 +122,7 @@ struct Step {
   };
   std::vector<Image> images;
   int64_t image_rows = 0;
-  Layout scratch;  // of one sample, all images of a channel one after the other
+  Layout scratch;  // all images of a channel one after the other
   int64_t groups = 1;  // copied and done one after the other, in the memory of one
   const int32_t* mask = nullptr;
 };
@@ -137,15 +147,21 @@ class Lines {
 
 class Plan {
  public:
-  // Returns POMONA_OK or an error, with the node it is of.
-  static int make(const Net& net, int64_t samples, std::unique_ptr<Plan>* plan, int32_t* bad_node);
+  // Of nodes [first, last). Returns POMONA_OK or an error, with the node it is of.
+  static int make(const Net& net, int64_t samples, size_t first, size_t last, std::unique_ptr<Plan>* plan, int32_t* bad_node);
 
-  void run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads);
+  int64_t samples() const { return samples_; }
+  const std::vector<int32_t>& inputs() const { return inputs_; }  // values that come from before or outside
+  const std::vector<int32_t>& outputs() const { return outputs_; }  // values that are used later or outside
+
+  // n <= samples() samples; inputs[i] and outputs[i] are of the values above, (n, *shape).
+  void run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team);
 
   int64_t activation_bytes() const { return arena_.size() * 4; }
   int64_t weight_bytes() const;
 
  private:
+  void find_ends(const Net& net);
   int lay_out(const Net& net);
   int add_steps(const Net& net, int32_t* bad_node);
   int add_weights(const Net& net, Step* step);
@@ -155,16 +171,21 @@ class Plan {
   int allocate(const Net& net);
   bool is_in_place(const Net& net, const Node& node) const;
 
-  void run_step(const Net& net, const Step& step, int64_t n, Team& team);
-  void run_layer(const Net& net, const Step& step, int64_t n, Team& team);
-  void run_tiles(const Net& net, const Step& step, const float* x, int64_t first, int64_t positions, Team& team);
-  void run_groups(const Net& net, const Step& step, int64_t sample, int64_t positions, Team& team);
-  Tile tile_of(const Step& step, const float* x, int64_t first, int64_t position);
-  void copy_images(const Net& net, const Step& step, int64_t sample, int64_t channel, float* to);
-  void pool(const Net& net, const Step& step, int64_t channel, int64_t n, float* scratch);
-  void copy_in(const Net& net, size_t input, const float* from, int64_t n, Team& team);
+  void run_step(const Net& net, const Step& step, Team& team);
+  void run_layer(const Net& net, const Step& step, Team& team);
+  void run_tiles(const Net& net, const Step& step, const float* x, int64_t positions, Team& team);
+  void run_groups(const Net& net, const Step& step, int64_t positions, Team& team);
+  Tile tile_of(const Step& step, const float* x, int64_t position);
+  void copy_images(const Net& net, const Step& step, int64_t channel, float* to);
+  void pool(const Net& net, const Step& step, int64_t channel, float* scratch);
+  void copy_in(const Net& net, int32_t value, const float* from, int64_t n, Team& team);
   void copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& team);
-  void clear_border(const Net& net, int32_t value, int64_t channel, int64_t n);
+  void clear_border(const Net& net, int32_t value, int64_t channel);
+  bool is_padded(const Net& net, int32_t value) const {
+    const Layout& l = layouts_[static_cast<size_t>(value)];
+    const Shape& shape = net.shapes[static_cast<size_t>(value)];
+    return l.lead > 0 || l.row_stride > shape.w * samples_ || l.rows > shape.h;
+  }
   float* scratch(int worker, int64_t floats);
   float* at(int32_t value, int64_t channel = 0) {
     const Layout& l = layouts_[static_cast<size_t>(value)];
@@ -172,6 +193,8 @@ class Plan {
   }
 
   int64_t samples_ = 1;
+  size_t first_ = 0, last_ = 0;
+  std::vector<int32_t> inputs_, outputs_;
   std::vector<Layout> layouts_;  // of values
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;

@@ -39,101 +39,119 @@ float* Plan::scratch(int worker, int64_t floats) {
   return mine.data();
 }
 
-// Zeros between the rows, between the samples, and around.
-void Plan::clear_border(const Net& net, int32_t value, int64_t channel, int64_t n) {
+// Zeros between the rows, and around.
+void Plan::clear_border(const Net& net, int32_t value, int64_t channel) {
+  if (!is_padded(net, value)) return;
   const Layout& l = layouts_[static_cast<size_t>(value)];
   const Shape& s = net.shapes[static_cast<size_t>(value)];
-  if (!l.is_padded(s)) return;
   float* const data = at(value, channel);
+  const int64_t width = s.w * samples_;
   clear(data - l.lead, l.lead);
-  for (int64_t sample = 0; sample < n; ++sample) {
-    float* const image = data + sample * l.sample_stride();
-    if (l.row_stride > s.w)
-      for (int64_t y = 0; y < s.h; ++y) clear(image + y * l.row_stride + s.w, l.row_stride - s.w);
-    clear(image + s.h * l.row_stride, (l.rows - s.h) * l.row_stride);
-  }
-  clear(data + n * l.sample_stride(), l.channel_stride - l.lead - n * l.sample_stride());
+  if (l.row_stride > width)
+    for (int64_t y = 0; y + 1 < s.h; ++y) clear(data + y * l.row_stride + width, l.row_stride - width);
+  const int64_t end = (s.h - 1) * l.row_stride + width;
+  clear(data + end, l.channel_stride - l.lead - end);
 }
 
-void Plan::copy_in(const Net& net, size_t input, const float* from, int64_t n, Team& team) {
-  const Shape& s = net.shapes[input];
-  const Layout& l = layouts_[input];
-  const int32_t value = static_cast<int32_t>(input);
+void Plan::copy_in(const Net& net, int32_t value, const float* from, int64_t n, Team& team) {
+  const Shape& s = net.shapes[static_cast<size_t>(value)];
+  const Layout& l = layouts_[static_cast<size_t>(value)];
+  constexpr int64_t kSquare = 32;
   if (s.rank == 3) {
-    team.each(s.c, [&](int64_t c, int) {
-      for (int64_t sample = 0; sample < n; ++sample)
-        for (int64_t y = 0; y < s.h; ++y)
-          copy(from + ((sample * s.c + c) * s.h + y) * s.w, at(value, c) + sample * l.sample_stride() + y * l.row_stride, s.w);
-      clear_border(net, value, c, n);
+    each_of(team, s.c, s.h * s.w * samples_, [&](int64_t c, int) {
+      for (int64_t y = 0; y < s.h; ++y) {
+        float* const to = at(value, c) + y * l.row_stride;
+        if (samples_ == 1) {
+          copy(from + (c * s.h + y) * s.w, to, s.w);
+          continue;
+        }
+        if (n < samples_) clear(to, s.w * samples_);
+        for (int64_t x0 = 0; x0 < s.w; x0 += kSquare)
+          for (int64_t sample = 0; sample < n; ++sample) {
+            const float* const row = from + ((sample * s.c + c) * s.h + y) * s.w;
+            for (int64_t x = x0; x < std::min(s.w, x0 + kSquare); ++x) to[x * samples_ + sample] = row[x];
+          }
+      }
+      clear_border(net, value, c);
     });
     return;
   }
-  // (sample, position, feature) -> (feature, sample, position), in squares
-  constexpr int64_t kSquare = 32;
+  // (sample, position, feature) -> (feature, position, sample), in squares
   team.each(divide_up(s.c, kSquare), [&](int64_t square, int) {
     const int64_t first = square * kSquare, last = std::min(s.c, first + kSquare);
+    if (n < samples_)
+      for (int64_t c = first; c < last; ++c) clear(at(value, c), s.w * samples_);
     for (int64_t sample = 0; sample < n; ++sample)
       for (int64_t p0 = 0; p0 < s.w; p0 += kSquare)
-        for (int64_t c = first; c < last; ++c) {
-          float* const to = at(value, c) + sample * l.sample_stride();
-          for (int64_t p = p0; p < std::min(s.w, p0 + kSquare); ++p) to[p] = from[(sample * s.w + p) * s.c + c];
-        }
-    for (int64_t c = first; c < last; ++c) clear_border(net, value, c, n);
+        for (int64_t c = first; c < last; ++c)
+          for (int64_t p = p0; p < std::min(s.w, p0 + kSquare); ++p)
+            at(value, c)[p * samples_ + sample] = from[(sample * s.w + p) * s.c + c];
+    for (int64_t c = first; c < last; ++c) clear_border(net, value, c);
   });
 }
 
 void Plan::copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& team) {
   const Shape& s = net.shapes[static_cast<size_t>(value)];
   const Layout& l = layouts_[static_cast<size_t>(value)];
+  constexpr int64_t kSquare = 32;
   if (s.rank == 3) {
-    team.each(s.c, [&](int64_t c, int) {
-      for (int64_t sample = 0; sample < n; ++sample)
-        for (int64_t y = 0; y < s.h; ++y)
-          copy(at(value, c) + sample * l.sample_stride() + y * l.row_stride, to + ((sample * s.c + c) * s.h + y) * s.w, s.w);
+    each_of(team, s.c, s.h * s.w * samples_, [&](int64_t c, int) {
+      for (int64_t y = 0; y < s.h; ++y) {
+        const float* const from = at(value, c) + y * l.row_stride;
+        if (samples_ == 1) {
+          copy(from, to + (c * s.h + y) * s.w, s.w);
+          continue;
+        }
+        for (int64_t x0 = 0; x0 < s.w; x0 += kSquare)
+          for (int64_t sample = 0; sample < n; ++sample) {
+            float* const row = to + ((sample * s.c + c) * s.h + y) * s.w;
+            for (int64_t x = x0; x < std::min(s.w, x0 + kSquare); ++x) row[x] = from[x * samples_ + sample];
+          }
+      }
     });
     return;
   }
-  constexpr int64_t kSquare = 32;
   team.each(n * divide_up(s.w, kSquare), [&](int64_t task, int) {
     const int64_t sample = task / divide_up(s.w, kSquare), p0 = task % divide_up(s.w, kSquare) * kSquare;
     for (int64_t c0 = 0; c0 < s.c; c0 += kSquare)
       for (int64_t p = p0; p < std::min(s.w, p0 + kSquare); ++p)
         for (int64_t c = c0; c < std::min(s.c, c0 + kSquare); ++c)
-          to[(sample * s.w + p) * s.c + c] = at(value, c)[sample * l.sample_stride() + p];
+          to[(sample * s.w + p) * s.c + c] = at(value, c)[p * samples_ + sample];
   });
 }
 
-// The images of one channel of one sample.
-void Plan::copy_images(const Net& net, const Step& step, int64_t sample, int64_t channel, float* to) {
+// The images of one channel.
+void Plan::copy_images(const Net& net, const Step& step, int64_t channel, float* to) {
   const pomona_node& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Layout& in = layouts_[static_cast<size_t>(step.in[0])];
-  const int64_t width = step.scratch.row_stride, stride = a.stride[1];
-  const float* const from = at(step.in[0], channel) + sample * in.sample_stride();
+  const int64_t width = step.scratch.row_stride, columns = width / samples_, stride = a.stride[1];
+  const float* const from = at(step.in[0], channel);
   for (const Step::Image& image : step.images) {
     // Columns first_column + stride * i of the input, where it has them.
-    const int64_t begin = image.first_column < 0 ? std::min(width, divide_up(-image.first_column, stride)) : 0;
+    const int64_t begin = image.first_column < 0 ? std::min(columns, divide_up(-image.first_column, stride)) : 0;
     const int64_t there = x.w - 1 - image.first_column;
-    const int64_t end = there < 0 ? begin : std::max(begin, std::min(width, there / stride + 1));
+    const int64_t end = there < 0 ? begin : std::max(begin, std::min(columns, there / stride + 1));
     for (int64_t y = 0; y < step.image_rows; ++y, to += width) {
       const int64_t row = image.first_row + y * a.stride[0];
       if (row < 0 || row >= x.h) {
         clear(to, width);
         continue;
       }
-      const float* const line = from + row * in.row_stride + image.first_column + stride * begin;
-      clear(to, begin);
-      if (stride == 1) copy(line, to + begin, end - begin);
-      else if (stride == 2) net.kernels->every_second(line, to + begin, end - begin);
+      const float* const line = from + row * in.row_stride + (image.first_column + stride * begin) * samples_;
+      float* const there_to = to + begin * samples_;
+      clear(to, begin * samples_);
+      if (stride == 1) copy(line, there_to, (end - begin) * samples_);
+      else if (stride == 2 && samples_ == 1) net.kernels->every_second(line, there_to, end - begin);
       else
-        for (int64_t i = begin; i < end; ++i) to[i] = line[stride * (i - begin)];
-      clear(to + end, width - end);
+        for (int64_t i = 0; i < end - begin; ++i) copy(line + stride * i * samples_, there_to + i * samples_, samples_);
+      clear(to + end * samples_, (columns - end) * samples_);
     }
   }
 }
 
-// Positions [first, first + positions) of all rows of a layer; x is what lies at the first of them in channel 0.
-void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t first, int64_t positions, Team& team) {
+// All rows of a layer; x is what lies at the first position of channel 0.
+void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t positions, Team& team) {
   const NetKernels& kernels = *net.kernels;
   const int64_t lanes = kernels.lanes, vectors = divide_up(positions, lanes);
   const int64_t num_tiles = divide_up(vectors, step.max_vectors);
@@ -149,7 +167,7 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t f
     const int64_t begin = vectors * index / num_tiles, end = vectors * (index + 1) / num_tiles;
     const int num = static_cast<int>(end - begin);
     const int64_t position = begin * lanes;
-    Tile tile = tile_of(step, x, first, position);
+    Tile tile = tile_of(step, x, position);
     tile.first_row = static_cast<int32_t>(chunk * rows_each);
     tile.last_row = static_cast<int32_t>(std::min(step.num_rows, (chunk + 1) * rows_each));
     if (step.is_dense) {
@@ -180,21 +198,20 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t f
   });
 }
 
-void Plan::run_layer(const Net& net, const Step& step, int64_t n, Team& team) {
+void Plan::run_layer(const Net& net, const Step& step, Team& team) {
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const Shape& shape = net.shapes[static_cast<size_t>(step.out)];
-  const float* const x = step.images.empty() ? at(step.in[0]) : arena_.data() + step.scratch.offset;
-  const auto copy_all = [&](int64_t sample) {
-    team.each(net.shapes[static_cast<size_t>(step.in[0])].c, [&](int64_t c, int) {
-      copy_images(net, step, sample, c, arena_.data() + step.scratch.offset + c * step.scratch.channel_stride);
+  const bool has_images = !step.images.empty();
+  const float* const x = has_images ? arena_.data() + step.scratch.offset : at(step.in[0]);
+  if (has_images && step.groups == 1)
+    each_of(team, net.shapes[static_cast<size_t>(step.in[0])].c, step.scratch.positions(), [&](int64_t c, int) {
+      copy_images(net, step, c, arena_.data() + step.scratch.offset + c * step.scratch.channel_stride);
     });
-  };
   if (step.is_vector) {
-    if (!step.images.empty()) copy_all(0);
     const int64_t num_chunks = team.size() == 1 ? 1 : std::min<int64_t>(team.size() * kTasksEach, divide_up(step.num_rows, 64));
     const int64_t rows_each = divide_up(step.num_rows, num_chunks);
     team.each(num_chunks, [&](int64_t chunk, int) {
-      Tile tile = tile_of(step, x, 0, 0);
+      Tile tile = tile_of(step, x, 0);
       tile.first_row = static_cast<int32_t>(std::min(step.num_rows, chunk * rows_each));
       tile.last_row = static_cast<int32_t>(std::min(step.num_rows, (chunk + 1) * rows_each));
       if (step.is_dense) net.kernels->dense_vector(tile, step.values.data(), static_cast<int64_t>(step.offsets.size()));
@@ -202,39 +219,28 @@ void Plan::run_layer(const Net& net, const Step& step, int64_t n, Team& team) {
     });
     return;
   }
-  // Tiles write every position of an image and between its rows; what lies around is cleared here.
-  const int64_t image = (shape.h - 1) * out.row_stride + shape.w;  // positions, up to the last one
-  if (!step.shares && out.is_padded(shape)) {
+  // Tiles write every position up to the last of the image, between its rows too; what lies around is cleared here.
+  const int64_t positions = (shape.h - 1) * out.row_stride + shape.w * samples_;
+  if (!step.shares && is_padded(net, step.out)) {
     for (int64_t c = 0; c < shape.c; ++c) {
       float* const data = at(step.out, c);
       clear(data - out.lead, out.lead);
-      const int64_t end = (n - 1) * out.sample_stride() + image;
-      clear(data + end, out.channel_stride - out.lead - end);
-      if (!step.images.empty())
-        for (int64_t sample = 0; sample + 1 < n; ++sample)
-          clear(data + sample * out.sample_stride() + image, out.sample_stride() - image);
+      clear(data + positions, out.channel_stride - out.lead - positions);
     }
   }
-  if (step.images.empty()) return run_tiles(net, step, x, 0, (n - 1) * out.sample_stride() + image, team);
-  for (int64_t sample = 0; sample < n; ++sample) {
-    if (step.groups > 1) {
-      run_groups(net, step, sample, image, team);
-      continue;
-    }
-    copy_all(sample);
-    run_tiles(net, step, x, sample * out.sample_stride(), image, team);
-  }
+  if (step.groups > 1) return run_groups(net, step, positions, team);
+  run_tiles(net, step, x, positions, team);
 }
 
 // Group by group, each with the images of its own channels only.
-void Plan::run_groups(const Net& net, const Step& step, int64_t sample, int64_t positions, Team& team) {
+void Plan::run_groups(const Net& net, const Step& step, int64_t positions, Team& team) {
   const int64_t channels = net.shapes[static_cast<size_t>(step.in[0])].c / step.groups, rows = step.num_rows / step.groups;
-  const int64_t lanes = net.kernels->lanes, vectors = divide_up(positions, lanes), first = sample * layouts_[static_cast<size_t>(step.out)].sample_stride();
-  team.each(step.groups, [&](int64_t group, int worker) {
+  const int64_t lanes = net.kernels->lanes, vectors = divide_up(positions, lanes);
+  each_of(team, step.groups, channels * step.scratch.positions(), [&](int64_t group, int worker) {
     float* const images = scratch(worker, channels * step.scratch.channel_stride + kMaxTile);
-    for (int64_t c = 0; c < channels; ++c) copy_images(net, step, sample, group * channels + c, images + c * step.scratch.channel_stride);
+    for (int64_t c = 0; c < channels; ++c) copy_images(net, step, group * channels + c, images + c * step.scratch.channel_stride);
     for (int64_t begin = 0; begin < vectors; begin += step.max_vectors) {
-      Tile tile = tile_of(step, images, first, begin * lanes);
+      Tile tile = tile_of(step, images, begin * lanes);
       tile.first_row = static_cast<int32_t>(group * rows);
       tile.last_row = static_cast<int32_t>((group + 1) * rows);
       net.kernels->sparse(tile, step.entries.data(), step.starts.data(), static_cast<int>(std::min(step.max_vectors, vectors - begin)));
@@ -243,14 +249,14 @@ void Plan::run_groups(const Net& net, const Step& step, int64_t sample, int64_t 
 }
 
 // A tile at a position of all that is done together, all rows in one block.
-Tile Plan::tile_of(const Step& step, const float* x, int64_t first, int64_t position) {
+Tile Plan::tile_of(const Step& step, const float* x, int64_t position) {
   Tile tile{};
   tile.x = x + position;
-  tile.out = at(step.out) + first + position;
+  tile.out = at(step.out) + position;
   tile.row_stride = layouts_[static_cast<size_t>(step.out)].channel_stride;
   tile.epilogue.bias = step.bias;
-  tile.epilogue.residual = step.residual < 0 ? nullptr : at(step.residual) + first + position;
-  tile.epilogue.mask = step.mask == nullptr ? nullptr : step.mask + first + position;
+  tile.epilogue.residual = step.residual < 0 ? nullptr : at(step.residual) + position;
+  tile.epilogue.mask = step.mask == nullptr ? nullptr : step.mask + position;
   tile.epilogue.act = step.act;
   tile.epilogue.low = step.low;
   tile.epilogue.high = step.high;
@@ -259,7 +265,7 @@ Tile Plan::tile_of(const Step& step, const float* x, int64_t first, int64_t posi
 }
 
 // First down the rows, a whole line at a time, then along the line at every place, of which every stride-th counts.
-void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, float* scratch) {
+void Plan::pool(const Net& net, const Step& step, int64_t channel, float* scratch) {
   const pomona_node& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Shape& y = net.shapes[static_cast<size_t>(step.out)];
@@ -268,77 +274,75 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
   const NetKernels& kernels = *net.kernels;
   const bool is_max = step.op == POMONA_MAX_POOL, counts_padding = (a.flags & POMONA_COUNT_PADDING) != 0;
   const int64_t left = a.padding[1], stride = a.stride[1];
-  const int64_t places = (y.w - 1) * stride + 1, width = std::max(left + x.w, places + a.kernel[1] - 1);
+  const int64_t last_place = (y.w - 1) * stride, width = std::max(left + x.w, last_place + a.kernel[1]) * samples_;
+  const int64_t places = (last_place + 1) * samples_, there = x.w * samples_;
   // In whole vectors: what is read beyond a row ends in the right border, which is then made anew.
   const auto whole = [&](int64_t num) { return divide_up(num, kernels.lanes) * kernels.lanes; };
   const float border = is_max ? -std::numeric_limits<float>::infinity() : 0.0f;
   float* const line = scratch;
+  float* const row = line + left * samples_;
   float* const along = line + width + kMaxLanes;
   float* const picked = along + 2 * (places + kMaxLanes);
-  float* const inverse = picked + y.w + kMaxLanes;
-  std::fill(line, line + left, border);
-  // How many columns of each window count.
-  for (int64_t j = 0; j < y.w; ++j) {
-    const int64_t begin = j * stride - left, end = begin + a.kernel[1];
-    const int64_t num = counts_padding ? std::min(x.w + left, end) - begin : std::min(x.w, end) - std::max<int64_t>(0, begin);
-    inverse[j] = 1.0f / static_cast<float>(num);
-  }
-  for (int64_t sample = 0; sample < n; ++sample) {
-    const float* const from = at(step.in[0], channel) + sample * in.sample_stride();
-    float* const to = at(step.out, channel) + sample * out.sample_stride();
-    for (int64_t i = 0; i < y.h; ++i) {
-      const int64_t top = i * a.stride[0] - a.padding[0], bottom = top + a.kernel[0];
-      const int64_t first = std::max<int64_t>(0, top), last = std::min(x.h, bottom);
-      kernels.copy(from + first * in.row_stride, line + left, x.w);
-      for (int64_t row = first + 1; row < last; ++row) {
-        if (is_max) kernels.maximum(from + row * in.row_stride, line + left, whole(x.w));
-        else kernels.add(from + row * in.row_stride, line + left, line + left, whole(x.w));
-      }
-      std::fill(line + left + x.w, line + width, border);
-      kernels.copy(line, along, places);
-      for (int64_t k = 1; k < a.kernel[1]; ++k) {
-        if (is_max) kernels.maximum(line + k, along, whole(places));
-        else kernels.add(line + k, along, along, whole(places));
-      }
-      float* const result = to + i * out.row_stride;
-      if (stride == 2) kernels.every_second(along, picked, y.w);
-      if (stride <= 2) copy(stride == 1 ? along : picked, result, y.w);
-      else
-        for (int64_t j = 0; j < y.w; ++j) result[j] = along[stride * j];
-      if (!is_max) {
-        const int64_t rows = counts_padding ? std::min(x.h + a.padding[0], bottom) - top : last - first;
-        const float factor = 1.0f / static_cast<float>(rows);
-        for (int64_t j = 0; j < y.w; ++j) result[j] *= factor * inverse[j];
-      }
+  std::fill(line, row, border);
+  for (int64_t i = 0; i < y.h; ++i) {
+    const int64_t top = i * a.stride[0] - a.padding[0], bottom = top + a.kernel[0];
+    const int64_t first = std::max<int64_t>(0, top), last = std::min(x.h, bottom);
+    const float* const from = at(step.in[0], channel);
+    kernels.copy(from + first * in.row_stride, row, there);
+    for (int64_t k = first + 1; k < last; ++k) {
+      if (is_max) kernels.maximum(from + k * in.row_stride, row, whole(there));
+      else kernels.add(from + k * in.row_stride, row, row, whole(there));
+    }
+    std::fill(row + there, line + width, border);
+    kernels.copy(line, along, places);
+    for (int64_t k = 1; k < a.kernel[1]; ++k) {
+      if (is_max) kernels.maximum(line + k * samples_, along, whole(places));
+      else kernels.add(line + k * samples_, along, along, whole(places));
+    }
+    float* const to = at(step.out, channel) + i * out.row_stride;
+    if (stride == 1) {
+      copy(along, to, y.w * samples_);
+    } else if (stride == 2 && samples_ == 1) {
+      kernels.every_second(along, picked, y.w);
+      copy(picked, to, y.w);
+    } else {
+      for (int64_t j = 0; j < y.w; ++j) copy(along + stride * j * samples_, to + j * samples_, samples_);
+    }
+    if (is_max) continue;
+    const int64_t rows = counts_padding ? std::min(x.h + a.padding[0], bottom) - top : last - first;
+    for (int64_t j = 0; j < y.w; ++j) {
+      const int64_t begin = j * stride - left, end = begin + a.kernel[1];
+      const int64_t columns = counts_padding ? std::min(x.w + left, end) - begin : std::min(x.w, end) - std::max<int64_t>(0, begin);
+      const float factor = 1.0f / static_cast<float>(rows * columns);
+      for (int64_t sample = 0; sample < samples_; ++sample) to[j * samples_ + sample] *= factor;
     }
   }
-  clear_border(net, step.out, channel, n);
+  clear_border(net, step.out, channel);
 }
 
-void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
+void Plan::run_step(const Net& net, const Step& step, Team& team) {
   const NetKernels& kernels = *net.kernels;
   const pomona_node& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Shape& y = net.shapes[static_cast<size_t>(step.out)];
   const Layout& in = layouts_[static_cast<size_t>(step.in[0])];
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
-  // Calls f(channel, from, to, positions) for lines of the same length in operand and result.
-  const auto lines = [&](auto&& f) {
-    team.each(y.c, [&](int64_t c, int) {
-      for (int64_t sample = 0; sample < n; ++sample)
-        for (int64_t row = 0; row < y.h; ++row)
-          f(c, sample * in.sample_stride() + row * in.row_stride, sample * out.sample_stride() + row * out.row_stride);
-      if (!step.shares) clear_border(net, step.out, c, n);
+  const int64_t width = y.w * samples_, positions = (y.h - 1) * out.row_stride + width;
+  const auto channels = [&](auto&& f) {
+    each_of(team, y.c, positions, [&](int64_t c, int) {
+      f(c);
+      if (!step.shares) clear_border(net, step.out, c);
     });
   };
-  // Of one layout and padded with zeros that an operation keeps: all positions of a channel at once.
-  const auto channels = [&](auto&& f) {
-    team.each(y.c, [&](int64_t c, int) { f(c); });
+  // Line by line, where an operation would make something else of the zeros between.
+  const auto lines = [&](auto&& f) {
+    channels([&](int64_t c) {
+      for (int64_t row = 0; row < y.h; ++row) f(c, row * in.row_stride, row * out.row_stride);
+    });
   };
-  const int64_t whole = n * out.sample_stride();
   switch (step.op) {
     case POMONA_CONV:
-    case POMONA_LINEAR: return run_layer(net, step, n, team);
+    case POMONA_LINEAR: return run_layer(net, step, team);
     case POMONA_RELU:
     case POMONA_CLIP:
     case POMONA_GELU:
@@ -348,68 +352,61 @@ void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
     case POMONA_TANH:
     case POMONA_HARDSWISH:
     case POMONA_HARDSIGMOID:
-      if (!out.is_padded(y)) {
-        if (out.channel_stride == whole) return kernels.unary(step.op, at(step.in[0]), at(step.out), y.c * whole, step.low, step.high);
-        return channels([&](int64_t c) { kernels.unary(step.op, at(step.in[0], c), at(step.out, c), whole, step.low, step.high); });
-      }
+      if (out.channel_stride == positions && in.channel_stride == positions && team.size() == 1)
+        return kernels.unary(step.op, at(step.in[0]), at(step.out), y.c * positions, step.low, step.high);
       return lines([&](int64_t c, int64_t from, int64_t to) {
-        kernels.unary(step.op, at(step.in[0], c) + from, at(step.out, c) + to, y.w, step.low, step.high);
+        kernels.unary(step.op, at(step.in[0], c) + from, at(step.out, c) + to, width, step.low, step.high);
       });
     case POMONA_ADD:
-      return channels([&](int64_t c) {
-        kernels.add(at(step.in[0], c), at(step.in[1], c), at(step.out, c), whole);
-        if (!step.shares) clear_border(net, step.out, c, n);
-      });
+      return channels([&](int64_t c) { kernels.add(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions); });
     case POMONA_MUL:
       if (net.shapes[static_cast<size_t>(step.in[1])] == x)
-        return channels([&](int64_t c) {
-          kernels.multiply(at(step.in[0], c), at(step.in[1], c), at(step.out, c), whole);
-          clear_border(net, step.out, c, n);
-        });
-      return channels([&](int64_t c) {
-        const Layout& factors = layouts_[static_cast<size_t>(step.in[1])];
-        for (int64_t sample = 0; sample < n; ++sample) {
-          const int64_t first = sample * out.sample_stride();
-          kernels.scale(at(step.in[0], c) + first, at(step.in[1], c)[sample * factors.sample_stride()], 0.0f, at(step.out, c) + first,
-                        out.sample_stride());
-        }
-        clear_border(net, step.out, c, n);
+        return channels([&](int64_t c) { kernels.multiply(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions); });
+      if (samples_ == 1)
+        return channels([&](int64_t c) { kernels.scale(at(step.in[0], c), *at(step.in[1], c), 0.0f, at(step.out, c), positions); });
+      return lines([&](int64_t c, int64_t from, int64_t to) {
+        for (int64_t column = 0; column < width; column += samples_)
+          kernels.multiply(at(step.in[0], c) + from + column, at(step.in[1], c), at(step.out, c) + to + column, samples_);
       });
     case POMONA_SCALE: {
       const float *factor = net.weight(net.nodes[step.node])->values.data(), *shift = net.bias(net.nodes[step.node]);
       return lines([&](int64_t c, int64_t from, int64_t to) {
-        kernels.scale(at(step.in[0], c) + from, factor[c], shift == nullptr ? 0.0f : shift[c], at(step.out, c) + to, y.w);
+        kernels.scale(at(step.in[0], c) + from, factor[c], shift == nullptr ? 0.0f : shift[c], at(step.out, c) + to, width);
       });
     }
     case POMONA_MAX_POOL:
     case POMONA_AVG_POOL:
-      return team.each(y.c, [&](int64_t c, int worker) {
-        const int64_t floats = x.w + a.padding[1] + 4 * (y.w * a.stride[1] + a.kernel[1]) + 8 * kMaxLanes;
-        pool(net, step, c, n, scratch(worker, floats));
+      return each_of(team, y.c, x.h * x.w * samples_, [&](int64_t c, int worker) {
+        const int64_t columns = x.w + 2 * a.padding[1] + 4 * (y.w * a.stride[1] + a.kernel[1]);
+        pool(net, step, c, scratch(worker, columns * samples_ + 8 * kMaxLanes));
       });
     case POMONA_MEAN:
       return channels([&](int64_t c) {
-        for (int64_t sample = 0; sample < n; ++sample) {
-          // What lies between the rows is zero.
-          const float sum = kernels.sum(at(step.in[0], c) + sample * in.sample_stride(), (x.h - 1) * in.row_stride + x.w);
-          at(step.out, c)[sample * out.sample_stride()] = sum / static_cast<float>(x.h * x.w);
+        const float factor = 1.0f / static_cast<float>(x.h * x.w);
+        const float* const from = at(step.in[0], c);
+        float* const to = at(step.out, c);
+        if (samples_ == 1) {
+          to[0] = kernels.sum(from, (x.h - 1) * in.row_stride + x.w) * factor;  // what lies between the rows is zero
+          return;
         }
-        clear_border(net, step.out, c, n);
+        clear(to, samples_);
+        for (int64_t row = 0; row < x.h; ++row)
+          for (int64_t column = 0; column < x.w; ++column) kernels.add(from + row * in.row_stride + column * samples_, to, to, samples_);
+        kernels.scale(to, factor, 0.0f, to, samples_);
       });
     case POMONA_FLATTEN:
-      return team.each(x.c, [&](int64_t c, int) {
+      return each_of(team, x.c, x.h * x.w * samples_, [&](int64_t c, int) {
         for (int64_t row = 0; row < x.h; ++row) {
           const float* const from = at(step.in[0], c) + row * in.row_stride;
-          float* const to = at(step.out, (c * x.h + row) * x.w);
-          if (n == 1 && out.channel_stride == 1) {
-            copy(from, to, x.w);
+          const int64_t first = (c * x.h + row) * x.w;
+          if (out.channel_stride == samples_) {
+            copy(from, at(step.out, first), x.w * samples_);
             continue;
           }
-          for (int64_t column = 0; column < x.w; ++column)
-            for (int64_t sample = 0; sample < n; ++sample)
-              to[column * out.channel_stride + sample * out.sample_stride()] = from[sample * in.sample_stride() + column];
-          if (out.is_padded(y))
-            for (int64_t column = 0; column < x.w; ++column) clear_border(net, step.out, (c * x.h + row) * x.w + column, n);
+          for (int64_t column = 0; column < x.w; ++column) {
+            copy(from + column * samples_, at(step.out, first + column), samples_);
+            clear_border(net, step.out, first + column);
+          }
         }
       });
     case POMONA_CONCAT: {
@@ -417,10 +414,7 @@ void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
       for (const int32_t value : step.in) {
         const int64_t num = net.shapes[static_cast<size_t>(value)].c;
         // Values of one height and width are laid out alike, zeros included.
-        team.each(num, [&](int64_t c, int) {
-          const int64_t lead = out.lead;
-          copy(at(value, c) - lead, at(step.out, first + c) - lead, out.channel_stride);
-        });
+        each_of(team, num, out.channel_stride, [&](int64_t c, int) { copy(at(value, c) - out.lead, at(step.out, first + c) - out.lead, out.channel_stride); });
         first += num;
       }
       return;
@@ -429,24 +423,15 @@ void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
   }
 }
 
-void Plan::run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads) {
-  const size_t threads = static_cast<size_t>(std::max(1, std::min(num_threads, kMaxThreads)));
-  if (scratch_.size() < threads) scratch_.resize(threads);
-  with_team(static_cast<int>(threads), [&](Team& team) {
-    for (int64_t first = 0; first < num_samples; first += samples_) {
-      const int64_t n = std::min(samples_, num_samples - first);
-      for (size_t i = 0; i < net.inputs.size(); ++i) copy_in(net, i, inputs[i] + first * net.inputs[i].size(), n, team);
-      for (const Step& step : steps_) {
-        const double begin = net.profile ? now() : 0.0;
-        run_step(net, step, n, team);
-        if (net.profile) net.seconds[step.node] += now() - begin;
-      }
-      for (size_t i = 0; i < net.outputs.size(); ++i) {
-        const int32_t value = net.outputs[i];
-        copy_out(net, value, outputs[i] + first * net.shapes[static_cast<size_t>(value)].size(), n, team);
-      }
-    }
-  });
+void Plan::run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team) {
+  if (scratch_.size() < static_cast<size_t>(team.size())) scratch_.resize(static_cast<size_t>(team.size()));
+  for (size_t i = 0; i < inputs_.size(); ++i) copy_in(net, inputs_[i], inputs[i], n, team);
+  for (const Step& step : steps_) {
+    const double begin = net.profile ? now() : 0.0;
+    run_step(net, step, team);
+    if (net.profile) net.seconds[step.node] += now() - begin;
+  }
+  for (size_t i = 0; i < outputs_.size(); ++i) copy_out(net, outputs_[i], outputs[i], n, team);
 }
 
 }  // namespace pomona

@@ -13,6 +13,8 @@
 
 namespace pomona {
 
+constexpr int64_t kTaskFloats = 1 << 13;
+
 #if defined(POMONA_NO_THREADS)
 
 constexpr int kMaxThreads = 1;
@@ -119,6 +121,16 @@ void with_team(int num_threads, F&& f) {
 }
 
 #endif
+
+// f(i, worker) for all i < num, which have `floats` each to read or write: some at a time, where one is no task worth giving.
+template <typename F>
+void each_of(Team& team, int64_t num, int64_t floats, F&& f) {
+  const int64_t together = floats >= kTaskFloats ? 1 : kTaskFloats / (floats < 1 ? 1 : floats);
+  team.each((num + together - 1) / together, [&](int64_t task, int worker) {
+    const int64_t first = task * together, end = first + together < num ? first + together : num;
+    for (int64_t i = first; i < end; ++i) f(i, worker);
+  });
+}
 
 }  // namespace pomona
 

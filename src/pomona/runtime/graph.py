@@ -17,7 +17,7 @@ of ``core/include/pomona_net.h``:
 ``scale``                                 weight (C,) times x plus bias (C,) or none: by channel, or by feature
 ``max_pool`` ``avg_pool``                 kernel, stride, padding of at most half the kernel; ``ceil`` as in torch
 ``mean``                                  (C, H, W) -> (C, 1, 1)
-``flatten``                               -> (features,)
+``flatten``                               (C, H, W) -> (C H W,); (F,) as it is
 ``concat``                                along channels (C, H, W), or of features (F,); one or more values
 ========================================  ============================================================================
 
@@ -426,6 +426,8 @@ def _mean(node: Node, x: list[Shape], tensors: _Tensors) -> Shape:
 
 
 def _flatten(node: Node, x: list[Shape], tensors: _Tensors) -> Shape:
+    if len(x[0]) == 2:
+        raise ValueError(f"it takes (channels, height, width), or (features,); got {list(x[0])}")
     return (math.prod(x[0]),)
 
 
