@@ -1,8 +1,8 @@
 // Called by bench/web.py: `node web.mjs FOLDER NAMES...`, with the networks in FOLDER. Prints a JSON line each.
 //
-// Runs alternate in one process; a sample is at least 4 ms of runs in a row. Times are CPU time of the one thread that
-// computes: of what else the machine does they feel only the caches. V8 runs with --no-liftoff: its first, quick and slow
-// translation of WebAssembly would otherwise be in some samples and not in others.
+// Runs alternate in one process; a sample is at least 4 ms of runs in a row. Times are CPU time, which other programs
+// disturb less than the clock, of all of V8: --single-threaded keeps it in one thread. --no-liftoff leaves out its quick
+// and slow translation of WebAssembly, which would be in some samples and not in others.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
@@ -15,7 +15,10 @@ const ort = require("onnxruntime-web");
 ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "error";
 
-const spent = () => Number(readFileSync(`/proc/self/task/${process.pid}/schedstat`, "latin1").split(" ")[0]) / 1000;
+const spent = () => {
+  const { user, system } = process.cpuUsage();
+  return user + system;
+};
 
 async function sample(runs, repeats) {
   const [clock, cpu] = [performance.now(), spent()];

@@ -121,7 +121,16 @@ def main() -> None:
         for i, (model, shape) in enumerate(wanted.values()):
             write(model, shape, Path(folder, str(i)))
         script, peers = Path(__file__).with_suffix(".mjs"), options.peers.absolute()
-        command = ["node", "--no-liftoff", script, folder, peers, options.samples, *range(len(wanted))]
+        command = [
+            "node",
+            "--single-threaded",
+            "--no-liftoff",
+            script,
+            folder,
+            peers,
+            options.samples,
+            *range(len(wanted)),
+        ]
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for name, line in zip(wanted, process.stdout, strict=True):
