@@ -11,36 +11,23 @@ namespace {
 
 constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
 constexpr int64_t kSideBySide = 16;         // samples: a vector of the widest kind, and a cache line
-constexpr int64_t kMostSamples = 64;
 constexpr int64_t kInCache = 1 << 20;       // floats of the largest value of all samples, 4 MiB; or
 constexpr int64_t kTogether = 14 << 18;     // 14 MiB, where what is read is used
-constexpr int64_t kIntensity = 50;          // times
-constexpr int64_t kMacsEach = 1 << 19;      // for which a further thread pays
+constexpr double kIntensity = 50.0;         // times
+constexpr double kMacsEach = 1 << 19;       // for which a further thread pays
 constexpr size_t kNear = 12;                // nodes
 constexpr int32_t kMostNodes = 1 << 20;
-constexpr int64_t kMostElements = int64_t{1} << 31;
-
-// Some sizes multiplied, or -1 if that is above kMostElements.
-int64_t product(std::initializer_list<int64_t> sizes) {
-  int64_t result = 1;
-  for (const int64_t size : sizes) {
-    if (size < 0 || (size > 0 && result > kMostElements / size)) return -1;
-    result *= size;
-  }
-  return result;
-}
-
 bool is_layer(int32_t op) { return op == POMONA_CONV || op == POMONA_LINEAR; }
 bool is_unary(int32_t op) { return op >= POMONA_RELU && op <= POMONA_HARDSIGMOID; }
 
-int copy_matrix(const pomona_tensor& from, int64_t* bytes, int64_t max_bytes, Matrix* to) {
+int copy_matrix(const pomona_tensor& from, Budget* budget, Matrix* to) {
   const int64_t size = product({from.rows, from.cols});
   if (size < 0 || from.num_values < 0 || from.num_values > size) return POMONA_BAD_SIZE;
   const bool is_dense = from.starts == nullptr;
   if (is_dense && from.num_values != size) return POMONA_BAD_SIZE;
   if (from.num_values > 0 && (from.values == nullptr || (!is_dense && from.columns == nullptr))) return POMONA_BAD_POINTER;
-  *bytes += from.num_values * 8 + (is_dense ? 0 : (from.rows + 1) * 8);
-  if (*bytes > max_bytes) return POMONA_BAD_SIZE;
+  if (!budget->take(from.num_values, is_dense ? 4 : 8)) return POMONA_BAD_SIZE;
+  if (!is_dense && !budget->take(from.rows + 1, 8)) return POMONA_BAD_SIZE;
   to->rows = from.rows;
   to->cols = from.cols;
   if (!is_dense) {
@@ -58,6 +45,7 @@ int copy_matrix(const pomona_tensor& from, int64_t* bytes, int64_t max_bytes, Ma
     to->columns.assign(from.columns, from.columns + from.num_values);
   }
   to->values.assign(from.values, from.values + from.num_values);
+  to->num_nonzero = std::count_if(to->values.begin(), to->values.end(), [](float x) { return x != 0.0f; });
   return POMONA_OK;
 }
 
@@ -180,15 +168,19 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   if (graph.inputs == nullptr || graph.outputs == nullptr || (graph.nodes == nullptr && graph.num_nodes > 0) ||
       (graph.operands == nullptr && graph.num_operands > 0) || (graph.tensors == nullptr && graph.num_tensors > 0))
     return POMONA_BAD_POINTER;
+  net->budget = Budget(net->options.max_bytes);
+  if (!net->budget.take(int64_t{graph.num_inputs} + graph.num_nodes, 2 * sizeof(Shape)) ||
+      !net->budget.take(graph.num_outputs, 4) || !net->budget.take(graph.num_tensors, sizeof(Matrix)) ||
+      !net->budget.take(graph.num_nodes, sizeof(Node)))
+    return POMONA_BAD_SIZE;
   for (int32_t i = 0; i < graph.num_inputs; ++i) {
     if (!is_good(graph.inputs[i])) return POMONA_BAD_VALUE;
     net->inputs.push_back(shape_of(graph.inputs[i]));
   }
   net->shapes = net->inputs;
-  int64_t bytes = 0;
   net->matrices.resize(static_cast<size_t>(graph.num_tensors));
   for (int32_t i = 0; i < graph.num_tensors; ++i) {
-    const int error = copy_matrix(graph.tensors[i], &bytes, net->options.max_bytes, &net->matrices[static_cast<size_t>(i)]);
+    const int error = copy_matrix(graph.tensors[i], &net->budget, &net->matrices[static_cast<size_t>(i)]);
     if (error != POMONA_OK) return error;
   }
   for (int32_t i = 0; i < graph.num_nodes; ++i) {
@@ -198,6 +190,7 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
     if (a.op < 0 || a.op >= POMONA_NUM_OPS || a.first_operand < 0 || a.num_operands < 1 ||
         a.first_operand > graph.num_operands - a.num_operands)
       return POMONA_BAD_VALUE;
+    if (!net->budget.take(a.num_operands, 8)) return POMONA_BAD_SIZE;
     for (int32_t k = 0; k < a.num_operands; ++k) {
       const int32_t value = graph.operands[a.first_operand + k];
       if (value < 0 || value >= net->value_of(static_cast<size_t>(i))) return POMONA_BAD_VALUE;
@@ -216,34 +209,34 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   }
   net->seconds.assign(net->nodes.size(), 0.0);
   net->kernels = &net_kernels();
-  int64_t of_features = 0, all = 0;
+  double of_features = 0.0;
   for (size_t i = 0; i < net->nodes.size(); ++i) {
     const Shape& shape = net->shapes[static_cast<size_t>(net->value_of(i))];
-    const int64_t macs = net->macs_of(net->nodes[i], shape, false);
+    const double macs = static_cast<double>(net->macs_of(net->nodes[i], shape, false));
     if (shape.h * shape.w == 1) of_features += macs;
-    all += macs;
+    net->macs += macs;
     net->largest = std::max(net->largest, shape.size());
   }
-  net->macs = all;
-  net->is_of_features = 10 * of_features >= all;
+  net->is_of_features = 10.0 * of_features >= net->macs;
   return POMONA_OK;
 }
 
 // How many of `batch` samples go through the network together.
 int64_t samples_together(const Net& net, int64_t batch) {
+  batch = std::min(batch, net.most_samples);
   if (net.options.micro_batch > 0) return std::min<int64_t>(net.options.micro_batch, batch);
   // A vector is filled by the positions of one image, and better by those of many; by one sample of features it is not.
   if (!net.is_of_features && batch < kSideBySide / 2) return 1;
-  if (batch <= kSideBySide) return net.is_of_features ? batch : kSideBySide;
+  if (batch <= kSideBySide) return net.is_of_features ? batch : std::min(kSideBySide, net.most_samples);
   int64_t samples = kSideBySide;
-  while (samples * 2 <= std::min(batch, kMostSamples) && samples * 2 * net.largest <= kInCache / 2) samples *= 2;
+  while (samples * 2 <= batch && samples * 2 * net.largest <= kInCache / 2) samples *= 2;
   return samples;
 }
 
 // From where on no value of all samples has more than `most` floats.
 size_t first_within(const Net& net, int64_t samples, int64_t most) {
   size_t first = net.nodes.size();
-  while (first > 0 && net.shapes[static_cast<size_t>(net.value_of(first - 1))].size() * samples <= most) --first;
+  while (first > 0 && net.shapes[static_cast<size_t>(net.value_of(first - 1))].size() <= most / samples) --first;
   return first;
 }
 
@@ -252,11 +245,11 @@ size_t first_within(const Net& net, int64_t samples, int64_t most) {
 size_t find_split(const Net& net, int64_t samples) {
   const size_t num = net.nodes.size();
   size_t first = first_within(net, samples, kTogether);
-  int64_t macs = 0, floats = 0;
+  double macs = 0.0, floats = 0.0;
   for (size_t i = first; i < num; ++i) {
     const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
-    macs += net.macs_of(net.nodes[i], shape, false);
-    floats += net.nodes[i].attributes.op == POMONA_CONV ? shape.size() : 0;
+    macs += static_cast<double>(net.macs_of(net.nodes[i], shape, false));
+    if (net.nodes[i].attributes.op == POMONA_CONV) floats += static_cast<double>(shape.size());
   }
   if (macs < kIntensity * floats) first = first_within(net, samples, kInCache);
   if (first == 0 || first == num) return first;
@@ -287,20 +280,21 @@ int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
     return POMONA_OK;
   }
   Route made;
+  Budget budget = net->budget;
   const size_t split = samples == 1 ? 0 : find_split(*net, samples), num = net->nodes.size();
   int error = POMONA_OK;
-  if (split > 0) error = Plan::make(*net, 1, 0, split, &made.one, bad_node);
-  if (error == POMONA_OK && (split < num || num == 0)) error = Plan::make(*net, samples, split, num, &made.all, bad_node);
+  if (split > 0) error = Plan::make(*net, 1, 0, split, &budget, &made.one, bad_node);
+  if (error == POMONA_OK && (split < num || num == 0))
+    error = Plan::make(*net, samples, split, num, &budget, &made.all, bad_node);
   if (error != POMONA_OK) return error;
-  if (made.one && made.all) {
-    int64_t floats = 0;
-    for (const int32_t value : made.all->inputs())
-      if (value >= net->value_of(0) && output_of(*net, value) < 0) floats += net->shapes[static_cast<size_t>(value)].size() * samples;
-    if (floats > net->options.max_bytes / 4) return POMONA_BAD_SIZE;
-    for (const int32_t value : made.all->inputs())
-      if (value >= net->value_of(0) && output_of(*net, value) < 0)
-        made.between[value].resize(static_cast<size_t>(net->shapes[static_cast<size_t>(value)].size() * samples));
-  }
+  if (made.one && made.all)
+    for (const int32_t value : made.all->inputs()) {
+      if (value < net->value_of(0) || output_of(*net, value) >= 0) continue;
+      const int64_t size = net->shapes[static_cast<size_t>(value)].size();
+      if (!budget.take(size, 4 * samples)) return POMONA_BAD_SIZE;
+      made.between[value].resize(static_cast<size_t>(size * samples));
+    }
+  net->budget = budget;
   *route = &net->routes.emplace(samples, std::move(made)).first->second;
   return POMONA_OK;
 }
@@ -350,10 +344,6 @@ int guarded(F&& f) {
 
 Net::~Net() = default;
 
-int64_t Matrix::num_nonzero() const {
-  return static_cast<int64_t>(std::count_if(values.begin(), values.end(), [](float x) { return x != 0.0f; }));
-}
-
 const Matrix* Net::weight(const Node& node) const {
   return node.attributes.weight < 0 ? nullptr : &matrices[static_cast<size_t>(node.attributes.weight)];
 }
@@ -365,7 +355,7 @@ const float* Net::bias(const Node& node) const {
 int64_t Net::macs_of(const Node& node, const Shape& out, bool with_zeros) const {
   if (!is_layer(node.attributes.op)) return 0;
   const Matrix& matrix = *weight(node);
-  return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero()) * out.h * out.w;
+  return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero) * out.h * out.w;
 }
 
 }  // namespace pomona
@@ -426,12 +416,21 @@ int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs
       pomona::Route* route;
       int32_t bad_node;
       const int error = pomona::route_for(&net, samples, &route, &bad_node);
+      if (error == POMONA_BAD_SIZE && samples > 1) {  // one by one they fitted when the network was made
+        net.most_samples = samples / 2;
+        continue;
+      }
       if (error != POMONA_OK) return error;
       parts.emplace_back(first, route);
       first += samples;
     }
-    const int64_t most = 1 + net.macs * batch / pomona::kMacsEach;
-    pomona::with_team(static_cast<int>(std::min<int64_t>(num_threads, most)), [&](pomona::Team& team) {
+    const double most = 1.0 + net.macs * static_cast<double>(batch) / pomona::kMacsEach;
+    const int threads = static_cast<int>(std::min<double>(num_threads, most));
+    for (const auto& part : parts) {
+      if (part.second->one) part.second->one->prepare(threads);
+      if (part.second->all) part.second->all->prepare(threads);
+    }
+    pomona::with_team(threads, [&](pomona::Team& team) {
       for (size_t i = 0; i < parts.size(); ++i) {
         const int64_t end = i + 1 < parts.size() ? parts[i + 1].first : batch;
         pomona::run_route(net, *parts[i].second, parts[i].first, end - parts[i].first, inputs, outputs, team);
@@ -467,10 +466,13 @@ int pomona_net_about(const pomona_net* handle, pomona_net_info* info) {
     }
     for (const auto& [value, floats] : route.between) info->activation_bytes += static_cast<int64_t>(floats.size()) * 4;
   }
+  const auto add = [](int64_t* sum, int64_t more) {  // each is at most 2^62
+    *sum = *sum > std::numeric_limits<int64_t>::max() - more ? std::numeric_limits<int64_t>::max() : *sum + more;
+  };
   for (size_t i = 0; i < net.nodes.size(); ++i) {
     const pomona::Shape& out = net.shapes[static_cast<size_t>(net.value_of(i))];
-    info->macs += net.macs_of(net.nodes[i], out, false);
-    info->dense_macs += net.macs_of(net.nodes[i], out, true);
+    add(&info->macs, net.macs_of(net.nodes[i], out, false));
+    add(&info->dense_macs, net.macs_of(net.nodes[i], out, true));
   }
   return POMONA_OK;
 }

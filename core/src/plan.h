@@ -3,6 +3,7 @@
 #define POMONA_PLAN_H
 
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -13,6 +14,33 @@
 #include "team.h"
 
 namespace pomona {
+
+constexpr int64_t kMostElements = int64_t{1} << 31;
+
+// Some sizes multiplied, or -1 if that is above kMostElements.
+inline int64_t product(std::initializer_list<int64_t> sizes) {
+  int64_t result = 1;
+  for (const int64_t size : sizes) {
+    if (size < 0 || (size > 0 && result > kMostElements / size)) return -1;
+    result *= size;
+  }
+  return result;
+}
+
+// Bytes that may still be allocated.
+class Budget {
+ public:
+  explicit Budget(int64_t bytes = 0) : left_(bytes) {}
+  int64_t left() const { return left_; }
+  bool take(int64_t num, int64_t bytes_each) {  // false: there are not so many
+    if (num > left_ / bytes_each) return false;
+    left_ -= num * bytes_each;
+    return true;
+  }
+
+ private:
+  int64_t left_;
+};
 
 // (features) is c; (positions, features) is c = features, w = positions; (channels, height, width) is itself.
 struct Shape {
@@ -29,9 +57,9 @@ struct Matrix {
   std::vector<int32_t> columns;
   std::vector<int64_t> starts;  // empty where dense
   int64_t rows = 0, cols = 0;
+  int64_t num_nonzero = 0;
 
   bool is_dense() const { return starts.empty(); }
-  int64_t num_nonzero() const;
   // Calls f(column, value) for the entries of a row that are not zero, or for all of them.
   template <typename F>
   void each(int64_t row, bool with_zeros, F&& f) const;
@@ -59,10 +87,12 @@ struct Net {
   std::vector<Shape> shapes;  // of all values
   pomona_net_options options{};
   const NetKernels* kernels = nullptr;
+  Budget budget;                    // what the routes leave of max_bytes
   std::map<int64_t, Route> routes;  // by the number of samples
+  int64_t most_samples = 64;        // that go together
   bool is_of_features = false;  // layers of one position do a good part of the work
   int64_t largest = 1;          // value
-  int64_t macs = 0;             // of one sample
+  double macs = 0.0;            // of one sample
   std::vector<double> seconds;
   bool profile = false;
 
@@ -148,11 +178,14 @@ class Lines {
 class Plan {
  public:
   // Of nodes [first, last). Returns POMONA_OK or an error, with the node it is of.
-  static int make(const Net& net, int64_t samples, size_t first, size_t last, std::unique_ptr<Plan>* plan, int32_t* bad_node);
+  static int make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget, std::unique_ptr<Plan>* plan,
+                  int32_t* bad_node);
 
   int64_t samples() const { return samples_; }
   const std::vector<int32_t>& inputs() const { return inputs_; }  // values that come from before or outside
   const std::vector<int32_t>& outputs() const { return outputs_; }  // values that are used later or outside
+
+  void prepare(int num_threads);  // memory of the threads: not in them, where an exception would end the process
 
   // n <= samples() samples; inputs[i] and outputs[i] are of the values above, (n, *shape).
   void run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team);
@@ -166,8 +199,8 @@ class Plan {
   int add_steps(const Net& net, int32_t* bad_node);
   int add_weights(const Net& net, Step* step);
   void plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries, Step* step) const;
-  const int32_t* mask_for(const Layout& layout, const Shape& shape);
-  void use_strided(const Net& net, Step* step);
+  const int32_t* mask_for(const Layout& layout, const Shape& shape);  // nullptr: above max_bytes
+  int use_strided(const Net& net, Step* step, std::vector<int64_t>* places);
   int allocate(const Net& net);
   bool is_in_place(const Net& net, const Node& node) const;
 
@@ -186,19 +219,21 @@ class Plan {
     const Shape& shape = net.shapes[static_cast<size_t>(value)];
     return l.lead > 0 || l.row_stride > shape.w * samples_ || l.rows > shape.h;
   }
-  float* scratch(int worker, int64_t floats);
+  int64_t scratch_floats(const Net& net, const Step& step) const;  // of each thread
   float* at(int32_t value, int64_t channel = 0) {
     const Layout& l = layouts_[static_cast<size_t>(value)];
     return arena_.data() + l.offset + channel * l.channel_stride + l.lead;
   }
 
   int64_t samples_ = 1;
+  Budget budget_;  // while it is made: what is left
   size_t first_ = 0, last_ = 0;
   std::vector<int32_t> inputs_, outputs_;
   std::vector<Layout> layouts_;  // of values
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;
   Lines arena_;
+  int64_t scratch_floats_ = 0;
   std::vector<Lines> scratch_;  // of threads
 };
 

@@ -31,12 +31,33 @@ void copy(const float* from, float* to, int64_t n) { std::memcpy(to, from, stati
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A row with its borders, as wide as a pool reads it.
+struct PoolLine {
+  int64_t places, width;  // where windows may begin, one by one; columns in all
+  int64_t left, columns;  // border before the input, and columns of the kernel, both without those in the border at all places
+
+  PoolLine(const pomona_node& a, const Shape& x, const Shape& y) {
+    places = (y.w - 1) * a.stride[1] + 1;
+    left = std::min<int64_t>(a.padding[1], places - 1);
+    const int64_t skipped = a.padding[1] - left;
+    columns = std::min(a.kernel[1] - skipped, left + x.w);
+    width = std::max(left + x.w, places + columns - 1);
+  }
+};
+
 }  // namespace
 
-float* Plan::scratch(int worker, int64_t floats) {
-  Lines& mine = scratch_[static_cast<size_t>(worker)];
-  if (mine.size() < floats) mine.resize(floats);
-  return mine.data();
+int64_t Plan::scratch_floats(const Net& net, const Step& step) const {
+  const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
+  const Shape& y = net.shapes[static_cast<size_t>(step.out)];
+  if (step.op == POMONA_MAX_POOL || step.op == POMONA_AVG_POOL) {
+    const PoolLine line(net.nodes[step.node].attributes, x, y);
+    return (line.width + 2 * line.places + y.w) * samples_ + 5 * kMaxLanes;
+  }
+  if (step.groups > 1) return x.c / step.groups * step.scratch.channel_stride + kMaxTile;
+  if (step.panel_width == 0) return 0;
+  const int64_t partial = step.blocks.size() > 1 ? kPartialFloats + kDenseRows * kMaxTile : 0;
+  return step.blocks[0].num_channels * step.panel_width + kMaxLanes + partial;
 }
 
 // Zeros between the rows, and around.
@@ -179,9 +200,11 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t p
       return;
     }
     const int64_t panel_floats = step.blocks[0].num_channels * step.panel_width + kMaxLanes;
-    float* const panel = scratch(worker, panel_floats + (tile.last_row - tile.first_row) * num * lanes);
-    tile.partial = panel + panel_floats;
-    tile.partial_stride = num * lanes;
+    float* const panel = scratch_[static_cast<size_t>(worker)].data();
+    if (step.blocks.size() > 1) {
+      tile.partial = panel + panel_floats;
+      tile.partial_stride = num * lanes;
+    }
     const float* const from = x + position;
     const int64_t unused = (step.panel_vectors - num) * lanes;
     for (size_t b = 0; b < step.blocks.size(); ++b) {
@@ -237,7 +260,7 @@ void Plan::run_groups(const Net& net, const Step& step, int64_t positions, Team&
   const int64_t channels = net.shapes[static_cast<size_t>(step.in[0])].c / step.groups, rows = step.num_rows / step.groups;
   const int64_t lanes = net.kernels->lanes, vectors = divide_up(positions, lanes);
   each_of(team, step.groups, channels * step.scratch.positions(), [&](int64_t group, int worker) {
-    float* const images = scratch(worker, channels * step.scratch.channel_stride + kMaxTile);
+    float* const images = scratch_[static_cast<size_t>(worker)].data();
     for (int64_t c = 0; c < channels; ++c) copy_images(net, step, group * channels + c, images + c * step.scratch.channel_stride);
     for (int64_t begin = 0; begin < vectors; begin += step.max_vectors) {
       Tile tile = tile_of(step, images, begin * lanes);
@@ -273,16 +296,16 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, float* scratc
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const NetKernels& kernels = *net.kernels;
   const bool is_max = step.op == POMONA_MAX_POOL, counts_padding = (a.flags & POMONA_COUNT_PADDING) != 0;
-  const int64_t left = a.padding[1], stride = a.stride[1];
-  const int64_t last_place = (y.w - 1) * stride, width = std::max(left + x.w, last_place + a.kernel[1]) * samples_;
-  const int64_t places = (last_place + 1) * samples_, there = x.w * samples_;
+  const int64_t stride = a.stride[1];
+  const PoolLine shape(a, x, y);
+  const int64_t width = shape.width * samples_, places = shape.places * samples_, there = x.w * samples_;
   // In whole vectors: what is read beyond a row ends in the right border, which is then made anew.
   const auto whole = [&](int64_t num) { return divide_up(num, kernels.lanes) * kernels.lanes; };
   const float border = is_max ? -std::numeric_limits<float>::infinity() : 0.0f;
   float* const line = scratch;
-  float* const row = line + left * samples_;
+  float* const row = line + shape.left * samples_;
   float* const along = line + width + kMaxLanes;
-  float* const picked = along + 2 * (places + kMaxLanes);
+  float* const picked = along + places + kMaxLanes;
   std::fill(line, row, border);
   for (int64_t i = 0; i < y.h; ++i) {
     const int64_t top = i * a.stride[0] - a.padding[0], bottom = top + a.kernel[0];
@@ -295,7 +318,7 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, float* scratc
     }
     std::fill(row + there, line + width, border);
     kernels.copy(line, along, places);
-    for (int64_t k = 1; k < a.kernel[1]; ++k) {
+    for (int64_t k = 1; k < shape.columns; ++k) {
       if (is_max) kernels.maximum(line + k * samples_, along, whole(places));
       else kernels.add(line + k * samples_, along, along, whole(places));
     }
@@ -311,8 +334,9 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, float* scratc
     if (is_max) continue;
     const int64_t rows = counts_padding ? std::min(x.h + a.padding[0], bottom) - top : last - first;
     for (int64_t j = 0; j < y.w; ++j) {
-      const int64_t begin = j * stride - left, end = begin + a.kernel[1];
-      const int64_t columns = counts_padding ? std::min(x.w + left, end) - begin : std::min(x.w, end) - std::max<int64_t>(0, begin);
+      const int64_t begin = j * stride - a.padding[1], end = begin + a.kernel[1];
+      const int64_t columns =
+          counts_padding ? std::min(x.w + a.padding[1], end) - begin : std::min(x.w, end) - std::max<int64_t>(0, begin);
       const float factor = 1.0f / static_cast<float>(rows * columns);
       for (int64_t sample = 0; sample < samples_; ++sample) to[j * samples_ + sample] *= factor;
     }
@@ -322,7 +346,6 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, float* scratc
 
 void Plan::run_step(const Net& net, const Step& step, Team& team) {
   const NetKernels& kernels = *net.kernels;
-  const pomona_node& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Shape& y = net.shapes[static_cast<size_t>(step.out)];
   const Layout& in = layouts_[static_cast<size_t>(step.in[0])];
@@ -377,8 +400,7 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
     case POMONA_MAX_POOL:
     case POMONA_AVG_POOL:
       return each_of(team, y.c, x.h * x.w * samples_, [&](int64_t c, int worker) {
-        const int64_t columns = x.w + 2 * a.padding[1] + 4 * (y.w * a.stride[1] + a.kernel[1]);
-        pool(net, step, c, scratch(worker, columns * samples_ + 8 * kMaxLanes));
+        pool(net, step, c, scratch_[static_cast<size_t>(worker)].data());
       });
     case POMONA_MEAN:
       return channels([&](int64_t c) {
@@ -423,8 +445,14 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
   }
 }
 
+void Plan::prepare(int num_threads) {
+  const size_t threads = static_cast<size_t>(std::max(1, std::min(num_threads, kMaxThreads)));
+  if (scratch_.size() < threads) scratch_.resize(threads);
+  for (size_t i = 0; i < threads; ++i)
+    if (scratch_[i].size() < scratch_floats_) scratch_[i].resize(scratch_floats_);
+}
+
 void Plan::run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team) {
-  if (scratch_.size() < static_cast<size_t>(team.size())) scratch_.resize(static_cast<size_t>(team.size()));
   for (size_t i = 0; i < inputs_.size(); ++i) copy_in(net, inputs_[i], inputs[i], n, team);
   for (const Step& step : steps_) {
     const double begin = net.profile ? now() : 0.0;
