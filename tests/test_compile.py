@@ -288,12 +288,18 @@ def test_layers_are_replaced_only_where_they_gain() -> None:
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch says it once in a process
 def test_reasons(all_gain: None) -> None:
     class Mine(nn.Linear):
-        pass
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.abs())
+
+    class Demanding(nn.Linear):
+        def forward(self, x: Tensor, factor: float) -> Tensor:  # type: ignore[override]
+            return factor * super().forward(x)
 
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.mine, self.unused, self.twice = Mine(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.demanding = Demanding(4, 4)
             self.reflect = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
             self.uneven = nn.Conv2d(1, 1, 2, padding="same")
             self.flat = nn.Conv2d(1, 1, 1)
@@ -302,14 +308,16 @@ def test_reasons(all_gain: None) -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = self.uneven(self.reflect(x))
             x = self.flat(x[0])[None]
-            return self.precise(self.twice(self.twice(self.mine(x))).double())
+            x = self.demanding(self.mine(x), 2.0)
+            return self.precise(self.twice(self.twice(x)).double())
 
     model = sparsified(Odd(), 0.5).eval()
     compiled = pomona.compile(model, torch.randn(1, 1, 4, 4))
     reasons = {choice.name: choice.reason for choice in compiled.compilation.layers}
     assert reasons.pop("twice").endswith("times as fast")
     assert reasons == {
-        "mine": "a Mine, which may do anything",
+        "mine": "a Mine, which computes something else with its weight",
+        "demanding": "a Demanding, which cannot be called by itself: TypeError",
         "unused": "not called with the example",
         "reflect": "padding (1, 1) of reflect",
         "uneven": "padding 'same' of zeros",
@@ -317,6 +325,57 @@ def test_reasons(all_gain: None) -> None:
         "precise": "torch.float64 on cpu, not float32 on the CPU",
     }
     assert next(c for c in compiled.compilation.layers if c.name == "twice").calls == {(1, 1, 4, 4): 2}
+
+
+class SamePadding(nn.Conv2d):
+    """As TensorFlow pads: one more behind than in front."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, groups=self.groups)
+
+
+class Sum(nn.Linear):
+    """Two products, one of them with the weight itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(input=x, weight=self.weight.abs())
+
+
+@needs_core
+@pytest.mark.parametrize("strides", [(2, 2), 2, (2,)])
+def test_subclasses_keep_their_forward(all_gain: None, strides: int | tuple[int, ...]) -> None:
+    conv = SamePadding(3, 6, 3, stride=2, groups=3)
+    conv.stride = strides  # type: ignore[assignment]  # F.conv2d takes all of these
+    model = sparsified(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), Sum(6 * 4 * 4, 5)), 0.7).eval()
+    x = torch.randn(2, 3, 8, 8)
+    compiled = pomona.compile(model, x)
+    assert kinds(compiled) == ["SparseSamePadding", "SparseSum"]
+    assert [type(part) for part in model][::3] == [SamePadding, Sum]
+    file = io.BytesIO()
+    torch.save(compiled, file)
+    file.seek(0)
+    faster = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    program = torch.export.export(compiled, (x,), strict=False)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("pomona.sparse_" in target for target in targets) == 2
+    with torch.no_grad():
+        for run in (compiled, copy.deepcopy(compiled), torch.load(file, weights_only=False), faster, program.module()):
+            close(run(x), model(x))
+        model[0].weight.mul_(2)
+        close(compiled(x), model(x))
+    assert not any("sparse" in str(node) for node in _graph_of(compiled.train()(x)))
+    assert any("sparse" in str(node) for node in _graph_of(compiled.eval()(x)))
+
+
+def _graph_of(y: Tensor) -> list[str]:
+    """The names of the backward operations that lead to a result."""
+    names, left = [], [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None:
+            names.append(type(node).__name__)
+            left += [before for before, _ in node.next_functions]
+    return names
 
 
 def test_without_the_core_nothing_is_replaced() -> None:

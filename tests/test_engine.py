@@ -20,7 +20,7 @@ if not library.is_available():
     pytest.skip(f"no compiled core: {library.why_not()}", allow_module_level=True)
 
 Tensors = dict[str, Any]
-EASY = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EASY = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=library.isas(), autouse=True)

@@ -408,23 +408,24 @@ _RUNS = (1 << 10, 1 << 12, 1 << 14)  # bytes that may pay for codes of their own
 
 def _squeeze_runs(section: list[bytes]) -> bytes:
     """A section as one, or in runs of parts, whichever is smaller."""
+    size = sum(map(len, section))
     candidates = [_squeeze(b"".join(section))]
-    for least in _RUNS if sum(map(len, section)) > _RUNS[0] and len(section) > 1 else ():
+    for least in _RUNS if size > _RUNS[0] and len(section) > 1 else ():
         runs: list[list[bytes]] = [[]]
         for part in section:
             if sum(map(len, runs[-1])) >= least:
                 runs.append([])
             runs[-1].append(part)
-        candidates.append(b"".join(_squeeze(b"".join(run)) for run in runs))
+        candidates.append(b"".join(_squeeze(b"".join(run), size) for run in runs))
     return min(candidates, key=len)
 
 
-def _squeeze(section: bytes) -> bytes:
-    """Deflate blocks of one section that end at a whole byte and are not the last."""
+def _squeeze(section: bytes, size: int = 0) -> bytes:
+    """Deflate blocks of one section, or of a run of one of this size, that end at a whole byte and are not the last."""
     if not section:
         return b""
     ways = [(9, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_FILTERED)]
-    if len(section) > _LARGE:
+    if max(len(section), size) > _LARGE:
         ways = [(9, zlib.Z_HUFFMAN_ONLY), (1, zlib.Z_DEFAULT_STRATEGY)]
     return min(_stored_blocks(section), *(_deflated(section, *way) for way in ways), key=len)
 

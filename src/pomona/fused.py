@@ -20,7 +20,7 @@ def check_fused(optimizer: Optimizer, weights: Sequence[Weight]) -> None:
     """ValueError, with the reason and the way out, if ``fused_step_`` cannot work."""
     reason = _why_not(optimizer, weights)
     if reason:
-        raise ValueError(f"fused=True {reason}; leave it out: the numbers are the same, in about twice the time")
+        raise ValueError(f"fused=True {reason}; leave it out: the numbers are the same, at up to 1.5 times the cost")
 
 
 def _why_not(optimizer: Optimizer, weights: Sequence[Weight]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -12,22 +13,24 @@ from pomona.export.onnx import export_dense, network_of
 from pomona.export.source import Source
 
 _SECONDS = 600
+# The converter as a function, for its command line installs packages and calls home; in a process that it may end.
+_CONVERT = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
 
 
 def write(source: Source, path: Path) -> None:
-    """Through ONNX and `mnnconvert --detectSparseSpeedUp`, the flag without which MNN runs at dense speed."""
+    """Through ONNX and MNN's converter with `--detectSparseSpeedUp`, without which MNN runs at dense speed."""
     model, example = network_of(source, "mnn")
-    beside = Path(sys.executable).with_name("mnnconvert")
-    converter = shutil.which("mnnconvert") or shutil.which("MNNConvert") or shutil.which(beside)
-    if converter is None:
-        raise ImportError("MNN's converter mnnconvert is not on the path: pip install MNN")
+    if importlib.util.find_spec("_tools") is None or importlib.util.find_spec("MNN") is None:
+        raise ImportError("MNN's converter is not installed: pip install MNN")
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
         export_dense(model, example, onnx)
         made = Path(folder) / "model.mnn"
-        command = [converter, "-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(made), "--bizCode", "pomona"]
-        command.append("--detectSparseSpeedUp")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        command = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(made)]
+        command += ["--bizCode", "pomona", "--detectSparseSpeedUp"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, cwd=folder)
         if done.returncode or not made.exists():
-            raise ValueError(f"{converter} failed with status {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
+            raise ValueError(
+                f"MNN's converter failed with status {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
+            )
         shutil.copyfile(made, path)

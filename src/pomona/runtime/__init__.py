@@ -120,9 +120,7 @@ class Network:
         Raises:
             ValueError: their number or a shape is wrong.
         """
-        arrays = tuple(np.ascontiguousarray(x, np.float32) for x in inputs)
-        reference.check_inputs(self.graph, arrays)
-        outputs = self._execute(*arrays)
+        outputs = self._execute(*(np.ascontiguousarray(x, np.float32) for x in inputs))
         return outputs[0] if len(outputs) == 1 else outputs
 
     __call__ = run

@@ -9,6 +9,7 @@ and made anew when torch says that the weight has changed: by its memory or its 
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import threading
 import time
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pomona import library
 from pomona.runtime.engine import Engine
@@ -91,7 +93,8 @@ def compile(model: nn.Module, example: Tensor | Sequence[Any], *, threads: int |
 
     Every ``Conv2d`` and ``Linear`` with zeros is measured at the shapes that it sees in ``model(example)``: medians of
     alternating runs of the torch layer and of the sparse one. It is replaced where the sparse one takes less time, by
-    more than 5 %. What was chosen and why is ``compiled.compilation``; print it.
+    more than 5 %. What was chosen and why is ``compiled.compilation``; print it. A subclass with a ``forward`` of its
+    own runs that, and in it the calls of ``conv2d`` or ``linear`` with its weight itself are executed sparsely.
 
     The copy shares all parameters and buffers with ``model`` (as ``torch.compile`` does), has the same module names and
     the same ``state_dict()``. It follows any change of the weights that torch's version counters record: optimizers,
@@ -162,13 +165,14 @@ def _choose(name: str, layer: nn.Conv2d | nn.Linear, calls: Counter[Shape], thre
     if reason is not None or sparsity == 0:
         return Choice(name, sparsity, dict(calls), None, None, False, reason or "no zeros")
     kind = type(layer)
+    sparse_kind = _sparse_kind(kind)
     layer.threads = threads  # type: ignore[assignment]
     dense = sparse = 0.0
     for shape, count in calls.items():
-        one, other = _race(layer, kind, torch.randn(shape))
+        one, other = _race(layer, kind, sparse_kind, torch.randn(shape))
         dense, sparse = dense + count * one, sparse + count * other
     is_sparse = sparse < _GAIN * dense
-    layer.__class__ = _SPARSE[kind] if is_sparse else kind  # type: ignore[assignment]
+    layer.__class__ = sparse_kind if is_sparse else kind  # type: ignore[assignment]
     if not is_sparse:
         del layer.threads
         _forget(weight)
@@ -178,17 +182,32 @@ def _choose(name: str, layer: nn.Conv2d | nn.Linear, calls: Counter[Shape], thre
 def _why_not(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str | None:
     if not library.is_available():
         return f"no compiled core ({library.why_not()})"
-    if type(layer) not in _SPARSE:
-        return f"a {type(layer).__name__}, which may do anything"
     if not calls:
         return "not called with the example"
     if not layer.weight.is_cpu or layer.weight.dtype != torch.float32:
         return f"{layer.weight.dtype} on {layer.weight.device}, not float32 on the CPU"
+    if type(layer) not in _SPARSE:
+        return _why_not_within(layer, calls)
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or _padding(layer) is None:
             return f"padding {layer.padding!r} of {layer.padding_mode}"
         if any(len(shape) != 4 for shape in calls):
             return "an input without a batch"
+    return None
+
+
+def _why_not_within(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str | None:
+    """Of a subclass, which may do anything: look what it does."""
+    name = type(layer).__name__
+    for shape in calls:
+        mode = _Within(layer, threads=1)
+        try:
+            with torch.no_grad(), mode:
+                layer(torch.randn(shape))
+        except Exception as error:  # whatever its forward throws
+            return f"a {name}, which cannot be called by itself: {type(error).__name__}"
+        if not mode.num_calls:
+            return f"a {name}, which computes something else with its weight"
     return None
 
 
@@ -203,9 +222,9 @@ def _padding(layer: nn.Conv2d) -> Pair | None:
     return layer.padding[0], layer.padding[1]
 
 
-def _race(layer: nn.Module, kind: type[nn.Module], x: Tensor) -> tuple[float, float]:
+def _race(layer: nn.Module, kind: type[nn.Module], sparse_kind: type[nn.Module], x: Tensor) -> tuple[float, float]:
     """Median microseconds of the layer as it is and of the sparse one, in turns."""
-    times: dict[type[nn.Module], list[float]] = {kind: [], _SPARSE[kind]: []}
+    times: dict[type[nn.Module], list[float]] = {kind: [], sparse_kind: []}
     began = time.perf_counter()
     with torch.no_grad():
         for i in range(1 + _MOST_ROUNDS):
@@ -219,7 +238,7 @@ def _race(layer: nn.Module, kind: type[nn.Module], x: Tensor) -> tuple[float, fl
                 began = time.perf_counter()
             if i >= _LEAST_ROUNDS and time.perf_counter() - began > _SECONDS:
                 break
-    return statistics.median(times[kind]), statistics.median(times[_SPARSE[kind]])
+    return statistics.median(times[kind]), statistics.median(times[sparse_kind])
 
 
 class SparseConv2d(nn.Conv2d):
@@ -247,6 +266,77 @@ class SparseLinear(nn.Linear):
 
 
 _SPARSE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
+
+
+class _Within(TorchFunctionMode):
+    """While it is on, calls of ``conv2d`` or ``linear`` with the weight of ``layer`` skip its zeros."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, threads: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._weight, self._threads = layer.weight, threads
+        self.num_calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is F.conv2d or func is F.linear:
+            weight = args[1] if len(args) > 1 else given.get("weight")
+            if weight is self._weight:
+                found = (self._conv2d if func is F.conv2d else self._linear)(*args, **given)
+                if found is not None:
+                    self.num_calls += 1
+                    return found
+        return func(*args, **given)
+
+    def _conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        if isinstance(padding, str) or input.ndim != 4 or not _takes(input, weight, bias):
+            return None
+        return sparse_conv2d(input, weight, bias, _both(stride), _both(padding), _both(dilation), groups, self._threads)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        if input.ndim == 0 or not _takes(input, weight, bias):
+            return None
+        return sparse_linear(input, weight, bias, self._threads)
+
+
+def _both(x: int | Sequence[int]) -> Sequence[int]:
+    return (x, x) if isinstance(x, int) else tuple(x) * (2 // len(x))
+
+
+def _sparse_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    return _SPARSE.get(kind) or _kind_within(kind)
+
+
+@functools.cache
+def _kind_within(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a subclass of ``Conv2d`` or ``Linear``: does the same, with :class:`_Within` in eval mode."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            return kind.forward(self, *args, **kwargs)
+        with _Within(self, self.threads):
+            return kind.forward(self, *args, **kwargs)
+
+    def reduce(self: nn.Module) -> tuple[Any, ...]:  # pickle cannot find the class by its name
+        return _new_within, (kind,), self.__dict__
+
+    members = {"forward": forward, "__reduce__": reduce, "__module__": __name__, "__doc__": _kind_within.__doc__}
+    return type(f"Sparse{kind.__name__}", (kind,), members)
+
+
+def _new_within(kind: type[nn.Module]) -> nn.Module:
+    made = _kind_within(kind)
+    return made.__new__(made)
 
 
 def _takes(*tensors: Tensor | None) -> bool:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from pomona import library
 from pomona.runtime.graph import OPS, Graph, Node
+from pomona.runtime.reference import check_inputs
 from pomona.sparse import Sparse
 
 Array = NDArray[np.float32]
@@ -173,20 +174,14 @@ class Engine:
     def __call__(self, *inputs: NDArray[Any]) -> list[Array]:
         """The outputs of a batch: each input (batch, *shape), each output (batch, *shape), float32."""
         arrays = [np.ascontiguousarray(x, np.float32) for x in inputs]
-        if len(arrays) != len(self.graph.inputs):
-            raise ValueError(f"the network has {len(self.graph.inputs)} inputs, got {len(arrays)}")
-        for x, shape in zip(arrays, self.graph.inputs, strict=True):
-            if x.shape[1:] != shape or x.ndim == 0 or len(x) != len(arrays[0]):
-                raise ValueError(f"an input of the network is (batch, {', '.join(map(str, shape))}), got {x.shape}")
-        batch = len(arrays[0])
+        batch = check_inputs(self.graph, arrays)
         results = [np.empty((batch, *shape), np.float32) for shape in self.shapes]
-        status = self._library.pomona_net_run(self._handle, batch, _pointers(arrays), _pointers(results), self.threads)
-        _check(status, self.graph, -1)
+        self.run_at(batch, [_address(x) for x in arrays], [_address(x) for x in results])
         return results
 
     def run_at(self, batch: int, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         """What a call does, for addresses of contiguous float32 arrays, whose sizes are not checked."""
-        from_, to = ((_pointer * len(places))(*places) for places in (inputs, outputs))
+        from_, to = (_pointer * len(inputs))(*inputs), (_pointer * len(outputs))(*outputs)
         _check(self._library.pomona_net_run(self._handle, batch, from_, to, self.threads), self.graph, -1)
 
     def about(self) -> About:
@@ -293,8 +288,8 @@ def _shape(shape: Sequence[int]) -> _Shape:
     return _Shape(len(shape), tuple([*shape, 1, 1][:3]))
 
 
-def _pointers(arrays: Sequence[Array]) -> Any:
-    return (_pointer * len(arrays))(*(array.ctypes.data for array in arrays))
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])  # in a third of the time of array.ctypes.data
 
 
 def _check(status: int, graph: Graph, bad_node: int) -> None:

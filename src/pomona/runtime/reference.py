@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def run(
     return [values[v] for v in graph.outputs]
 
 
-def check_inputs(graph: Graph, inputs: tuple[Array, ...]) -> int:
+def check_inputs(graph: Graph, inputs: Sequence[Array]) -> int:
     """The batch size, after checking that these are arrays of the right shapes."""
     if len(inputs) != graph.num_inputs:
         raise ValueError(f"the network takes {graph.num_inputs} inputs, got {len(inputs)}")
