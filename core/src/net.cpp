@@ -52,6 +52,7 @@ int copy_matrix(const pomona_tensor& from, int64_t* bytes, int64_t max_bytes, Ma
     to->columns.assign(from.columns, from.columns + from.num_values);
   }
   to->values.assign(from.values, from.values + from.num_values);
+  to->num_nonzero = std::count_if(to->values.begin(), to->values.end(), [](float x) { return x != 0.0f; });
   return POMONA_OK;
 }
 
@@ -163,6 +164,22 @@ int infer(const Net& net, const Node& node, Shape* out) {
   return product({out->c, out->h, out->w}) < 0 ? POMONA_BAD_SIZE : POMONA_OK;
 }
 
+// One image fills the vectors, and more only leave the cache. One sample of features fills one lane: where layers of these
+// matter, as many go together as stay in a second-level cache.
+int64_t most_samples(const Net& net) {
+  if (net.options.micro_batch > 0) return net.options.micro_batch;
+  int64_t largest = 1;
+  double of_features = 0.0, all = 0.0;
+  for (size_t i = 0; i < net.nodes.size(); ++i) {
+    const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
+    const double macs = static_cast<double>(net.macs(net.nodes[i], shape, false));
+    largest = std::max(largest, shape.size());
+    if (shape.h * shape.w == 1) of_features += macs;
+    all += macs;
+  }
+  return 10.0 * of_features < all ? 1 : std::clamp<int64_t>(kActivations / (2 * largest), 1, kMostSamples);
+}
+
 int build(const pomona_graph& graph, const pomona_net_options* options, Net* net, int32_t* bad_node) {
   if (options != nullptr) net->options = *options;
   if (net->options.max_bytes < 0 || net->options.micro_batch < 0 || net->options.dense < 0 || net->options.dense > 2)
@@ -210,39 +227,26 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   }
   net->seconds.assign(net->nodes.size(), 0.0);
   net->kernels = &net_kernels();
+  net->most_samples = most_samples(*net);
   return POMONA_OK;
 }
 
 int64_t samples_together(const Net& net, int64_t batch) {
-  int64_t most = net.options.micro_batch;
-  if (most == 0) {
-    // One image fills the vectors, and more only leave the cache. One sample of features fills one lane: where layers of
-    // these matter, as many go together as stay in a second-level cache.
-    int64_t largest = 1, of_features = 0, all = 0;
-    for (size_t i = 0; i < net.nodes.size(); ++i) {
-      const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
-      const int64_t macs = net.macs(net.nodes[i], shape, false);
-      largest = std::max(largest, shape.size());
-      if (shape.h * shape.w == 1) of_features += macs;
-      all += macs;
-    }
-    most = 10 * of_features < all ? 1 : std::clamp<int64_t>(kActivations / (2 * largest), 1, kMostSamples);
-  }
   int64_t samples = 1;
-  while (samples * 2 <= std::min(most, batch)) samples *= 2;
+  while (samples * 2 <= std::min(net.most_samples, batch)) samples *= 2;
   return samples;
 }
 
 int plan_for(Net* net, int64_t samples, Plan** plan, int32_t* bad_node) {
-  std::unique_ptr<Plan>& found = net->plans[samples];
-  if (!found) {
-    const int error = Plan::make(*net, samples, &found, bad_node);
-    if (error != POMONA_OK) {
-      net->plans.erase(samples);
-      return error;
-    }
+  const auto found = net->plans.find(samples);
+  if (found != net->plans.end()) {
+    *plan = found->second.get();
+    return POMONA_OK;
   }
-  *plan = found.get();
+  std::unique_ptr<Plan> made;
+  const int error = Plan::make(*net, samples, &made, bad_node);
+  if (error != POMONA_OK) return error;
+  *plan = (net->plans[samples] = std::move(made)).get();
   return POMONA_OK;
 }
 
@@ -265,10 +269,6 @@ int guarded(F&& f) {
 
 Net::~Net() = default;
 
-int64_t Matrix::num_nonzero() const {
-  return static_cast<int64_t>(std::count_if(values.begin(), values.end(), [](float x) { return x != 0.0f; }));
-}
-
 const Matrix* Net::weight(const Node& node) const {
   return node.attributes.weight < 0 ? nullptr : &matrices[static_cast<size_t>(node.attributes.weight)];
 }
@@ -280,7 +280,7 @@ const float* Net::bias(const Node& node) const {
 int64_t Net::macs(const Node& node, const Shape& out, bool with_zeros) const {
   if (!is_layer(node.attributes.op)) return 0;
   const Matrix& matrix = *weight(node);
-  return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero()) * out.h * out.w;
+  return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero) * out.h * out.w;
 }
 
 }  // namespace pomona
@@ -360,10 +360,13 @@ int pomona_net_about(const pomona_net* handle, pomona_net_info* info) {
     info->activation_bytes += plan->activation_bytes();
     info->weight_bytes += plan->weight_bytes();
   }
+  const auto add = [](int64_t* sum, int64_t more) {  // each is at most 2^62
+    *sum = *sum > std::numeric_limits<int64_t>::max() - more ? std::numeric_limits<int64_t>::max() : *sum + more;
+  };
   for (size_t i = 0; i < net.nodes.size(); ++i) {
     const pomona::Shape& out = net.shapes[static_cast<size_t>(net.value_of(i))];
-    info->macs += net.macs(net.nodes[i], out, false);
-    info->dense_macs += net.macs(net.nodes[i], out, true);
+    add(&info->macs, net.macs(net.nodes[i], out, false));
+    add(&info->dense_macs, net.macs(net.nodes[i], out, true));
   }
   return POMONA_OK;
 }

@@ -213,7 +213,7 @@ int Plan::add_weights(const Net& net, Step* step) {
     return channel * channel_stride + places[static_cast<size_t>(column % taps)];
   };
 
-  const double density = static_cast<double>(matrix.num_nonzero()) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
+  const double density = static_cast<double>(matrix.num_nonzero) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
   const bool as_dense = net.options.dense == POMONA_DENSE_ALWAYS || (net.options.dense == 0 && density >= kDenseFrom);
   step->is_vector = samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() == 1 && y.h * y.w == 1;
   step->is_contiguous = step->is_vector && !is_strided && channel_stride == 1 && taps == 1;

@@ -29,9 +29,9 @@ struct Matrix {
   std::vector<int32_t> columns;
   std::vector<int64_t> starts;  // empty where dense
   int64_t rows = 0, cols = 0;
+  int64_t num_nonzero = 0;
 
   bool is_dense() const { return starts.empty(); }
-  int64_t num_nonzero() const;
   // Calls f(column, value) for the entries of a row that are not zero, or for all of them.
   template <typename F>
   void each(int64_t row, bool with_zeros, F&& f) const;
@@ -53,6 +53,7 @@ struct Net {
   pomona_net_options options{};
   const NetKernels* kernels = nullptr;
   std::map<int64_t, std::unique_ptr<Plan>> plans;  // by the number of samples
+  int64_t most_samples = 1;  // that go together
   std::vector<double> seconds;
   bool profile = false;
 

@@ -360,6 +360,7 @@ class Reference {
         sizes.push_back(graph_.sizes[value]);
       }
       std::vector<double> out = apply(a, in, sizes, graph_.sizes[values.size()]);
+      for (double& x : out) x = static_cast<float>(x);  // which underflows as theirs
       values.push_back(std::move(out));
     }
     return values;
