@@ -12,29 +12,17 @@ constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
 constexpr int64_t kMostSamples = 64;
 constexpr int64_t kActivations = 1 << 19;  // floats
 constexpr int32_t kMostNodes = 1 << 20;
-constexpr int64_t kMostElements = int64_t{1} << 31;
-
-// Some sizes multiplied, or -1 if that is above kMostElements.
-int64_t product(std::initializer_list<int64_t> sizes) {
-  int64_t result = 1;
-  for (const int64_t size : sizes) {
-    if (size < 0 || (size > 0 && result > kMostElements / size)) return -1;
-    result *= size;
-  }
-  return result;
-}
 
 bool is_layer(int32_t op) { return op == POMONA_CONV || op == POMONA_LINEAR; }
 bool is_unary(int32_t op) { return op >= POMONA_RELU && op <= POMONA_HARDSIGMOID; }
 
-int copy_matrix(const pomona_tensor& from, int64_t* bytes, int64_t max_bytes, Matrix* to) {
+int copy_matrix(const pomona_tensor& from, Budget* budget, Matrix* to) {
   const int64_t size = product({from.rows, from.cols});
   if (size < 0 || from.num_values < 0 || from.num_values > size) return POMONA_BAD_SIZE;
   const bool is_dense = from.starts == nullptr;
   if (is_dense && from.num_values != size) return POMONA_BAD_SIZE;
   if (from.num_values > 0 && (from.values == nullptr || (!is_dense && from.columns == nullptr))) return POMONA_BAD_POINTER;
-  *bytes += from.num_values * 8 + (is_dense ? 0 : (from.rows + 1) * 8);
-  if (*bytes > max_bytes) return POMONA_BAD_SIZE;
+  if (!budget->take(from.num_values, is_dense ? 4 : 8) || (!is_dense && !budget->take(from.rows + 1, 8))) return POMONA_BAD_SIZE;
   to->rows = from.rows;
   to->cols = from.cols;
   if (!is_dense) {
@@ -191,15 +179,18 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   if (graph.inputs == nullptr || graph.outputs == nullptr || (graph.nodes == nullptr && graph.num_nodes > 0) ||
       (graph.operands == nullptr && graph.num_operands > 0) || (graph.tensors == nullptr && graph.num_tensors > 0))
     return POMONA_BAD_POINTER;
+  net->budget = Budget(net->options.max_bytes);
+  if (!net->budget.take(int64_t{graph.num_inputs} + graph.num_nodes, 2 * sizeof(Shape)) || !net->budget.take(graph.num_outputs, 4) ||
+      !net->budget.take(graph.num_tensors, sizeof(Matrix)) || !net->budget.take(graph.num_nodes, sizeof(Node)))
+    return POMONA_BAD_SIZE;
   for (int32_t i = 0; i < graph.num_inputs; ++i) {
     if (!is_good(graph.inputs[i])) return POMONA_BAD_VALUE;
     net->inputs.push_back(shape_of(graph.inputs[i]));
   }
   net->shapes = net->inputs;
-  int64_t bytes = 0;
   net->matrices.resize(static_cast<size_t>(graph.num_tensors));
   for (int32_t i = 0; i < graph.num_tensors; ++i) {
-    const int error = copy_matrix(graph.tensors[i], &bytes, net->options.max_bytes, &net->matrices[static_cast<size_t>(i)]);
+    const int error = copy_matrix(graph.tensors[i], &net->budget, &net->matrices[static_cast<size_t>(i)]);
     if (error != POMONA_OK) return error;
   }
   for (int32_t i = 0; i < graph.num_nodes; ++i) {
@@ -209,6 +200,7 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
     if (a.op < 0 || a.op >= POMONA_NUM_OPS || a.first_operand < 0 || a.num_operands < 1 ||
         a.first_operand > graph.num_operands - a.num_operands)
       return POMONA_BAD_VALUE;
+    if (!net->budget.take(a.num_operands, 8)) return POMONA_BAD_SIZE;
     for (int32_t k = 0; k < a.num_operands; ++k) {
       const int32_t value = graph.operands[a.first_operand + k];
       if (value < 0 || value >= net->value_of(static_cast<size_t>(i))) return POMONA_BAD_VALUE;
@@ -246,6 +238,7 @@ int plan_for(Net* net, int64_t samples, Plan** plan, int32_t* bad_node) {
   std::unique_ptr<Plan> made;
   const int error = Plan::make(*net, samples, &made, bad_node);
   if (error != POMONA_OK) return error;
+  net->budget = made->budget();
   *plan = (net->plans[samples] = std::move(made)).get();
   return POMONA_OK;
 }
@@ -336,7 +329,12 @@ int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs
   return pomona::guarded([&]() -> int {
     pomona::Plan* plan;
     int32_t bad_node;
-    const int error = pomona::plan_for(&net, pomona::samples_together(net, batch), &plan, &bad_node);
+    int64_t samples = pomona::samples_together(net, batch);
+    int error = pomona::plan_for(&net, samples, &plan, &bad_node);
+    while (error == POMONA_BAD_SIZE && samples > 1) {  // one by one they fitted when the network was made
+      net.most_samples = samples /= 2;
+      error = pomona::plan_for(&net, samples, &plan, &bad_node);
+    }
     if (error != POMONA_OK) return error;
     plan->run(net, batch, inputs, outputs, num_threads);
     return POMONA_OK;

@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 #include <set>
+#include <utility>
 #include <tuple>
 
 namespace pomona {
@@ -17,6 +18,8 @@ constexpr int64_t kTileFloats = 96;             // positions that go together at
 constexpr int64_t kCacheFloats = 8192;          // of a first-level cache, 32 KiB: what a tile reads again and again
 constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay
 constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
+constexpr int64_t kBytesOfTap = 64;             // while a layer is planned: its places, images and pieces
+constexpr int64_t kBytesOfValue = 128;          // while a network is planned
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 // An odd number of cache lines, so that the same positions of many channels do not share a few sets of the cache.
@@ -43,6 +46,59 @@ class Classes {  // union-find
 
  private:
   std::vector<size_t> parent_;
+};
+
+// Memory of which parts are taken and given back; best fit.
+class Gaps {
+ public:
+  explicit Gaps(int64_t first) : end_(first), most_(first) {}
+  int64_t most() const { return most_; }
+
+  // The smallest gap that is large enough, the first of these, or else what is behind the last part.
+  int64_t take(int64_t size) {
+    const auto best = by_size_.lower_bound({size, 0});
+    if (best == by_size_.end()) {
+      end_ += size;
+      most_ = std::max(most_, end_);
+      return end_ - size;
+    }
+    const auto [length, offset] = *best;
+    by_size_.erase(best);
+    sizes_.erase(offset);
+    if (length > size) add(offset + size, length - size);
+    return offset;
+  }
+
+  void give_back(int64_t offset, int64_t size) {
+    auto next = sizes_.lower_bound(offset);
+    if (next != sizes_.end() && next->first == offset + size) {
+      size += next->second;
+      next = remove(next);
+    }
+    if (next != sizes_.begin() && std::prev(next)->first + std::prev(next)->second == offset) {
+      const auto before = std::prev(next);
+      offset = before->first;
+      size += before->second;
+      remove(before);
+    }
+    if (offset + size == end_) end_ = offset;
+    else add(offset, size);
+  }
+
+ private:
+  using Sizes = std::map<int64_t, int64_t>;  // by offset
+  void add(int64_t offset, int64_t size) {
+    sizes_[offset] = size;
+    by_size_.insert({size, offset});
+  }
+  Sizes::iterator remove(Sizes::iterator gap) {
+    by_size_.erase({gap->second, gap->first});
+    return sizes_.erase(gap);
+  }
+
+  Sizes sizes_;
+  std::set<std::pair<int64_t, int64_t>> by_size_;
+  int64_t end_, most_;
 };
 
 bool is_pointwise(int32_t op) {
@@ -111,6 +167,7 @@ int Plan::lay_out(const Net& net) {
   for (size_t i = 0; i < num; ++i) {
     const Need& need = joined[classes.find(size_of[i])];
     Layout& l = layouts_[i];
+    if (product({samples_, need.width, need.height}) < 0) return POMONA_BAD_SIZE;
     l.row_stride = need.width;
     l.rows = need.height;
     l.lead = round_up(need.above * need.width + need.left, kAlign);
@@ -121,14 +178,15 @@ int Plan::lay_out(const Net& net) {
       l.channel_stride = round_up(l.lead + positions + (need.is_by_sample && samples_ > 1 ? kMaxLanes : 0), kAlign);
       l.channel_stride = spread(l.channel_stride);
     }
-    if (net.shapes[i].c > std::numeric_limits<int32_t>::max() / l.channel_stride) return POMONA_BAD_SIZE;
+    const int64_t most = std::min<int64_t>(std::numeric_limits<int32_t>::max(), budget_.left() / 4);
+    if (net.shapes[i].c > most / l.channel_stride) return POMONA_BAD_SIZE;
   }
   return POMONA_OK;
 }
 
 // Images side by side for what cannot be read in place: for each row within the stride, and each column within it, one
 // whose positions are the output's. Where the output's rows leave no room beside them, one for each column of the kernel.
-void Plan::use_strided(const Net& net, Step* step) {
+int Plan::use_strided(const Net& net, Step* step, std::vector<int64_t>* places) {
   const pomona_node& a = net.nodes[step->node].attributes;
   const Shape& y = net.shapes[static_cast<size_t>(step->out)];
   const int64_t row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
@@ -138,43 +196,49 @@ void Plan::use_strided(const Net& net, Step* step) {
   };
   const auto [top, bottom] = steps(0);
   const auto [left, right] = steps(1);
-  std::set<int64_t> rows, columns;
+  std::vector<int64_t> rows, columns;  // the first of the image that each tap reads
   for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
     const int64_t row = ky * a.dilation[0] - a.padding[0];
-    rows.insert(top * a.stride[0] + row - floor_divide(row, a.stride[0]) * a.stride[0]);
+    rows.push_back(row - (floor_divide(row, a.stride[0]) - top) * a.stride[0]);
   }
   for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
     const int64_t column = kx * a.dilation[1] - a.padding[1];
-    const int64_t phase = column - floor_divide(column, a.stride[1]) * a.stride[1];
-    columns.insert(y.w + right - left <= row_stride ? left * a.stride[1] + phase : column);
+    const bool fits = y.w + right - left <= row_stride;
+    columns.push_back(fits ? column - (floor_divide(column, a.stride[1]) - left) * a.stride[1] : column);
   }
+  const auto distinct = [](std::vector<int64_t> list) {
+    std::sort(list.begin(), list.end());
+    list.erase(std::unique(list.begin(), list.end()), list.end());
+    return list;
+  };
+  const auto index = [](const std::vector<int64_t>& list, int64_t x) { return std::lower_bound(list.begin(), list.end(), x) - list.begin(); };
+  const std::vector<int64_t> first_rows = distinct(rows), first_columns = distinct(columns);
   step->image_rows = y.h + bottom - top;
-  for (const int64_t row : rows)
-    for (const int64_t column : columns) step->images.push_back({row, column});
+  for (const int64_t row : first_rows)
+    for (const int64_t column : first_columns) step->images.push_back({row, column});
+  if (product({row_stride, step->image_rows, static_cast<int64_t>(step->images.size())}) < 0) return POMONA_BAD_SIZE;
+  // Where, from an output position, the input of each tap is.
+  for (int64_t ky = 0; ky < a.kernel[0]; ++ky)
+    for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
+      const int64_t first_row = rows[static_cast<size_t>(ky)], first_column = columns[static_cast<size_t>(kx)];
+      const int64_t image = index(first_rows, first_row) * static_cast<int64_t>(first_columns.size()) + index(first_columns, first_column);
+      const int64_t down = (ky * a.dilation[0] - a.padding[0] - first_row) / a.stride[0];
+      const int64_t along = (kx * a.dilation[1] - a.padding[1] - first_column) / a.stride[1];
+      (*places)[static_cast<size_t>(ky * a.kernel[1] + kx)] = (image * step->image_rows + down) * row_stride + along;
+    }
   Layout& l = step->scratch;
   l.row_stride = row_stride;
   l.rows = step->image_rows * static_cast<int64_t>(step->images.size());
   l.channel_stride = round_up(l.sample_stride() + kMaxLanes, kAlign);
   l.channel_stride = spread(l.channel_stride);
   if (samples_ * layouts_[static_cast<size_t>(step->out)].sample_stride() > 1) step->groups = a.groups;
+  return POMONA_OK;
 }
 
-// Where, from an output position, the input of a tap is in the images of a channel.
-int64_t in_images(const Step& step, const pomona_node& a, int64_t row, int64_t column) {
-  int64_t place = 0, nearest = std::numeric_limits<int64_t>::max();
-  for (size_t i = 0; i < step.images.size(); ++i) {
-    const int64_t down = row - step.images[i].first_row, along = column - step.images[i].first_column;
-    if (down < 0 || down % a.stride[0] != 0 || along < 0 || along % a.stride[1] != 0 || along >= nearest) continue;
-    nearest = along;
-    place = (static_cast<int64_t>(i) * step.image_rows + down / a.stride[0]) * step.scratch.row_stride + along / a.stride[1];
-  }
-  return place;
-}
-
-int64_t in_panel(const Step& step, int64_t place) {
-  for (const Step::Piece& piece : step.pieces)
-    if (place >= piece.from && place < piece.from + piece.length) return piece.to + place - piece.from;
-  return 0;  // not reached: every tap is in a piece
+int64_t in_panel(const Step& step, int64_t place) {  // every tap is in a piece, and these ascend
+  const auto after = [](int64_t at, const Step::Piece& piece) { return at < piece.from; };
+  const Step::Piece& piece = *(std::upper_bound(step.pieces.begin(), step.pieces.end(), place, after) - 1);
+  return piece.to + place - piece.from;
 }
 
 int Plan::add_weights(const Net& net, Step* step) {
@@ -189,25 +253,21 @@ int Plan::add_weights(const Net& net, Step* step) {
   const int64_t taps = is_conv ? int64_t{a.kernel[0]} * a.kernel[1] : 1;
   step->num_rows = matrix.rows;
   step->bias = net.bias(node);
-  if (is_conv && !is_in_place(net, node)) use_strided(net, step);
+  // Offset of each tap within a channel.
+  if (!budget_.take(taps, kBytesOfTap)) return POMONA_BAD_SIZE;
+  std::vector<int64_t> places(static_cast<size_t>(taps), 0);
+  if (is_conv && !is_in_place(net, node)) {
+    const int error = use_strided(net, step, &places);
+    if (error != POMONA_OK) return error;
+  } else if (is_conv) {
+    for (int64_t ky = 0; ky < a.kernel[0]; ++ky)
+      for (int64_t kx = 0; kx < a.kernel[1]; ++kx)
+        places[static_cast<size_t>(ky * a.kernel[1] + kx)] = (ky * a.dilation[0] - a.padding[0]) * in.row_stride + kx * a.dilation[1] - a.padding[1];
+  }
   const bool is_strided = !step->images.empty();
   const int64_t channel_stride = is_strided ? step->scratch.channel_stride : in.channel_stride;
   if (x.c > std::numeric_limits<int32_t>::max() / channel_stride) return POMONA_BAD_SIZE;
 
-  // Offset of each tap within a channel.
-  std::vector<int64_t> places(static_cast<size_t>(taps), 0);
-  if (is_conv) {
-    for (int64_t ky = 0; ky < a.kernel[0]; ++ky)
-      for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
-        const int64_t row = ky * a.dilation[0] - a.padding[0], column = kx * a.dilation[1] - a.padding[1];
-        int64_t& place = places[static_cast<size_t>(ky * a.kernel[1] + kx)];
-        if (is_strided) {
-          place = in_images(*step, a, row, column);
-        } else {
-          place = row * in.row_stride + column;
-        }
-      }
-  }
   const auto offset = [&](int64_t row, int64_t column) {
     const int64_t channel = (step->groups > 1 ? 0 : row / rows_each * channels) + column / taps;
     return channel * channel_stride + places[static_cast<size_t>(column % taps)];
@@ -220,6 +280,7 @@ int Plan::add_weights(const Net& net, Step* step) {
   step->is_dense = as_dense && groups == 1 && (step->is_vector ? step->is_contiguous : matrix.rows >= kDenseRows);
   if (step->is_dense) {
     const int64_t rows = step->is_vector ? matrix.rows : round_up(matrix.rows, kDenseRows);
+    if (!budget_.take(rows, matrix.cols * 4) || !budget_.take(matrix.cols, 8)) return POMONA_BAD_SIZE;
     step->values.assign(static_cast<size_t>(rows * matrix.cols), 0.0f);
     for (int64_t row = 0; row < matrix.rows; ++row)
       matrix.each(row, false, [&](int64_t k, float value) {
@@ -232,13 +293,13 @@ int Plan::add_weights(const Net& net, Step* step) {
     return POMONA_OK;
   }
 
-  int64_t num_entries = 0;
-  for (int64_t row = 0; row < matrix.rows; ++row) matrix.each(row, as_dense, [&](int64_t, float) { ++num_entries; });
-  if (num_entries > std::numeric_limits<int32_t>::max()) return POMONA_BAD_SIZE;
+  const int64_t num_entries = as_dense ? matrix.rows * matrix.cols : matrix.num_nonzero;
+  if (num_entries > std::numeric_limits<int32_t>::max() || !budget_.take(num_entries, sizeof(Entry))) return POMONA_BAD_SIZE;
   plan_tiles(net, channels, places, num_entries, step);
   const int64_t num_blocks = static_cast<int64_t>(step->blocks.size());
   // Row by row into the blocks: the entries of block b's row r are counted first, then placed.
   const size_t width = static_cast<size_t>(matrix.rows + 1);
+  if (!budget_.take(num_blocks, 12 * (matrix.rows + 1))) return POMONA_BAD_SIZE;
   std::vector<int32_t> counts(static_cast<size_t>(num_blocks) * width + 1, 0);
   const int64_t block_channels = step->blocks[0].num_channels;
   const auto block_of = [&](int64_t column) { return num_blocks == 1 ? 0 : column / taps / block_channels; };
@@ -356,7 +417,10 @@ int Plan::add_steps(const Net& net, int32_t* bad_node) {
       if (error != POMONA_OK) return error;
       const Layout& l = layouts_[static_cast<size_t>(step.out)];
       const Shape& shape = net.shapes[static_cast<size_t>(step.out)];
-      if (l.row_stride > shape.w || l.rows > shape.h) step.mask = mask_for(l, shape);
+      if (l.row_stride > shape.w || l.rows > shape.h) {
+        step.mask = mask_for(l, shape);
+        if (step.mask == nullptr) return POMONA_BAD_SIZE;
+      }
     }
     is_done[i] = true;
     steps_.push_back(std::move(step));
@@ -369,7 +433,9 @@ const int32_t* Plan::mask_for(const Layout& l, const Shape& shape) {
   const auto key = std::make_tuple(l.row_stride, l.rows, shape.h, shape.w);
   std::vector<int32_t>& mask = masks_[key];
   if (mask.empty()) {
-    mask.assign(static_cast<size_t>(round_up(samples_ * l.sample_stride(), kAlign)), 0);
+    const int64_t positions = samples_ * l.sample_stride() + kMaxLanes;  // a vector may begin with the last one
+    if (!budget_.take(positions, 4)) return nullptr;
+    mask.assign(static_cast<size_t>(positions), 0);
     for (int64_t sample = 0; sample < samples_; ++sample)
       for (int64_t y = 0; y < shape.h; ++y)
         for (int64_t x = 0; x < shape.w; ++x)
@@ -388,31 +454,25 @@ int Plan::allocate(const Net& net) {
   }
   for (const int32_t value : net.outputs) last[static_cast<size_t>(value)] = static_cast<int64_t>(steps_.size());
 
+  const int64_t num_steps = static_cast<int64_t>(steps_.size());
   struct Piece {
-    int64_t offset, size, last;
+    int64_t offset, size;
   };
-  std::vector<Piece> pieces;
-  int64_t end = kSlack;
-  const auto place = [&](int64_t size, int64_t now, int64_t until) {
-    pieces.erase(std::remove_if(pieces.begin(), pieces.end(), [&](const Piece& p) { return p.last < now; }), pieces.end());
-    std::sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.offset < b.offset; });
-    int64_t at = kSlack, best = -1, best_gap = std::numeric_limits<int64_t>::max();
-    for (const Piece& piece : pieces) {
-      const int64_t gap = piece.offset - at;
-      if (gap >= size && gap < best_gap) best = at, best_gap = gap;
-      at = std::max(at, piece.offset + piece.size);
-    }
-    if (best < 0) best = at;
-    pieces.push_back({best, size, until});
-    end = std::max(end, best + size);
-    return best;
+  Gaps gaps(kSlack);
+  std::vector<std::vector<Piece>> ending(static_cast<size_t>(num_steps) + 1);  // by the last step that needs them
+  const auto place = [&](int64_t size, int64_t until) {
+    const int64_t offset = gaps.take(size);
+    ending[static_cast<size_t>(until)].push_back({offset, size});
+    return offset;
   };
   const auto size_of = [&](size_t value) { return round_up(net.shapes[value].c * layouts_[value].channel_stride + kMaxLanes, kAlign); };
   for (size_t value = 0; value < net.inputs.size(); ++value)
-    layouts_[value].offset = place(size_of(value), -1, std::max<int64_t>(last[value], 0));
+    layouts_[value].offset = place(size_of(value), std::max<int64_t>(last[value], 0));
   for (size_t s = 0; s < steps_.size(); ++s) {
     Step& step = steps_[s];
     const int64_t now = static_cast<int64_t>(s);
+    if (s > 0)
+      for (const Piece& piece : ending[s - 1]) gaps.give_back(piece.offset, piece.size);
     const size_t out = static_cast<size_t>(step.out);
     // Where it can, a result takes the place of what it is computed from position by position.
     int32_t over = -1;
@@ -420,29 +480,36 @@ int Plan::allocate(const Net& net) {
     else if (is_pointwise(step.op)) over = step.in[0];
     // Samples that are strided over one by one write a few positions of the next, whose residual must still be there.
     const bool may = over >= 0 && (step.images.empty() || samples_ == 1) && net.shapes[static_cast<size_t>(over)] == net.shapes[out];
-    const auto piece = std::find_if(pieces.begin(), pieces.end(), [&](const Piece& p) {
-      return may && p.last == now && p.offset == layouts_[static_cast<size_t>(over)].offset;
+    std::vector<Piece>& here = ending[s];
+    const auto piece = std::find_if(here.begin(), here.end(), [&](const Piece& p) {
+      return may && p.offset == layouts_[static_cast<size_t>(over)].offset;
     });
-    step.shares = piece != pieces.end();
+    step.shares = piece != here.end();
     if (step.shares) {
-      layouts_[out].offset = piece->offset;
-      piece->last = std::max(last[out], now);
+      const Piece shared = *piece;
+      here.erase(piece);
+      layouts_[out].offset = shared.offset;
+      ending[static_cast<size_t>(std::max(last[out], now))].push_back(shared);
     } else {
-      layouts_[out].offset = place(size_of(out), now, std::max(last[out], now));
+      layouts_[out].offset = place(size_of(out), std::max(last[out], now));
     }
     if (!step.images.empty() && step.groups == 1) {
       const int64_t size = net.shapes[static_cast<size_t>(step.in[0])].c * step.scratch.channel_stride + kAlign;
-      step.scratch.offset = place(round_up(size, kAlign), now, now);
+      step.scratch.offset = place(round_up(size, kAlign), now);
     }
-    if (end > net.options.max_bytes / 4) return POMONA_BAD_SIZE;
   }
-  arena_.resize(end + kSlack);
+  const int64_t floats = gaps.most() + kSlack;
+  if (!budget_.take(floats, 4)) return POMONA_BAD_SIZE;
+  arena_.resize(floats);
   return POMONA_OK;
 }
 
 int Plan::make(const Net& net, int64_t samples, std::unique_ptr<Plan>* plan, int32_t* bad_node) {
   std::unique_ptr<Plan> made(new Plan);
   made->samples_ = samples;
+  made->budget_ = net.budget;
+  const int64_t num_values = static_cast<int64_t>(net.shapes.size());
+  if (!made->budget_.take(num_values, sizeof(Step) + sizeof(Layout) + kBytesOfValue)) return POMONA_BAD_SIZE;
   int error = made->lay_out(net);
   if (error == POMONA_OK) error = made->add_steps(net, bad_node);
   if (error == POMONA_OK) error = made->allocate(net);

@@ -3,6 +3,7 @@
 #define POMONA_PLAN_H
 
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -13,6 +14,33 @@
 #include "team.h"
 
 namespace pomona {
+
+constexpr int64_t kMostElements = int64_t{1} << 31;
+
+// Some sizes multiplied, or -1 if that is above kMostElements.
+inline int64_t product(std::initializer_list<int64_t> sizes) {
+  int64_t result = 1;
+  for (const int64_t size : sizes) {
+    if (size < 0 || (size > 0 && result > kMostElements / size)) return -1;
+    result *= size;
+  }
+  return result;
+}
+
+// Bytes that may still be allocated.
+class Budget {
+ public:
+  explicit Budget(int64_t bytes = 0) : left_(bytes) {}
+  int64_t left() const { return left_; }
+  bool take(int64_t num, int64_t bytes_each) {  // false: there are not so many
+    if (num > left_ / bytes_each) return false;
+    left_ -= num * bytes_each;
+    return true;
+  }
+
+ private:
+  int64_t left_;
+};
 
 // (features) is c; (positions, features) is c = features, w = positions; (channels, height, width) is itself.
 struct Shape {
@@ -52,6 +80,7 @@ struct Net {
   std::vector<Shape> shapes;  // of all values
   pomona_net_options options{};
   const NetKernels* kernels = nullptr;
+  Budget budget;  // what the plans leave of max_bytes
   std::map<int64_t, std::unique_ptr<Plan>> plans;  // by the number of samples
   int64_t most_samples = 1;  // that go together
   std::vector<double> seconds;
@@ -143,6 +172,7 @@ class Plan {
 
   void run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads);
 
+  const Budget& budget() const { return budget_; }
   int64_t activation_bytes() const { return arena_.size() * 4; }
   int64_t weight_bytes() const;
 
@@ -151,8 +181,8 @@ class Plan {
   int add_steps(const Net& net, int32_t* bad_node);
   int add_weights(const Net& net, Step* step);
   void plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries, Step* step) const;
-  const int32_t* mask_for(const Layout& layout, const Shape& shape);
-  void use_strided(const Net& net, Step* step);
+  const int32_t* mask_for(const Layout& layout, const Shape& shape);  // nullptr: above max_bytes
+  int use_strided(const Net& net, Step* step, std::vector<int64_t>* places);
   int allocate(const Net& net);
   bool is_in_place(const Net& net, const Node& node) const;
 
@@ -173,6 +203,7 @@ class Plan {
   }
 
   int64_t samples_ = 1;
+  Budget budget_;  // what is left for this plan
   std::vector<Layout> layouts_;  // of values
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;
