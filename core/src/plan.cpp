@@ -512,6 +512,8 @@ int Plan::make(const Net& net, int64_t samples, std::unique_ptr<Plan>* plan, int
   if (!made->budget_.take(num_values, sizeof(Step) + sizeof(Layout) + kBytesOfValue)) return POMONA_BAD_SIZE;
   int error = made->lay_out(net);
   if (error == POMONA_OK) error = made->add_steps(net, bad_node);
+  for (const Step& step : made->steps_) made->scratch_floats_ = std::max(made->scratch_floats_, made->scratch_floats(net, step));
+  if (error == POMONA_OK && !made->budget_.take(made->scratch_floats_, 4)) error = POMONA_BAD_SIZE;
   if (error == POMONA_OK) error = made->allocate(net);
   if (error == POMONA_OK) *plan = std::move(made);
   return error;

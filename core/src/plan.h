@@ -196,7 +196,7 @@ class Plan {
   void copy_in(const Net& net, size_t input, const float* from, int64_t n, Team& team);
   void copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& team);
   void clear_border(const Net& net, int32_t value, int64_t channel, int64_t n);
-  float* scratch(int worker, int64_t floats);
+  int64_t scratch_floats(const Net& net, const Step& step) const;  // of each thread
   float* at(int32_t value, int64_t channel = 0) {
     const Layout& l = layouts_[static_cast<size_t>(value)];
     return arena_.data() + l.offset + channel * l.channel_stride + l.lead;
@@ -208,6 +208,7 @@ class Plan {
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;
   Lines arena_;
+  int64_t scratch_floats_ = 0;
   std::vector<Lines> scratch_;  // of threads
 };
 

@@ -31,12 +31,33 @@ void copy(const float* from, float* to, int64_t n) { std::memcpy(to, from, stati
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A row with its borders, as wide as a pool reads it.
+struct PoolLine {
+  int64_t places, width;  // where windows may begin, one by one; numbers
+  int64_t first, last;    // columns of the kernel that are not in the border at all places
+
+  PoolLine(const pomona_node& a, const Shape& x, const Shape& y) {
+    const int64_t kernel = a.kernel[1], end = a.padding[1] + x.w;
+    places = (y.w - 1) * a.stride[1] + 1;
+    first = std::max<int64_t>(0, a.padding[1] - places + 1);
+    last = std::min(kernel, end);
+    width = std::max(end, places + last - 1);
+  }
+};
+
 }  // namespace
 
-float* Plan::scratch(int worker, int64_t floats) {
-  Lines& mine = scratch_[static_cast<size_t>(worker)];
-  if (mine.size() < floats) mine.resize(floats);
-  return mine.data();
+int64_t Plan::scratch_floats(const Net& net, const Step& step) const {
+  const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
+  const Shape& y = net.shapes[static_cast<size_t>(step.out)];
+  if (step.op == POMONA_MAX_POOL || step.op == POMONA_AVG_POOL) {
+    const PoolLine line(net.nodes[step.node].attributes, x, y);
+    return line.width + 2 * line.places + 2 * y.w + 5 * kMaxLanes;
+  }
+  if (step.groups > 1) return x.c / step.groups * step.scratch.channel_stride + kMaxTile;
+  if (step.panel_width == 0) return 0;
+  const int64_t partial = step.blocks.size() > 1 ? kPartialFloats + kDenseRows * kMaxTile : 0;
+  return step.blocks[0].num_channels * step.panel_width + kMaxLanes + partial;
 }
 
 // Zeros between the rows, between the samples, and around.
@@ -161,9 +182,11 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t f
       return;
     }
     const int64_t panel_floats = step.blocks[0].num_channels * step.panel_width + kMaxLanes;
-    float* const panel = scratch(worker, panel_floats + (tile.last_row - tile.first_row) * num * lanes);
-    tile.partial = panel + panel_floats;
-    tile.partial_stride = num * lanes;
+    float* const panel = scratch_[static_cast<size_t>(worker)].data();
+    if (step.blocks.size() > 1) {
+      tile.partial = panel + panel_floats;
+      tile.partial_stride = num * lanes;
+    }
     const float* const from = x + position;
     const int64_t unused = (step.panel_vectors - num) * lanes;
     for (size_t b = 0; b < step.blocks.size(); ++b) {
@@ -231,7 +254,7 @@ void Plan::run_groups(const Net& net, const Step& step, int64_t sample, int64_t 
   const int64_t channels = net.shapes[static_cast<size_t>(step.in[0])].c / step.groups, rows = step.num_rows / step.groups;
   const int64_t lanes = net.kernels->lanes, vectors = divide_up(positions, lanes), first = sample * layouts_[static_cast<size_t>(step.out)].sample_stride();
   team.each(step.groups, [&](int64_t group, int worker) {
-    float* const images = scratch(worker, channels * step.scratch.channel_stride + kMaxTile);
+    float* const images = scratch_[static_cast<size_t>(worker)].data();
     for (int64_t c = 0; c < channels; ++c) copy_images(net, step, sample, group * channels + c, images + c * step.scratch.channel_stride);
     for (int64_t begin = 0; begin < vectors; begin += step.max_vectors) {
       Tile tile = tile_of(step, images, first, begin * lanes);
@@ -268,7 +291,7 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
   const NetKernels& kernels = *net.kernels;
   const bool is_max = step.op == POMONA_MAX_POOL, counts_padding = (a.flags & POMONA_COUNT_PADDING) != 0;
   const int64_t left = a.padding[1], stride = a.stride[1];
-  const int64_t places = (y.w - 1) * stride + 1, width = std::max(left + x.w, places + a.kernel[1] - 1);
+  const auto [places, width, first_column, last_column] = PoolLine(a, x, y);
   // In whole vectors: what is read beyond a row ends in the right border, which is then made anew.
   const auto whole = [&](int64_t num) { return divide_up(num, kernels.lanes) * kernels.lanes; };
   const float border = is_max ? -std::numeric_limits<float>::infinity() : 0.0f;
@@ -295,8 +318,8 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
         else kernels.add(from + row * in.row_stride, line + left, line + left, whole(x.w));
       }
       std::fill(line + left + x.w, line + width, border);
-      kernels.copy(line, along, places);
-      for (int64_t k = 1; k < a.kernel[1]; ++k) {
+      kernels.copy(line + first_column, along, places);
+      for (int64_t k = first_column + 1; k < last_column; ++k) {
         if (is_max) kernels.maximum(line + k, along, whole(places));
         else kernels.add(line + k, along, along, whole(places));
       }
@@ -317,7 +340,6 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
 
 void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
   const NetKernels& kernels = *net.kernels;
-  const pomona_node& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Shape& y = net.shapes[static_cast<size_t>(step.out)];
   const Layout& in = layouts_[static_cast<size_t>(step.in[0])];
@@ -383,10 +405,7 @@ void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
     }
     case POMONA_MAX_POOL:
     case POMONA_AVG_POOL:
-      return team.each(y.c, [&](int64_t c, int worker) {
-        const int64_t floats = x.w + a.padding[1] + 4 * (y.w * a.stride[1] + a.kernel[1]) + 8 * kMaxLanes;
-        pool(net, step, c, n, scratch(worker, floats));
-      });
+      return team.each(y.c, [&](int64_t c, int worker) { pool(net, step, c, n, scratch_[static_cast<size_t>(worker)].data()); });
     case POMONA_MEAN:
       return channels([&](int64_t c) {
         for (int64_t sample = 0; sample < n; ++sample) {
@@ -432,6 +451,8 @@ void Plan::run_step(const Net& net, const Step& step, int64_t n, Team& team) {
 void Plan::run(Net& net, int64_t num_samples, const float* const* inputs, float* const* outputs, int num_threads) {
   const size_t threads = static_cast<size_t>(std::max(1, std::min(num_threads, kMaxThreads)));
   if (scratch_.size() < threads) scratch_.resize(threads);
+  for (size_t i = 0; i < threads; ++i)  // here, not where an exception would end the process
+    if (scratch_[i].size() < scratch_floats_) scratch_[i].resize(scratch_floats_);
   with_team(static_cast<int>(threads), [&](Team& team) {
     for (int64_t first = 0; first < num_samples; first += samples_) {
       const int64_t n = std::min(samples_, num_samples - first);
