@@ -34,14 +34,14 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A row with its borders, as wide as a pool reads it.
 struct PoolLine {
   int64_t places, width;  // where windows may begin, one by one; numbers
-  int64_t first, last;    // columns of the kernel that are not in the border at all places
+  int64_t left, columns;  // border before the input, and columns of the kernel, both without those in the border at all places
 
   PoolLine(const pomona_node& a, const Shape& x, const Shape& y) {
-    const int64_t kernel = a.kernel[1], end = a.padding[1] + x.w;
     places = (y.w - 1) * a.stride[1] + 1;
-    first = std::max<int64_t>(0, a.padding[1] - places + 1);
-    last = std::min(kernel, end);
-    width = std::max(end, places + last - 1);
+    left = std::min<int64_t>(a.padding[1], places - 1);
+    const int64_t skipped = a.padding[1] - left;
+    columns = std::min(a.kernel[1] - skipped, left + x.w);
+    width = std::max(left + x.w, places + columns - 1);
   }
 };
 
@@ -290,8 +290,8 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const NetKernels& kernels = *net.kernels;
   const bool is_max = step.op == POMONA_MAX_POOL, counts_padding = (a.flags & POMONA_COUNT_PADDING) != 0;
-  const int64_t left = a.padding[1], stride = a.stride[1];
-  const auto [places, width, first_column, last_column] = PoolLine(a, x, y);
+  const int64_t stride = a.stride[1];
+  const auto [places, width, left, columns] = PoolLine(a, x, y);
   // In whole vectors: what is read beyond a row ends in the right border, which is then made anew.
   const auto whole = [&](int64_t num) { return divide_up(num, kernels.lanes) * kernels.lanes; };
   const float border = is_max ? -std::numeric_limits<float>::infinity() : 0.0f;
@@ -302,8 +302,8 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
   std::fill(line, line + left, border);
   // How many columns of each window count.
   for (int64_t j = 0; j < y.w; ++j) {
-    const int64_t begin = j * stride - left, end = begin + a.kernel[1];
-    const int64_t num = counts_padding ? std::min(x.w + left, end) - begin : std::min(x.w, end) - std::max<int64_t>(0, begin);
+    const int64_t begin = j * stride - a.padding[1], end = begin + a.kernel[1];
+    const int64_t num = counts_padding ? std::min(x.w + a.padding[1], end) - begin : std::min(x.w, end) - std::max<int64_t>(0, begin);
     inverse[j] = 1.0f / static_cast<float>(num);
   }
   for (int64_t sample = 0; sample < n; ++sample) {
@@ -318,8 +318,8 @@ void Plan::pool(const Net& net, const Step& step, int64_t channel, int64_t n, fl
         else kernels.add(from + row * in.row_stride, line + left, line + left, whole(x.w));
       }
       std::fill(line + left + x.w, line + width, border);
-      kernels.copy(line + first_column, along, places);
-      for (int64_t k = first_column + 1; k < last_column; ++k) {
+      kernels.copy(line, along, places);
+      for (int64_t k = 1; k < columns; ++k) {
         if (is_max) kernels.maximum(line + k, along, whole(places));
         else kernels.add(line + k, along, along, whole(places));
       }

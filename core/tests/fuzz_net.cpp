@@ -1,7 +1,7 @@
 // Networks at random, for every instruction set of the machine. Meant for sanitizers (`make sanitize`): arrays have exactly
 // their size. First valid ones, whose outputs are compared with a few plain loops in double; then hostile ones, of which
 // pomona_net_new must return an error or a network that runs, in bounded memory and time; then very long ones.
-// Arguments: how many valid networks, how many hostile ones, the seed.
+// Arguments: how many valid networks, how many hostile ones, the seed; and the only hostile case to be done.
 
 #include <algorithm>
 #include <atomic>
@@ -736,7 +736,7 @@ void check_hostile(uint64_t index, Tally* tally) {
   Random random(seed * 0x9e3779b97f4a7c15u + index);
   Graph graph = Maker(random, one_in(random, 2), false).make();
   pomona_net_options options{};
-  options.max_bytes = any_size(random, 26);
+  options.max_bytes = one_in(random, 3) ? any_size(random, 26) : int64_t{1} << 26;
   options.micro_batch = static_cast<int32_t>(below(random, 5));
   options.dense = static_cast<int32_t>(below(random, 3));
   pomona_graph counts = graph.view();
@@ -857,6 +857,7 @@ void check_empty() {  // no nodes: the output is the input
 int main(int argc, char** argv) {
   const int64_t num_valid = argc > 1 ? std::atoll(argv[1]) : 200, num_hostile = argc > 2 ? std::atoll(argv[2]) : 3000;
   seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1;
+  const int64_t only = argc > 4 ? std::atoll(argv[4]) : -1;
   std::printf("pomona %s: networks, seed %llu\n", pomona_version(), static_cast<unsigned long long>(seed));
   check_empty();
   const auto valid = [&](uint64_t which) {
@@ -875,7 +876,7 @@ int main(int argc, char** argv) {
   std::printf("%lld valid ones on each of %d instruction sets, as two callers\n", static_cast<long long>(2 * num_valid), pomona_max_isa() + 1);
   std::fflush(stdout);
   Tally tally;
-  for (int64_t i = 0; i < num_hostile; ++i) {
+  for (int64_t i = only < 0 ? 0 : only; i < (only < 0 ? num_hostile : only + 1); ++i) {
     current_case = static_cast<uint64_t>(i);
     CHECK(pomona_set_isa(static_cast<int>(i % (pomona_max_isa() + 1))) == POMONA_OK);
     check_hostile(static_cast<uint64_t>(i), &tally);
