@@ -75,11 +75,10 @@ class Gaps {
       size += next->second;
       next = remove(next);
     }
-    if (next != sizes_.begin() && std::prev(next)->first + std::prev(next)->second == offset) {
-      const auto before = std::prev(next);
-      offset = before->first;
-      size += before->second;
-      remove(before);
+    if (next != sizes_.begin() && (--next, next->first + next->second == offset)) {
+      offset = next->first;
+      size += next->second;
+      remove(next);
     }
     if (offset + size == end_) end_ = offset;
     else add(offset, size);

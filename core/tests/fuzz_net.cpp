@@ -44,7 +44,8 @@ int64_t size_of_block(void* block) {
 #if defined(__linux__)
   return static_cast<int64_t>(malloc_usable_size(block));
 #else
-  return block == nullptr ? 0 : 0;
+  (void)block;
+  return 0;
 #endif
 }
 
@@ -57,7 +58,7 @@ void* allocate(size_t size) {
   return block;
 }
 
-void release(void* block) {
+[[gnu::noinline]] void release(void* block) {
   live -= size_of_block(block);
   std::free(block);
 }
@@ -712,7 +713,7 @@ int64_t run_accepted(Random& random, pomona_net* net, const pomona_graph& view, 
   for (int32_t i = 0; i < view.num_outputs; ++i) out.push_back(size_of_value(view.outputs[i]));
   for (const Size& s : in) numbers += static_cast<double>(s.size());
   for (const Size& s : out) numbers += static_cast<double>(s.size());
-  if (work + numbers + static_cast<double>(info.dense_macs) > 1e7) return 0;
+  if (work + numbers + static_cast<double>(info.dense_macs) > 1e6) return 0;
   ++tally->run;
   const int64_t batch = between(random, 1, 5);
   const int64_t before = live;
@@ -796,7 +797,7 @@ void check_hostile(uint64_t index, Tally* tally) {
   const double limit = static_cast<double>(std::max<int64_t>(0, options.max_bytes) + (1 << 16));
   tally->most_memory = std::max(tally->most_memory, memory / limit);
   CHECK(memory <= 2.0 * limit);
-  CHECK(seconds() - begin < 20.0);
+  CHECK(seconds() - begin < 30.0);
 }
 
 // As many nodes as may be: a chain; all of them needed at the end; one value in all of them.
