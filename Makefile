@@ -37,7 +37,7 @@ web:  ## the core for browsers, web/pomona.wasm: after a change of the core; nee
 sanitize:  ## random calls of the compiled core under the sanitizers, without Python
 	for kinds in address,undefined thread; do \
 	  cmake -S core -B build/$$kinds -DPOMONA_TESTS=ON -DPOMONA_SANITIZE=$$kinds && \
-	  cmake --build build/$$kinds --target fuzz && build/$$kinds/fuzz || exit 1; \
+	  cmake --build build/$$kinds --target fuzz fuzz_net && build/$$kinds/fuzz && build/$$kinds/fuzz_net || exit 1; \
 	done
 
 format: $(VENV)/.test

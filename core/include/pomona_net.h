@@ -81,7 +81,7 @@ typedef struct {
 enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 }; /* whether layers run as if without zeros; else as is faster */
 
 typedef struct {
-  int64_t max_bytes;   /* of what pomona_net_new allocates, and of activations; 0: 2^34 */
+  int64_t max_bytes;   /* of all that a network allocates, for weights, plans and activations; 0: 2^34 */
   int32_t micro_batch; /* samples that go through the network together; 0: as fits into the cache */
   int32_t dense;       /* POMONA_DENSE_..., or 0 */
 } pomona_net_options;
@@ -98,7 +98,13 @@ POMONA_API void pomona_net_free(pomona_net* net); /* NULL is allowed */
 /* Shape of any value, after checks. */
 POMONA_API int pomona_net_shape(const pomona_net* net, int32_t value, pomona_shape* shape);
 
-/* outputs[i] = output i of `batch` >= 0 samples, inputs[i] the samples of input i. One call at a time on one network. */
+/* outputs[i] = output i of `batch` >= 0 samples, inputs[i] the samples of input i. One call at a time on one network.
+ *
+ * Any number of threads yields the same bits; a batch of another size or another machine may round otherwise. What a number
+ * of samples that go together needs is planned when it first occurs, and fewer go together where max_bytes leaves no room;
+ * each thread but the first takes as much scratch memory again as is counted for one. Infinities and NaNs stay within
+ * their sample; weights that are zero may or may not be multiplied by them. Errors: POMONA_BAD_VALUE, POMONA_BAD_POINTER,
+ * POMONA_NO_MEMORY. */
 POMONA_API int pomona_net_run(pomona_net* net, int64_t batch, const float* const* inputs, float* const* outputs,
                               int num_threads);
 
