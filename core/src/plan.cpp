@@ -17,6 +17,7 @@ constexpr int64_t kSlack = 2 * kMaxTile + 256;  // floats that vectors may read 
 constexpr int64_t kTileFloats = 96;             // positions that go together at most
 constexpr int64_t kCacheFloats = 8192;          // of a first-level cache, 32 KiB: what a tile reads again and again
 constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay
+constexpr int64_t kLeastEntries = 10;           // of a row in one block
 constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
 constexpr int64_t kBytesOfTap = 64;             // while a layer is planned: its places, images and pieces
 constexpr int64_t kBytesOfValue = 128;          // while a network is planned
@@ -327,10 +328,13 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   step->max_vectors = net.kernels->max_vectors;
   if (step->is_vector) return;
   const Layout& out = layouts_[static_cast<size_t>(step->out)];
-  const int64_t lanes = net.kernels->lanes, vectors = (out.positions() + lanes - 1) / lanes;
+  const Shape& y = net.shapes[static_cast<size_t>(step->out)];
+  const int64_t positions = (y.h - 1) * out.row_stride + y.w * samples_;  // as run_layer counts them
+  const int64_t lanes = net.kernels->lanes, vectors = (positions + lanes - 1) / lanes;
   step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, kTileFloats / lanes);
   const double uses = static_cast<double>(num_entries) / static_cast<double>(all);  // of one loaded vector
-  const int64_t tile = std::min(step->max_vectors, vectors) * lanes;
+  const int64_t num_tiles = (vectors + step->max_vectors - 1) / step->max_vectors;
+  const int64_t tile = (vectors + num_tiles - 1) / num_tiles * lanes;  // the widest, where they are as equal as can be
   if (channels != all) return;
   // Taps near each other read one piece of a channel.
   std::vector<int64_t> sorted(places);
@@ -351,7 +355,11 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   step->pieces = pieces;
   step->panel_vectors = tile / lanes;
   step->panel_width = width;
-  const int64_t per_block = std::clamp<int64_t>(kCacheFloats / step->panel_width, 1, channels);
+  // As many channels as stay in the first-level cache, or more where rows have few entries in these: between blocks sums go
+  // to memory and back.
+  const int64_t busy = kLeastEntries * channels * step->num_rows / std::max<int64_t>(1, num_entries);
+  const int64_t most = std::clamp(busy * step->panel_width, kCacheFloats, 2 * kCacheFloats);
+  const int64_t per_block = std::clamp<int64_t>(most / step->panel_width, 1, channels);
   const int64_t num_blocks = (channels + per_block - 1) / per_block, even = (channels + num_blocks - 1) / num_blocks;
   step->blocks.clear();
   for (int64_t first = 0; first < channels; first += even) step->blocks.push_back({first, std::min(even, channels - first)});
