@@ -1,8 +1,8 @@
 /* Pomona's runtime: networks with sparse weights, executed as a whole. Plain C, no Python and no torch.
  *
- * A network is a list of nodes in order of execution. Values are numbered: first the inputs, then what each node yields,
- * one value a node. Shapes are those of one sample, without the batch: (features), (positions, features), or (channels,
- * height, width). All numbers are float32, all arrays dense and row-major, of samples one after the other.
+ * A network is a list of nodes in order of execution. Values are numbered: first the inputs, then what each node
+ * yields, one value a node. Shapes are those of one sample, without the batch: (features), (positions, features), or
+ * (channels, height, width). All numbers are float32, all arrays dense and row-major, of samples one after the other.
  *
  * Everything that comes from a file is checked in pomona_net_new, so that a lying one is an error and never a crash:
  * operands and tensors exist, shapes fit, columns ascend and are in range, no size overflows, and the memory needed is
@@ -36,20 +36,20 @@ enum {
   POMONA_MAX_POOL = 14, /* kernel, stride, padding of -infinity */
   POMONA_AVG_POOL = 15, /* kernel, stride, padding of zeros; POMONA_COUNT_PADDING */
   POMONA_MEAN = 16,     /* over height and width: (C,H,W) -> (C,1,1) */
-  POMONA_FLATTEN = 17,  /* -> (features) */
+  POMONA_FLATTEN = 17,  /* (C,H,W), or (features) -> (features) */
   POMONA_CONCAT = 18,   /* along channels; one or more operands */
   POMONA_NUM_OPS = 19,
 };
 
 enum {
-  POMONA_COUNT_PADDING = 1, /* POMONA_AVG_POOL divides by the kernel's size at borders too */
+  POMONA_COUNT_PADDING = 1, /* POMONA_AVG_POOL divides by what of a window is in the input or its padding */
   POMONA_CEIL = 2,          /* pools: windows that begin inside of the input or its left padding but end beyond */
 };
 
 typedef struct {
   int32_t op;
-  int32_t first_operand, num_operands; /* operands[first_operand ...]: values */
-  int32_t weight, bias;                /* tensors, or -1 */
+  int32_t first_operand, num_operands;                           /* operands[first_operand ...]: values */
+  int32_t weight, bias;                                          /* tensors, or -1 */
   int32_t kernel[2], stride[2], padding[2], dilation[2], groups; /* of convolutions and pools */
   int32_t flags;
   float low, high; /* POMONA_CLIP */
@@ -78,7 +78,8 @@ typedef struct {
   int32_t num_inputs, num_nodes, num_operands, num_tensors, num_outputs;
 } pomona_graph;
 
-enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 }; /* whether layers run as if without zeros; else as is faster */
+/* Whether layers run as if without zeros; else as is faster. */
+enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 };
 
 typedef struct {
   int64_t max_bytes;   /* of all that a network allocates, for weights, plans and activations; 0: 2^34 */
@@ -88,9 +89,9 @@ typedef struct {
 
 typedef struct pomona_net pomona_net;
 
-/* Make a network; the graph is copied. `options` may be NULL. On an error *bad_node, if not NULL, is the node it was found
- * at, or -1. Errors: POMONA_BAD_VALUE (operation, operand, attribute or shape), POMONA_BAD_SIZE (above max_bytes, or a
- * size that overflows), POMONA_BAD_POINTER, POMONA_NO_MEMORY. */
+/* Make a network; the graph is copied. `options` may be NULL. On an error *bad_node, if not NULL, is the node it was
+ * found at, or -1. Errors: POMONA_BAD_VALUE (operation, operand, attribute or shape), POMONA_BAD_SIZE (above max_bytes,
+ * or a size that overflows), POMONA_BAD_POINTER, POMONA_NO_MEMORY. */
 POMONA_API int pomona_net_new(const pomona_graph* graph, const pomona_net_options* options, pomona_net** net,
                               int32_t* bad_node);
 POMONA_API void pomona_net_free(pomona_net* net); /* NULL is allowed */
@@ -100,11 +101,11 @@ POMONA_API int pomona_net_shape(const pomona_net* net, int32_t value, pomona_sha
 
 /* outputs[i] = output i of `batch` >= 0 samples, inputs[i] the samples of input i. One call at a time on one network.
  *
- * Any number of threads yields the same bits; a batch of another size or another machine may round otherwise. What a number
- * of samples that go together needs is planned when it first occurs, and fewer go together where max_bytes leaves no room;
- * each thread but the first takes as much scratch memory again as is counted for one. Infinities and NaNs stay within
- * their sample; weights that are zero may or may not be multiplied by them. Errors: POMONA_BAD_VALUE, POMONA_BAD_POINTER,
- * POMONA_NO_MEMORY. */
+ * Any number of threads yields the same bits; a batch of another size or another machine may round otherwise. What a
+ * number of samples that go together needs is planned when it first occurs, and fewer go together where max_bytes
+ * leaves no room; each thread but the first takes as much scratch memory again as is counted for one. Infinities and
+ * NaNs stay within their sample; weights that are zero may or may not be multiplied by them. Errors: POMONA_BAD_VALUE,
+ * POMONA_BAD_POINTER, POMONA_NO_MEMORY. */
 POMONA_API int pomona_net_run(pomona_net* net, int64_t batch, const float* const* inputs, float* const* outputs,
                               int num_threads);
 

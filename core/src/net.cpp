@@ -10,12 +10,12 @@ namespace pomona {
 namespace {
 
 constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
-constexpr int64_t kSideBySide = 16;         // samples: a vector of the widest kind, and a cache line
-constexpr int64_t kInCache = 1 << 20;       // floats of the largest value of all samples, 4 MiB; or
-constexpr int64_t kTogether = 14 << 18;     // 14 MiB, where what is read is used
-constexpr double kIntensity = 50.0;         // times
-constexpr double kMacsEach = 1 << 19;       // for which a further thread pays
-constexpr size_t kNear = 12;                // nodes
+constexpr int64_t kSideBySide = 16;      // samples: a vector of the widest kind, and a cache line
+constexpr int64_t kInCache = 1 << 20;    // floats of the largest value of all samples, 4 MiB; or
+constexpr int64_t kTogether = 14 << 18;  // 14 MiB, where what is read is used
+constexpr double kIntensity = 50.0;      // times
+constexpr double kMacsEach = 1 << 19;    // for which a further thread pays
+constexpr size_t kNear = 12;             // nodes
 constexpr int32_t kMostNodes = 1 << 20;
 bool is_layer(int32_t op) { return op == POMONA_CONV || op == POMONA_LINEAR; }
 bool is_unary(int32_t op) { return op >= POMONA_RELU && op <= POMONA_HARDSIGMOID; }
@@ -25,7 +25,8 @@ int copy_matrix(const pomona_tensor& from, Budget* budget, Matrix* to) {
   if (size < 0 || from.num_values < 0 || from.num_values > size) return POMONA_BAD_SIZE;
   const bool is_dense = from.starts == nullptr;
   if (is_dense && from.num_values != size) return POMONA_BAD_SIZE;
-  if (from.num_values > 0 && (from.values == nullptr || (!is_dense && from.columns == nullptr))) return POMONA_BAD_POINTER;
+  if (from.num_values > 0 && (from.values == nullptr || (!is_dense && from.columns == nullptr)))
+    return POMONA_BAD_POINTER;
   if (!budget->take(from.num_values, is_dense ? 4 : 8)) return POMONA_BAD_SIZE;
   if (!is_dense && !budget->take(from.rows + 1, 8)) return POMONA_BAD_SIZE;
   to->rows = from.rows;
@@ -105,7 +106,8 @@ int infer(const Net& net, const Node& node, Shape* out) {
       if (x.rank != 3 || a.groups < 1 || x.c % a.groups != 0 || weight->rows % a.groups != 0) return POMONA_BAD_VALUE;
       const int64_t h = windows(x.h, a.kernel[0], a.stride[0], a.padding[0], a.dilation[0], false);
       const int64_t w = windows(x.w, a.kernel[1], a.stride[1], a.padding[1], a.dilation[1], false);
-      if (h < 1 || w < 1 || weight->cols != product({x.c / a.groups, a.kernel[0], a.kernel[1]})) return POMONA_BAD_VALUE;
+      if (h < 1 || w < 1 || weight->cols != product({x.c / a.groups, a.kernel[0], a.kernel[1]}))
+        return POMONA_BAD_VALUE;
       *out = {3, weight->rows, h, w};
       break;
     }
@@ -162,7 +164,8 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   if (net->options.max_bytes < 0 || net->options.micro_batch < 0 || net->options.dense < 0 || net->options.dense > 2)
     return POMONA_BAD_VALUE;
   if (net->options.max_bytes == 0) net->options.max_bytes = kDefaultMaxBytes;
-  for (const int32_t num : {graph.num_inputs, graph.num_nodes, graph.num_operands, graph.num_tensors, graph.num_outputs})
+  for (const int32_t num :
+       {graph.num_inputs, graph.num_nodes, graph.num_operands, graph.num_tensors, graph.num_outputs})
     if (num < 0 || num > kMostNodes) return POMONA_BAD_SIZE;
   if (graph.num_inputs < 1 || graph.num_outputs < 1) return POMONA_BAD_VALUE;
   if (graph.inputs == nullptr || graph.outputs == nullptr || (graph.nodes == nullptr && graph.num_nodes > 0) ||
@@ -240,8 +243,8 @@ size_t first_within(const Net& net, int64_t samples, int64_t most) {
   return first;
 }
 
-// From where on samples go together: where their activations stay in a cache, or in a larger one while there is enough to
-// do with each. At a place near there where few values are handed over.
+// From where on samples go together: where their activations stay in a cache, or in a larger one while there is enough
+// to do with each. At a place near there where few values are handed over.
 size_t find_split(const Net& net, int64_t samples) {
   const size_t num = net.nodes.size();
   size_t first = first_within(net, samples, kTogether);
@@ -300,7 +303,8 @@ int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
 }
 
 // Samples [first, first + n) of a batch.
-void run_route(Net& net, Route& route, int64_t first, int64_t n, const float* const* inputs, float* const* outputs, Team& team) {
+void run_route(Net& net, Route& route, int64_t first, int64_t n, const float* const* inputs, float* const* outputs,
+               Team& team) {
   const auto from = [&](int32_t value, int64_t sample) -> const float* {
     const int64_t size = net.shapes[static_cast<size_t>(value)].size();
     if (value < net.value_of(0)) return inputs[value] + (first + sample) * size;
@@ -398,7 +402,8 @@ int pomona_net_shape(const pomona_net* net, int32_t value, pomona_shape* shape) 
   return POMONA_OK;
 }
 
-int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs, float* const* outputs, int num_threads) {
+int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs, float* const* outputs,
+                   int num_threads) {
   if (handle == nullptr) return POMONA_BAD_POINTER;
   if (batch < 0 || num_threads < 1) return POMONA_BAD_VALUE;
   if (batch == 0) return POMONA_OK;

@@ -1,5 +1,5 @@
-// The arithmetic of networks, compiled once for every instruction set. Results differ between them by rounding: products
-// and sums are fused where the machine can.
+// The arithmetic of networks, compiled once for every instruction set. Results differ between them by rounding:
+// products and sums are fused where the machine can.
 #ifndef POMONA_NET_KERNELS_H
 #define POMONA_NET_KERNELS_H
 
@@ -58,7 +58,7 @@ struct NetKernels {
   void (*scale)(const float* x, float factor, float shift, float* out, int64_t n);
   void (*maximum)(const float* a, float* inout, int64_t n);
   float (*sum)(const float* x, int64_t n);
-  void (*copy)(const float* from, float* to, int64_t n);  // in whole vectors: up to lanes - 1 more
+  void (*copy)(const float* from, float* to, int64_t n);          // in whole vectors: up to lanes - 1 more
   void (*every_second)(const float* from, float* to, int64_t n);  // to[i] = from[2 i]; likewise
 };
 

@@ -101,9 +101,7 @@ class Gaps {
   int64_t end_, most_;
 };
 
-bool is_pointwise(int32_t op) {
-  return (op >= POMONA_RELU && op <= POMONA_ADD) || op == POMONA_SCALE;
-}
+bool is_pointwise(int32_t op) { return (op >= POMONA_RELU && op <= POMONA_ADD) || op == POMONA_SCALE; }
 
 }  // namespace
 
@@ -176,14 +174,16 @@ int Plan::lay_out(const Net& net) {
 }
 
 // Images side by side for what cannot be read in place: for each row within the stride, and each column within it, one
-// whose positions are the output's. Where the output's rows leave no room beside them, one for each column of the kernel.
+// whose positions are the output's. Where the output's rows leave no room beside them, one for each column of the
+// kernel.
 int Plan::use_strided(const Net& net, Step* step, std::vector<int64_t>* places) {
   const pomona_node& a = net.nodes[step->node].attributes;
   const Shape& y = net.shapes[static_cast<size_t>(step->out)];
   const int64_t row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
   const auto steps = [&](int axis) {  // whole strides from the first position to the first and the last tap
     const int64_t last = int64_t{a.kernel[axis] - 1} * a.dilation[axis];
-    return std::make_pair(floor_divide(-a.padding[axis], a.stride[axis]), floor_divide(last - a.padding[axis], a.stride[axis]));
+    return std::make_pair(floor_divide(-a.padding[axis], a.stride[axis]),
+                          floor_divide(last - a.padding[axis], a.stride[axis]));
   };
   const auto [top, bottom] = steps(0);
   const auto [left, right] = steps(1);
@@ -214,10 +214,12 @@ int Plan::use_strided(const Net& net, Step* step, std::vector<int64_t>* places) 
   for (int64_t ky = 0; ky < a.kernel[0]; ++ky)
     for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
       const int64_t first_row = rows[static_cast<size_t>(ky)], first_column = columns[static_cast<size_t>(kx)];
-      const int64_t image = index(first_rows, first_row) * static_cast<int64_t>(first_columns.size()) + index(first_columns, first_column);
+      const int64_t image = index(first_rows, first_row) * static_cast<int64_t>(first_columns.size()) +
+                            index(first_columns, first_column);
       const int64_t down = (ky * a.dilation[0] - a.padding[0] - first_row) / a.stride[0];
       const int64_t along = (kx * a.dilation[1] - a.padding[1] - first_column) / a.stride[1];
-      (*places)[static_cast<size_t>(ky * a.kernel[1] + kx)] = (image * step->image_rows + down) * row_stride + along * samples_;
+      (*places)[static_cast<size_t>(ky * a.kernel[1] + kx)] =
+          (image * step->image_rows + down) * row_stride + along * samples_;
     }
   Layout& l = step->scratch;
   l.row_stride = row_stride;
@@ -266,7 +268,8 @@ int Plan::add_weights(const Net& net, Step* step) {
     return channel * channel_stride + places[static_cast<size_t>(column % taps)];
   };
 
-  const double density = static_cast<double>(matrix.num_nonzero) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
+  const double density =
+      static_cast<double>(matrix.num_nonzero) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
   const bool as_dense = net.options.dense == POMONA_DENSE_ALWAYS || (net.options.dense == 0 && density >= kDenseFrom);
   step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
   step->is_contiguous = step->is_vector && !is_strided && channel_stride == 1 && taps == 1;
@@ -298,7 +301,9 @@ int Plan::add_weights(const Net& net, Step* step) {
   const int64_t block_channels = step->blocks[0].num_channels;
   const auto block_of = [&](int64_t column) { return num_blocks == 1 ? 0 : column / taps / block_channels; };
   for (int64_t row = 0; row < matrix.rows; ++row)
-    matrix.each(row, as_dense, [&](int64_t k, float) { ++counts[static_cast<size_t>(block_of(k)) * width + static_cast<size_t>(row)]; });
+    matrix.each(row, as_dense, [&](int64_t k, float) {
+      ++counts[static_cast<size_t>(block_of(k)) * width + static_cast<size_t>(row)];
+    });
   step->starts.assign(counts.size(), 0);
   int32_t sum = 0;
   for (size_t i = 0; i < counts.size(); ++i) {
@@ -322,7 +327,8 @@ int Plan::add_weights(const Net& net, Step* step) {
 
 // How many positions go together, and whether the inputs of that many are first copied side by side, in blocks of
 // channels that stay in the cache.
-void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries, Step* step) const {
+void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries,
+                      Step* step) const {
   const int64_t all = net.shapes[static_cast<size_t>(step->in[0])].c;
   step->blocks = {{0, channels}};
   step->max_vectors = net.kernels->max_vectors;
@@ -351,18 +357,20 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
       width += tile;
     }
   }
-  if (channels * width <= kCacheFloats || uses * static_cast<double>(tile) < kLeastUses * static_cast<double>(width)) return;
+  if (channels * width <= kCacheFloats || uses * static_cast<double>(tile) < kLeastUses * static_cast<double>(width))
+    return;
   step->pieces = pieces;
   step->panel_vectors = tile / lanes;
   step->panel_width = width;
-  // As many channels as stay in the first-level cache, or more where rows have few entries in these: between blocks sums go
-  // to memory and back.
+  // As many channels as stay in the first-level cache, or more where rows have few entries in these: between blocks
+  // sums go to memory and back.
   const int64_t busy = kLeastEntries * channels * step->num_rows / std::max<int64_t>(1, num_entries);
   const int64_t most = std::clamp(busy * step->panel_width, kCacheFloats, 2 * kCacheFloats);
   const int64_t per_block = std::clamp<int64_t>(most / step->panel_width, 1, channels);
   const int64_t num_blocks = (channels + per_block - 1) / per_block, even = (channels + num_blocks - 1) / num_blocks;
   step->blocks.clear();
-  for (int64_t first = 0; first < channels; first += even) step->blocks.push_back({first, std::min(even, channels - first)});
+  for (int64_t first = 0; first < channels; first += even)
+    step->blocks.push_back({first, std::min(even, channels - first)});
 }
 
 int Plan::add_steps(const Net& net, int32_t* bad_node) {
@@ -465,7 +473,9 @@ int Plan::allocate(const Net& net) {
     ending[static_cast<size_t>(until)].push_back({offset, size});
     return offset;
   };
-  const auto size_of = [&](size_t value) { return round_up(net.shapes[value].c * layouts_[value].channel_stride + kMaxLanes, kAlign); };
+  const auto size_of = [&](size_t value) {
+    return round_up(net.shapes[value].c * layouts_[value].channel_stride + kMaxLanes, kAlign);
+  };
   for (const int32_t input : inputs_) {
     const size_t value = static_cast<size_t>(input);
     layouts_[value].offset = place(size_of(value), std::max<int64_t>(last[value], 0));
@@ -516,7 +526,8 @@ void Plan::find_ends(const Net& net) {
   for (const int32_t value : net.outputs) {
     // An output that is an input of the network goes through the last plan.
     if (value >= first && value < last) is_out[static_cast<size_t>(value)] = true;
-    if (value < net.value_of(0) && last_ == net.nodes.size()) is_in[static_cast<size_t>(value)] = is_out[static_cast<size_t>(value)] = true;
+    if (value < net.value_of(0) && last_ == net.nodes.size())
+      is_in[static_cast<size_t>(value)] = is_out[static_cast<size_t>(value)] = true;
   }
   for (size_t value = 0; value < net.shapes.size(); ++value) {
     if (is_in[value]) inputs_.push_back(static_cast<int32_t>(value));
@@ -536,7 +547,8 @@ int Plan::make(const Net& net, int64_t samples, size_t first, size_t last, Budge
   made->find_ends(net);
   int error = made->lay_out(net);
   if (error == POMONA_OK) error = made->add_steps(net, bad_node);
-  for (const Step& step : made->steps_) made->scratch_floats_ = std::max(made->scratch_floats_, made->scratch_floats(net, step));
+  for (const Step& step : made->steps_)
+    made->scratch_floats_ = std::max(made->scratch_floats_, made->scratch_floats(net, step));
   if (error == POMONA_OK && !made->budget_.take(made->scratch_floats_, 4)) error = POMONA_BAD_SIZE;
   if (error == POMONA_OK) error = made->allocate(net);
   if (error != POMONA_OK) return error;
@@ -548,7 +560,8 @@ int Plan::make(const Net& net, int64_t samples, size_t first, size_t last, Budge
 int64_t Plan::weight_bytes() const {
   size_t bytes = 0;
   for (const Step& step : steps_)
-    bytes += step.entries.size() * sizeof(Entry) + step.starts.size() * 4 + step.values.size() * 4 + step.offsets.size() * 4;
+    bytes +=
+        step.entries.size() * sizeof(Entry) + step.starts.size() * 4 + step.values.size() * 4 + step.offsets.size() * 4;
   return static_cast<int64_t>(bytes);
 }
 

@@ -72,8 +72,8 @@ struct Node {
 
 class Plan;
 
-// How a number of samples go through a network: nodes [0, split) one sample after the other, while activations are too large
-// for a cache to hold those of all, and nodes [split, ...) all samples together.
+// How a number of samples go through a network: nodes [0, split) one sample after the other, while activations are too
+// large for a cache to hold those of all, and nodes [split, ...) all samples together.
 struct Route {
   std::unique_ptr<Plan> one, all;                 // either may be missing
   std::map<int32_t, std::vector<float>> between;  // values handed over, (sample, *shape)
@@ -90,9 +90,9 @@ struct Net {
   Budget budget;                    // what the routes leave of max_bytes
   std::map<int64_t, Route> routes;  // by the number of samples
   int64_t most_samples = 64;        // that go together
-  bool is_of_features = false;  // layers of one position do a good part of the work
-  int64_t largest = 1;          // value
-  double macs = 0.0;            // of one sample
+  bool is_of_features = false;      // layers of one position do a good part of the work
+  int64_t largest = 1;              // value
+  double macs = 0.0;                // of one sample
   std::vector<double> seconds;
   bool profile = false;
 
@@ -104,9 +104,9 @@ struct Net {
 };
 
 // Where the numbers of a value are: element (channel, y, x, sample) is at
-// channel * channel_stride + lead + y * row_stride + x * samples + sample, in floats from `offset` of the arena. With many samples
-// the next column is a vector further, and nothing is ever unaligned. What lies between and around rows is zero: the
-// padding of convolutions.
+// channel * channel_stride + lead + y * row_stride + x * samples + sample, in floats from `offset` of the arena. With
+// many samples the next column is a vector further, and nothing is ever unaligned. What lies between and around rows is
+// zero: the padding of convolutions.
 struct Layout {
   int64_t row_stride = 1, rows = 1, lead = 0, channel_stride = 1;
   int64_t offset = 0;
@@ -120,7 +120,7 @@ struct Block {
 
 struct Step {
   int32_t op;
-  size_t node;             // whose time it is
+  size_t node;              // whose time it is
   std::vector<int32_t> in;  // values
   int32_t out;
   int32_t residual = -1;  // a value, or -1
@@ -130,8 +130,8 @@ struct Step {
   bool shares = false;  // the result takes the place of an operand
 
   // Of convolutions and linear layers.
-  bool is_dense = false;   // all rows take all inputs
-  bool is_vector = false;  // one position
+  bool is_dense = false;       // all rows take all inputs
+  bool is_vector = false;      // one position
   bool is_contiguous = false;  // a dense vector
   int64_t num_rows = 0;
   std::vector<Entry> entries;
@@ -152,7 +152,7 @@ struct Step {
   };
   std::vector<Image> images;
   int64_t image_rows = 0;
-  Layout scratch;  // all images of a channel one after the other
+  Layout scratch;      // all images of a channel one after the other
   int64_t groups = 1;  // copied and done one after the other, in the memory of one
   const int32_t* mask = nullptr;
 };
@@ -178,11 +178,11 @@ class Lines {
 class Plan {
  public:
   // Of nodes [first, last). Returns POMONA_OK or an error, with the node it is of.
-  static int make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget, std::unique_ptr<Plan>* plan,
-                  int32_t* bad_node);
+  static int make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget,
+                  std::unique_ptr<Plan>* plan, int32_t* bad_node);
 
   int64_t samples() const { return samples_; }
-  const std::vector<int32_t>& inputs() const { return inputs_; }  // values that come from before or outside
+  const std::vector<int32_t>& inputs() const { return inputs_; }    // values that come from before or outside
   const std::vector<int32_t>& outputs() const { return outputs_; }  // values that are used later or outside
 
   void prepare(int num_threads);  // memory of the threads: not in them, where an exception would end the process
@@ -198,7 +198,8 @@ class Plan {
   int lay_out(const Net& net);
   int add_steps(const Net& net, int32_t* bad_node);
   int add_weights(const Net& net, Step* step);
-  void plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries, Step* step) const;
+  void plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries,
+                  Step* step) const;
   const int32_t* mask_for(const Layout& layout, const Shape& shape);  // nullptr: above max_bytes
   int use_strided(const Net& net, Step* step, std::vector<int64_t>* places);
   int allocate(const Net& net);

@@ -34,7 +34,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A row with its borders, as wide as a pool reads it.
 struct PoolLine {
   int64_t places, width;  // where windows may begin, one by one; columns in all
-  int64_t left, columns;  // border before the input, and columns of the kernel, both without those in the border at all places
+  int64_t left,
+      columns;  // border before the input, and columns of the kernel, both without those in the border at all places
 
   PoolLine(const pomona_node& a, const Shape& x, const Shape& y) {
     places = (y.w - 1) * a.stride[1] + 1;
@@ -176,10 +177,13 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t p
   const NetKernels& kernels = *net.kernels;
   const int64_t lanes = kernels.lanes, vectors = divide_up(positions, lanes);
   const int64_t num_tiles = divide_up(vectors, step.max_vectors);
-  const int64_t channel_stride = step.images.empty() ? layouts_[static_cast<size_t>(step.in[0])].channel_stride : step.scratch.channel_stride;
-  int64_t num_chunks = std::min(divide_up(kTasksEach * (team.size() > 1 ? team.size() : 0), num_tiles), divide_up(step.num_rows, 16));
+  const int64_t channel_stride =
+      step.images.empty() ? layouts_[static_cast<size_t>(step.in[0])].channel_stride : step.scratch.channel_stride;
+  int64_t num_chunks =
+      std::min(divide_up(kTasksEach * (team.size() > 1 ? team.size() : 0), num_tiles), divide_up(step.num_rows, 16));
   num_chunks = std::max<int64_t>(num_chunks, 1);
-  if (step.blocks.size() > 1) num_chunks = std::max(num_chunks, divide_up(step.num_rows * step.max_vectors * lanes, kPartialFloats));
+  if (step.blocks.size() > 1)
+    num_chunks = std::max(num_chunks, divide_up(step.num_rows * step.max_vectors * lanes, kPartialFloats));
   const int64_t rows_each = divide_up(divide_up(step.num_rows, num_chunks), kDenseRows) * kDenseRows;
   num_chunks = divide_up(step.num_rows, rows_each);
   const size_t width = static_cast<size_t>(step.num_rows + 1);
@@ -211,8 +215,8 @@ void Plan::run_tiles(const Net& net, const Step& step, const float* x, int64_t p
       const Block& block = step.blocks[b];
       for (int64_t c = 0; c < block.num_channels; ++c)
         for (const Step::Piece& piece : step.pieces)
-          kernels.copy(from + (block.first_channel + c) * channel_stride + piece.from, panel + c * step.panel_width + piece.to,
-                       piece.length - unused);
+          kernels.copy(from + (block.first_channel + c) * channel_stride + piece.from,
+                       panel + c * step.panel_width + piece.to, piece.length - unused);
       tile.x = panel;
       tile.is_first = b == 0;
       tile.is_last = b + 1 == step.blocks.size();
@@ -231,7 +235,8 @@ void Plan::run_layer(const Net& net, const Step& step, Team& team) {
       copy_images(net, step, c, arena_.data() + step.scratch.offset + c * step.scratch.channel_stride);
     });
   if (step.is_vector) {
-    const int64_t num_chunks = team.size() == 1 ? 1 : std::min<int64_t>(team.size() * kTasksEach, divide_up(step.num_rows, 64));
+    const int64_t num_chunks =
+        team.size() == 1 ? 1 : std::min<int64_t>(team.size() * kTasksEach, divide_up(step.num_rows, 64));
     const int64_t rows_each = divide_up(step.num_rows, num_chunks);
     team.each(num_chunks, [&](int64_t chunk, int) {
       Tile tile = tile_of(step, x, 0);
@@ -257,16 +262,19 @@ void Plan::run_layer(const Net& net, const Step& step, Team& team) {
 
 // Group by group, each with the images of its own channels only.
 void Plan::run_groups(const Net& net, const Step& step, int64_t positions, Team& team) {
-  const int64_t channels = net.shapes[static_cast<size_t>(step.in[0])].c / step.groups, rows = step.num_rows / step.groups;
+  const int64_t channels = net.shapes[static_cast<size_t>(step.in[0])].c / step.groups,
+                rows = step.num_rows / step.groups;
   const int64_t lanes = net.kernels->lanes, vectors = divide_up(positions, lanes);
   each_of(team, step.groups, channels * step.scratch.positions(), [&](int64_t group, int worker) {
     float* const images = scratch_[static_cast<size_t>(worker)].data();
-    for (int64_t c = 0; c < channels; ++c) copy_images(net, step, group * channels + c, images + c * step.scratch.channel_stride);
+    for (int64_t c = 0; c < channels; ++c)
+      copy_images(net, step, group * channels + c, images + c * step.scratch.channel_stride);
     for (int64_t begin = 0; begin < vectors; begin += step.max_vectors) {
       Tile tile = tile_of(step, images, begin * lanes);
       tile.first_row = static_cast<int32_t>(group * rows);
       tile.last_row = static_cast<int32_t>((group + 1) * rows);
-      net.kernels->sparse(tile, step.entries.data(), step.starts.data(), static_cast<int>(std::min(step.max_vectors, vectors - begin)));
+      net.kernels->sparse(tile, step.entries.data(), step.starts.data(),
+                          static_cast<int>(std::min(step.max_vectors, vectors - begin)));
     }
   });
 }
@@ -381,27 +389,31 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
         kernels.unary(step.op, at(step.in[0], c) + from, at(step.out, c) + to, width, step.low, step.high);
       });
     case POMONA_ADD:
-      return channels([&](int64_t c) { kernels.add(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions); });
+      return channels(
+          [&](int64_t c) { kernels.add(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions); });
     case POMONA_MUL:
       if (net.shapes[static_cast<size_t>(step.in[1])] == x)
-        return channels([&](int64_t c) { kernels.multiply(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions); });
+        return channels(
+            [&](int64_t c) { kernels.multiply(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions); });
       if (samples_ == 1)
-        return channels([&](int64_t c) { kernels.scale(at(step.in[0], c), *at(step.in[1], c), 0.0f, at(step.out, c), positions); });
+        return channels(
+            [&](int64_t c) { kernels.scale(at(step.in[0], c), *at(step.in[1], c), 0.0f, at(step.out, c), positions); });
       return lines([&](int64_t c, int64_t from, int64_t to) {
         for (int64_t column = 0; column < width; column += samples_)
-          kernels.multiply(at(step.in[0], c) + from + column, at(step.in[1], c), at(step.out, c) + to + column, samples_);
+          kernels.multiply(at(step.in[0], c) + from + column, at(step.in[1], c), at(step.out, c) + to + column,
+                           samples_);
       });
     case POMONA_SCALE: {
       const float *factor = net.weight(net.nodes[step.node])->values.data(), *shift = net.bias(net.nodes[step.node]);
       return lines([&](int64_t c, int64_t from, int64_t to) {
-        kernels.scale(at(step.in[0], c) + from, factor[c], shift == nullptr ? 0.0f : shift[c], at(step.out, c) + to, width);
+        kernels.scale(at(step.in[0], c) + from, factor[c], shift == nullptr ? 0.0f : shift[c], at(step.out, c) + to,
+                      width);
       });
     }
     case POMONA_MAX_POOL:
     case POMONA_AVG_POOL:
-      return each_of(team, y.c, x.h * x.w * samples_, [&](int64_t c, int worker) {
-        pool(net, step, c, scratch_[static_cast<size_t>(worker)].data());
-      });
+      return each_of(team, y.c, x.h * x.w * samples_,
+                     [&](int64_t c, int worker) { pool(net, step, c, scratch_[static_cast<size_t>(worker)].data()); });
     case POMONA_MEAN:
       return channels([&](int64_t c) {
         const float factor = 1.0f / static_cast<float>(x.h * x.w);
@@ -413,7 +425,8 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
         }
         clear(to, samples_);
         for (int64_t row = 0; row < x.h; ++row)
-          for (int64_t column = 0; column < x.w; ++column) kernels.add(from + row * in.row_stride + column * samples_, to, to, samples_);
+          for (int64_t column = 0; column < x.w; ++column)
+            kernels.add(from + row * in.row_stride + column * samples_, to, to, samples_);
         kernels.scale(to, factor, 0.0f, to, samples_);
       });
     case POMONA_FLATTEN:
@@ -436,7 +449,9 @@ void Plan::run_step(const Net& net, const Step& step, Team& team) {
       for (const int32_t value : step.in) {
         const int64_t num = net.shapes[static_cast<size_t>(value)].c;
         // Values of one height and width are laid out alike, zeros included.
-        each_of(team, num, out.channel_stride, [&](int64_t c, int) { copy(at(value, c) - out.lead, at(step.out, first + c) - out.lead, out.channel_stride); });
+        each_of(team, num, out.channel_stride, [&](int64_t c, int) {
+          copy(at(value, c) - out.lead, at(step.out, first + c) - out.lead, out.channel_stride);
+        });
         first += num;
       }
       return;

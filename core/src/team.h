@@ -41,8 +41,8 @@ class Team {
   explicit Team(int size) : size_(size) {}
   int size() const { return size_; }
 
-  // Calls f(task, worker) once for every task in [0, num_tasks), 0 <= worker < size(); returns when all are done. Of the one
-  // thread that with_team's function runs in.
+  // Calls f(task, worker) once for every task in [0, num_tasks), 0 <= worker < size(); returns when all are done. Of
+  // the one thread that with_team's function runs in.
   template <typename F>
   void each(int64_t num_tasks, F&& f) {
     if (size_ <= 1 || num_tasks <= 1 || num_tasks > kMost) {
@@ -122,7 +122,8 @@ void with_team(int num_threads, F&& f) {
 
 #endif
 
-// f(i, worker) for all i < num, which have `floats` each to read or write: some at a time, where one is no task worth giving.
+// f(i, worker) for all i < num, which have `floats` each to read or write: some at a time, where one is no task worth
+// giving.
 template <typename F>
 void each_of(Team& team, int64_t num, int64_t floats, F&& f) {
   const int64_t together = floats >= kTaskFloats ? 1 : kTaskFloats / (floats < 1 ? 1 : floats);

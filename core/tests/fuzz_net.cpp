@@ -1,6 +1,6 @@
-// Networks at random, for every instruction set of the machine. Meant for sanitizers (`make sanitize`): arrays have exactly
-// their size. First valid ones, whose outputs are compared with a few plain loops in double; then hostile ones, of which
-// pomona_net_new must return an error or a network that runs, in bounded memory and time; then very long ones.
+// Networks at random, for every instruction set of the machine. Meant for sanitizers (`make sanitize`): arrays have
+// exactly their size. First valid ones, whose outputs are compared with a few plain loops in double; then hostile ones,
+// of which pomona_net_new must return an error or a network that runs, in bounded memory and time; then very long ones.
 // Arguments: how many valid networks, how many hostile ones, the seed; and the only hostile case to be done.
 
 #include <algorithm>
@@ -28,13 +28,13 @@ namespace {
 std::atomic<uint64_t> current_case{0};  // what to name when something is not true
 uint64_t seed = 1;
 
-#define CHECK(claim)                                                                                          \
-  do {                                                                                                        \
-    if (!(claim)) {                                                                                           \
-      std::fprintf(stderr, "%s:%d: not true: %s (seed %llu, case %llu)\n", __FILE__, __LINE__, #claim,        \
-                   static_cast<unsigned long long>(seed), static_cast<unsigned long long>(current_case));     \
-      std::abort();                                                                                           \
-    }                                                                                                         \
+#define CHECK(claim)                                                                                      \
+  do {                                                                                                    \
+    if (!(claim)) {                                                                                       \
+      std::fprintf(stderr, "%s:%d: not true: %s (seed %llu, case %llu)\n", __FILE__, __LINE__, #claim,    \
+                   static_cast<unsigned long long>(seed), static_cast<unsigned long long>(current_case)); \
+      std::abort();                                                                                       \
+    }                                                                                                     \
   } while (false)
 
 // Memory: what is allocated now and at most, where the system tells sizes; and one allocation, from now, that fails.
@@ -98,7 +98,9 @@ struct Size {
   int rank;
   int64_t c, h, w;
   int64_t size() const { return c * h * w; }
-  bool operator==(const Size& other) const { return rank == other.rank && c == other.c && h == other.h && w == other.w; }
+  bool operator==(const Size& other) const {
+    return rank == other.rank && c == other.c && h == other.h && w == other.w;
+  }
 };
 
 struct Graph {
@@ -120,8 +122,8 @@ struct Graph {
       views.back().starts = t.is_dense ? nullptr : t.starts.data();
     }
     const auto num = [](const auto& list) { return static_cast<int32_t>(list.size()); };
-    return {inputs.data(), nodes.data(), operands.data(), views.data(), outputs.data(), num(inputs), num(nodes), num(operands),
-            num(tensors), num(outputs)};
+    return {inputs.data(), nodes.data(), operands.data(), views.data(), outputs.data(),
+            num(inputs),   num(nodes),   num(operands),   num(tensors), num(outputs)};
   }
 };
 
@@ -197,7 +199,12 @@ pomona_shape shape_of(const Size& s) {
 class Maker {
  public:
   Maker(Random& random, bool is_extreme, bool is_wide)
-      : random_(random), is_extreme_(is_extreme), is_wide_(is_wide), most_(is_extreme ? int64_t{1} << 31 : is_wide ? 12000 : 2500) {}
+      : random_(random),
+        is_extreme_(is_extreme),
+        is_wide_(is_wide),
+        most_(is_extreme ? int64_t{1} << 31
+              : is_wide  ? 12000
+                         : 2500) {}
 
   Graph make() {
     const int64_t num_inputs = one_in(random_, 4) ? 2 : 1;
@@ -266,10 +273,13 @@ class Maker {
           a.kernel[i] = static_cast<int32_t>(is_same ? 3 : attribute(5, 29));
           a.stride[i] = static_cast<int32_t>(is_same ? 1 : attribute(3, 29));
           a.dilation[i] = static_cast<int32_t>(is_same || is_pool ? 1 : attribute(3, 29));
-          a.padding[i] = static_cast<int32_t>(is_same ? 1 : one_in(random_, 2) ? 0 : attribute(is_extreme_ ? 4 : 9, 29));
+          a.padding[i] = static_cast<int32_t>(is_same              ? 1
+                                              : one_in(random_, 2) ? 0
+                                                                   : attribute(is_extreme_ ? 4 : 9, 29));
           if (is_extreme_ && one_in(random_, 3)) a.padding[i] = a.kernel[i] / 2;
           if (is_pool) a.padding[i] = std::min(a.padding[i], a.kernel[i] / 2);
-          (i == 0 ? y.h : y.w) = windows(axis, a.kernel[i], a.stride[i], a.padding[i], a.dilation[i], is_pool && (a.flags & POMONA_CEIL));
+          (i == 0 ? y.h : y.w) =
+              windows(axis, a.kernel[i], a.stride[i], a.padding[i], a.dilation[i], is_pool && (a.flags & POMONA_CEIL));
         }
         if (y.h < 1 || y.w < 1) return false;
         if (is_pool) break;
@@ -318,7 +328,8 @@ class Maker {
         break;
       default: break;
     }
-    if (y.h > most_ || y.w > most_ || y.c > most_ || static_cast<double>(y.c) * static_cast<double>(y.h) * static_cast<double>(y.w) > static_cast<double>(most_))
+    if (y.h > most_ || y.w > most_ || y.c > most_ ||
+        static_cast<double>(y.c) * static_cast<double>(y.h) * static_cast<double>(y.w) > static_cast<double>(most_))
       return false;
     if (op == POMONA_CONV) a.weight = tensor(matrix(random_, y.c, x.c / a.groups * a.kernel[0] * a.kernel[1]));
     if (op == POMONA_LINEAR) a.weight = tensor(matrix(random_, y.c, x.c));
@@ -339,14 +350,15 @@ class Maker {
   Graph graph_;
 };
 
-// One sample through a network, in double: a value's numbers in the order of the interface. Where `with_zeros`, weights that
-// are zero are multiplied too, which matters to infinities and NaNs only.
+// One sample through a network, in double: a value's numbers in the order of the interface. Where `with_zeros`, weights
+// that are zero are multiplied too, which matters to infinities and NaNs only.
 class Reference {
  public:
   Reference(const Graph& graph, bool with_zeros) : graph_(graph), with_zeros_(with_zeros) {
     rows_.resize(graph.tensors.size());
     for (const pomona_node& a : graph.nodes)
-      if (a.op == POMONA_CONV || a.op == POMONA_LINEAR) rows_[static_cast<size_t>(a.weight)] = rows_of(graph.tensors[static_cast<size_t>(a.weight)]);
+      if (a.op == POMONA_CONV || a.op == POMONA_LINEAR)
+        rows_[static_cast<size_t>(a.weight)] = rows_of(graph.tensors[static_cast<size_t>(a.weight)]);
   }
 
   std::vector<std::vector<double>> run(const std::vector<const float*>& inputs) const {
@@ -383,12 +395,15 @@ class Reference {
         for (int64_t i = t.starts[static_cast<size_t>(row)]; i < t.starts[static_cast<size_t>(row) + 1]; ++i)
           line[static_cast<size_t>(t.columns[static_cast<size_t>(i)])] = t.values[static_cast<size_t>(i)];
       for (int64_t k = 0; k < t.tensor.cols; ++k)
-        if (with_zeros_ || line[static_cast<size_t>(k)] != 0.0) rows[static_cast<size_t>(row)].push_back({k, line[static_cast<size_t>(k)]});
+        if (with_zeros_ || line[static_cast<size_t>(k)] != 0.0)
+          rows[static_cast<size_t>(row)].push_back({k, line[static_cast<size_t>(k)]});
     }
     return rows;
   }
 
-  static double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-std::max(x, -88.0))); }  // not 0 at -infinity, as in float
+  static double sigmoid(double x) {
+    return 1.0 / (1.0 + std::exp(-std::max(x, -88.0)));
+  }  // not 0 at -infinity, as in float
 
   static double unary(const pomona_node& a, double x) {
     if (std::isnan(x)) return x;
@@ -405,12 +420,19 @@ class Reference {
     }
   }
 
-  std::vector<double> apply(const pomona_node& a, const std::vector<const std::vector<double>*>& in, const std::vector<Size>& sizes, const Size& y) const {
+  std::vector<double> apply(const pomona_node& a, const std::vector<const std::vector<double>*>& in,
+                            const std::vector<Size>& sizes, const Size& y) const {
     const std::vector<double>& from = *in[0];
     const Size& x = sizes[0];
     std::vector<double> out(static_cast<size_t>(y.size()));
-    const auto bias = [&](int64_t row) { return a.bias < 0 ? 0.0 : static_cast<double>(graph_.tensors[static_cast<size_t>(a.bias)].values[static_cast<size_t>(row)]); };
-    const auto number = [&](int64_t c, int64_t row, int64_t col) { return from[static_cast<size_t>((c * x.h + row) * x.w + col)]; };
+    const auto bias = [&](int64_t row) {
+      return a.bias < 0
+                 ? 0.0
+                 : static_cast<double>(graph_.tensors[static_cast<size_t>(a.bias)].values[static_cast<size_t>(row)]);
+    };
+    const auto number = [&](int64_t c, int64_t row, int64_t col) {
+      return from[static_cast<size_t>((c * x.h + row) * x.w + col)];
+    };
     size_t next = 0;
     switch (a.op) {
       case POMONA_CONV:
@@ -432,7 +454,8 @@ class Reference {
         for (int64_t p = 0; p < y.w; ++p)
           for (int64_t o = 0; o < y.c; ++o) {
             double sum = bias(o);
-            for (const Entry& e : rows_[static_cast<size_t>(a.weight)][static_cast<size_t>(o)]) sum += e.value * from[static_cast<size_t>(p * x.c + e.k)];
+            for (const Entry& e : rows_[static_cast<size_t>(a.weight)][static_cast<size_t>(o)])
+              sum += e.value * from[static_cast<size_t>(p * x.c + e.k)];
             out[next++] = sum;
           }
         break;
@@ -440,12 +463,14 @@ class Reference {
         for (; next < out.size(); ++next) out[next] = from[next] + (*in[1])[next];
         break;
       case POMONA_MUL:
-        for (; next < out.size(); ++next) out[next] = from[next] * (*in[1])[sizes[1] == x ? next : next / static_cast<size_t>(x.h * x.w)];
+        for (; next < out.size(); ++next)
+          out[next] = from[next] * (*in[1])[sizes[1] == x ? next : next / static_cast<size_t>(x.h * x.w)];
         break;
       case POMONA_SCALE:
         for (; next < out.size(); ++next) {
           const size_t c = x.rank == 3 ? next / static_cast<size_t>(x.h * x.w) : next % static_cast<size_t>(x.c);
-          out[next] = from[next] * static_cast<double>(graph_.tensors[static_cast<size_t>(a.weight)].values[c]) + bias(static_cast<int64_t>(c));
+          out[next] = from[next] * static_cast<double>(graph_.tensors[static_cast<size_t>(a.weight)].values[c]) +
+                      bias(static_cast<int64_t>(c));
         }
         break;
       case POMONA_MAX_POOL:
@@ -465,20 +490,24 @@ class Reference {
                   sum += value;
                   if (value > most || std::isnan(value)) most = value;
                 }
-              out[next++] = a.op == POMONA_MAX_POOL ? (std::isnan(sum) && has_nan(a, x, from, c, i, j) ? std::nan("") : most)
-                                                    : sum / static_cast<double>(a.flags & POMONA_COUNT_PADDING ? in_padding : inside);
+              out[next++] = a.op == POMONA_MAX_POOL
+                                ? (std::isnan(sum) && has_nan(a, x, from, c, i, j) ? std::nan("") : most)
+                                : sum / static_cast<double>(a.flags & POMONA_COUNT_PADDING ? in_padding : inside);
             }
         break;
       case POMONA_MEAN:
         for (; next < out.size(); ++next) {
           double sum = 0.0;
-          for (int64_t i = 0; i < x.h * x.w; ++i) sum += from[next * static_cast<size_t>(x.h * x.w) + static_cast<size_t>(i)];
+          for (int64_t i = 0; i < x.h * x.w; ++i)
+            sum += from[next * static_cast<size_t>(x.h * x.w) + static_cast<size_t>(i)];
           out[next] = sum / static_cast<double>(x.h * x.w);
         }
         break;
       case POMONA_FLATTEN: return from;
       case POMONA_CONCAT:
-        for (const std::vector<double>* part : in) next = static_cast<size_t>(std::copy(part->begin(), part->end(), out.begin() + static_cast<int64_t>(next)) - out.begin());
+        for (const std::vector<double>* part : in)
+          next = static_cast<size_t>(std::copy(part->begin(), part->end(), out.begin() + static_cast<int64_t>(next)) -
+                                     out.begin());
         break;
       default:
         for (; next < out.size(); ++next) out[next] = unary(a, from[next]);
@@ -486,9 +515,12 @@ class Reference {
     return out;
   }
 
-  static bool has_nan(const pomona_node& a, const Size& x, const std::vector<double>& from, int64_t c, int64_t i, int64_t j) {
-    for (int64_t row = std::max<int64_t>(0, i * a.stride[0] - a.padding[0]); row < std::min(x.h, i * a.stride[0] - a.padding[0] + a.kernel[0]); ++row)
-      for (int64_t col = std::max<int64_t>(0, j * a.stride[1] - a.padding[1]); col < std::min(x.w, j * a.stride[1] - a.padding[1] + a.kernel[1]); ++col)
+  static bool has_nan(const pomona_node& a, const Size& x, const std::vector<double>& from, int64_t c, int64_t i,
+                      int64_t j) {
+    for (int64_t row = std::max<int64_t>(0, i * a.stride[0] - a.padding[0]);
+         row < std::min(x.h, i * a.stride[0] - a.padding[0] + a.kernel[0]); ++row)
+      for (int64_t col = std::max<int64_t>(0, j * a.stride[1] - a.padding[1]);
+           col < std::min(x.w, j * a.stride[1] - a.padding[1] + a.kernel[1]); ++col)
         if (std::isnan(from[static_cast<size_t>((c * x.h + row) * x.w + col)])) return true;
     return false;
   }
@@ -546,12 +578,14 @@ void check_valid(Random& random, bool is_wide) {
       for (size_t i = 0; i < array.size(); ++i) {
         array[i] = one_in(random, 10) ? -0.0f : normal(random);
         if (static_cast<int64_t>(i / (array.size() / static_cast<size_t>(batch))) == strange && one_in(random, 40))
-          array[i] = one_in(random, 3) ? std::numeric_limits<float>::quiet_NaN() : std::copysign(std::numeric_limits<float>::infinity(), array[i]);
+          array[i] = one_in(random, 3) ? std::numeric_limits<float>::quiet_NaN()
+                                       : std::copysign(std::numeric_limits<float>::infinity(), array[i]);
       }
     CHECK(arrays.run(net, batch, 1) == POMONA_OK);
     const std::vector<std::vector<float>> once = arrays.outputs;
     CHECK(arrays.run(net, batch, static_cast<int>(between(random, 2, 3))) == POMONA_OK);
-    for (size_t i = 0; i < once.size(); ++i) CHECK(std::memcmp(once[i].data(), arrays.outputs[i].data(), once[i].size() * sizeof(float)) == 0);
+    for (size_t i = 0; i < once.size(); ++i)
+      CHECK(std::memcmp(once[i].data(), arrays.outputs[i].data(), once[i].size() * sizeof(float)) == 0);
     for (int64_t sample = 0; sample < batch; ++sample) {
       std::vector<const float*> from;
       for (size_t i = 0; i < in.size(); ++i) from.push_back(arrays.inputs[i].data() + sample * in[i].size());
@@ -592,7 +626,9 @@ int32_t any_int32(Random& random) { return static_cast<int32_t>(any_number(rando
 
 // Changes something, and if that are sizes, what must then fit or be refused before it is read.
 void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options* options) {
-  const auto pick = [&](auto& list) -> auto& { return list[static_cast<size_t>(below(random, static_cast<int64_t>(list.size())))]; };
+  const auto pick = [&](auto& list) -> auto& {
+    return list[static_cast<size_t>(below(random, static_cast<int64_t>(list.size())))];
+  };
   switch (below(random, 12)) {
     case 0: {
       pomona_shape& shape = pick(graph->inputs);
@@ -605,8 +641,9 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
     case 4: {
       if (graph->nodes.empty()) break;
       pomona_node& a = pick(graph->nodes);
-      int32_t* const fields[] = {&a.op,        &a.first_operand, &a.num_operands, &a.weight,     &a.bias,        &a.kernel[0], &a.kernel[1], &a.stride[0],
-                                 &a.stride[1], &a.padding[0],    &a.padding[1],   &a.dilation[0], &a.dilation[1], &a.groups,    &a.flags};
+      int32_t* const fields[] = {&a.op,         &a.first_operand, &a.num_operands, &a.weight,    &a.bias,
+                                 &a.kernel[0],  &a.kernel[1],     &a.stride[0],    &a.stride[1], &a.padding[0],
+                                 &a.padding[1], &a.dilation[0],   &a.dilation[1],  &a.groups,    &a.flags};
       *fields[below(random, 15)] = any_int32(random);
       if (one_in(random, 3)) a.op = static_cast<int32_t>(below(random, POMONA_NUM_OPS));
       if (one_in(random, 20)) a.low = std::numeric_limits<float>::quiet_NaN();
@@ -614,7 +651,8 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
       break;
     }
     case 5:
-      if (!graph->operands.empty()) pick(graph->operands) = one_in(random, 2) ? any_int32(random) : static_cast<int32_t>(below(random, 12));
+      if (!graph->operands.empty())
+        pick(graph->operands) = one_in(random, 2) ? any_int32(random) : static_cast<int32_t>(below(random, 12));
       break;
     case 6: pick(graph->outputs) = any_int32(random); break;
     case 7: {  // a count; larger ones are true
@@ -623,7 +661,9 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
         if (*count <= static_cast<int32_t>(list->size()) || *count > 1 << 20) return;
         *count = std::min(*count, 1 << 14);
         const auto some = *list;
-        while (static_cast<int32_t>(list->size()) < *count) list->push_back(some.empty() ? typename std::decay_t<decltype(*list)>::value_type{} : some[list->size() % some.size()]);
+        while (static_cast<int32_t>(list->size()) < *count)
+          list->push_back(some.empty() ? typename std::decay_t<decltype(*list)>::value_type{}
+                                       : some[list->size() % some.size()]);
       };
       switch (below(random, 5)) {
         case 0: resize(&graph->inputs, &view->num_inputs); break;
@@ -635,7 +675,9 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
       break;
     }
     case 8: options->max_bytes = one_in(random, 4) ? any_number(random, 64) : any_size(random, 20); break;
-    case 9: options->micro_batch = one_in(random, 2) ? any_int32(random) : static_cast<int32_t>(below(random, 64)); break;
+    case 9:
+      options->micro_batch = one_in(random, 2) ? any_int32(random) : static_cast<int32_t>(below(random, 64));
+      break;
     default: {
       if (graph->tensors.empty()) break;
       Tensor& t = pick(graph->tensors);
@@ -668,11 +710,14 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
 void mend(Random& random, Graph* graph) {
   for (size_t i = 0; i < graph->nodes.size(); ++i) {
     const pomona_node& a = graph->nodes[i];
-    if (a.op != POMONA_CONV || a.weight < 0 || a.weight >= static_cast<int32_t>(graph->tensors.size()) || a.groups < 1) continue;
+    if (a.op != POMONA_CONV || a.weight < 0 || a.weight >= static_cast<int32_t>(graph->tensors.size()) || a.groups < 1)
+      continue;
     if (a.first_operand < 0 || a.first_operand >= static_cast<int32_t>(graph->operands.size())) continue;
     const int32_t operand = graph->operands[static_cast<size_t>(a.first_operand)];
     if (operand < 0 || operand >= static_cast<int32_t>(graph->sizes.size())) continue;
-    const Size x = static_cast<size_t>(operand) < graph->inputs.size() ? size_of(graph->inputs[static_cast<size_t>(operand)]) : graph->sizes[static_cast<size_t>(operand)];
+    const Size x = static_cast<size_t>(operand) < graph->inputs.size()
+                       ? size_of(graph->inputs[static_cast<size_t>(operand)])
+                       : graph->sizes[static_cast<size_t>(operand)];
     const double cols = static_cast<double>(x.c / a.groups) * a.kernel[0] * a.kernel[1];
     const int64_t rows = graph->tensors[static_cast<size_t>(a.weight)].tensor.rows;
     if (cols < 1 || rows < 1 || rows > 1 << 16 || cols * static_cast<double>(rows) > 2147483648.0) continue;
@@ -701,8 +746,13 @@ int64_t run_accepted(Random& random, pomona_net* net, const pomona_graph& view, 
     const double size = static_cast<double>(size_of_value(view.num_inputs + i).size());
     const bool is_pool = a.op == POMONA_MAX_POOL || a.op == POMONA_AVG_POOL;
     const Size x = size_of_value(view.operands[a.first_operand]);
-    if (is_pool) work += size * (4.0 + static_cast<double>(std::min<int64_t>(a.kernel[0], x.h)) + static_cast<double>(std::min<int64_t>(a.kernel[1], x.w))) * a.stride[1];
-    if (a.op == POMONA_CONV) work += static_cast<double>(x.size()) * (1.0 + std::min(a.stride[0], a.kernel[0])) * (1.0 + a.kernel[1]);
+    if (is_pool)
+      work += size *
+              (4.0 + static_cast<double>(std::min<int64_t>(a.kernel[0], x.h)) +
+               static_cast<double>(std::min<int64_t>(a.kernel[1], x.w))) *
+              a.stride[1];
+    if (a.op == POMONA_CONV)
+      work += static_cast<double>(x.size()) * (1.0 + std::min(a.stride[0], a.kernel[0])) * (1.0 + a.kernel[1]);
     numbers += size;
   }
   pomona_net_info info;
@@ -782,7 +832,8 @@ void check_hostile(uint64_t index, Tally* tally) {
   until_failure = -1;
   CHECK((status == POMONA_OK) == (net != nullptr));
   CHECK(bad_node >= -1 && bad_node < std::max(1, view.num_nodes));
-  CHECK(status == POMONA_OK || status == POMONA_BAD_SIZE || status == POMONA_BAD_POINTER || status == POMONA_BAD_VALUE || (status == POMONA_NO_MEMORY && was_short));
+  CHECK(status == POMONA_OK || status == POMONA_BAD_SIZE || status == POMONA_BAD_POINTER ||
+        status == POMONA_BAD_VALUE || (status == POMONA_NO_MEMORY && was_short));
   int64_t most = most_live;
   if (net == nullptr) {
     ++tally->refused[-status];
@@ -874,7 +925,8 @@ int main(int argc, char** argv) {
     valid(static_cast<uint64_t>(isa));
     other.join();
   }
-  std::printf("%lld valid ones on each of %d instruction sets, as two callers\n", static_cast<long long>(2 * num_valid), pomona_max_isa() + 1);
+  std::printf("%lld valid ones on each of %d instruction sets, as two callers\n", static_cast<long long>(2 * num_valid),
+              pomona_max_isa() + 1);
   std::fflush(stdout);
   Tally tally;
   for (int64_t i = only < 0 ? 0 : only; i < (only < 0 ? num_hostile : only + 1); ++i) {
@@ -882,10 +934,13 @@ int main(int argc, char** argv) {
     CHECK(pomona_set_isa(static_cast<int>(i % (pomona_max_isa() + 1))) == POMONA_OK);
     check_hostile(static_cast<uint64_t>(i), &tally);
   }
-  std::printf("%lld hostile ones: %lld accepted, %lld of them run; refused by value %lld, by size %lld, by pointer %lld, for memory %lld\n",
-              static_cast<long long>(num_hostile), static_cast<long long>(tally.made), static_cast<long long>(tally.run),
-              static_cast<long long>(tally.refused[-POMONA_BAD_VALUE]), static_cast<long long>(tally.refused[-POMONA_BAD_SIZE]),
-              static_cast<long long>(tally.refused[-POMONA_BAD_POINTER]), static_cast<long long>(tally.refused[-POMONA_NO_MEMORY]));
+  std::printf(
+      "%lld hostile ones: %lld accepted, %lld of them run; refused by value %lld, by size %lld, by pointer %lld, for "
+      "memory %lld\n",
+      static_cast<long long>(num_hostile), static_cast<long long>(tally.made), static_cast<long long>(tally.run),
+      static_cast<long long>(tally.refused[-POMONA_BAD_VALUE]), static_cast<long long>(tally.refused[-POMONA_BAD_SIZE]),
+      static_cast<long long>(tally.refused[-POMONA_BAD_POINTER]),
+      static_cast<long long>(tally.refused[-POMONA_NO_MEMORY]));
   std::printf("at most %.2f s each, and %.2f of max_bytes and 64 KiB\n", tally.slowest, tally.most_memory);
   std::fflush(stdout);
   check_long(num_hostile > 0 ? 1 << 17 : 1 << 10);
