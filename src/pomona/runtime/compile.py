@@ -9,7 +9,6 @@ and made anew when torch says that the weight has changed: by its memory or its 
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 import threading
 import time
@@ -186,7 +185,7 @@ def _why_not(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str | None:
         return "not called with the example"
     if not layer.weight.is_cpu or layer.weight.dtype != torch.float32:
         return f"{layer.weight.dtype} on {layer.weight.device}, not float32 on the CPU"
-    if type(layer) not in _SPARSE:
+    if type(layer) not in (nn.Conv2d, nn.Linear):
         return _why_not_within(layer, calls)
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or _padding(layer) is None:
@@ -265,6 +264,7 @@ class SparseLinear(nn.Linear):
         return sparse_linear(x, self.weight, self.bias, self.threads)
 
 
+# What a layer becomes; subclasses are added as they come.
 _SPARSE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
 
 
@@ -272,7 +272,7 @@ class _Within(TorchFunctionMode):
     """While it is on, calls of ``conv2d`` or ``linear`` with the weight of ``layer`` skip its zeros."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, threads: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._weight, self._threads = layer.weight, threads
         self.num_calls = 0
 
@@ -314,10 +314,11 @@ def _both(x: int | Sequence[int]) -> Sequence[int]:
 
 
 def _sparse_kind(kind: type[nn.Module]) -> type[nn.Module]:
-    return _SPARSE.get(kind) or _kind_within(kind)
+    if kind not in _SPARSE:
+        _SPARSE[kind] = _kind_within(kind)
+    return _SPARSE[kind]
 
 
-@functools.cache
 def _kind_within(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a subclass of ``Conv2d`` or ``Linear``: does the same, with :class:`_Within` in eval mode."""
 
@@ -335,7 +336,7 @@ def _kind_within(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new_within(kind: type[nn.Module]) -> nn.Module:
-    made = _kind_within(kind)
+    made = _sparse_kind(kind)
     return made.__new__(made)
 
 
