@@ -14,7 +14,8 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from pomona.sparse import Sparse
 _GAIN = 0.95  # a replaced layer takes at most this share of the dense one's time, so that noise replaces nothing
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 0.1  # of measuring one layer at one shape
 _ENGINES_A_WEIGHT = 8  # kept at once, for inputs of different shapes
+
+
+Replaced = tuple[nn.Conv2d | nn.Linear, type[nn.Module], type[nn.Module]]  # a layer, its class, and the sparse one
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class Compilation:
     """The choices for all convolutions and dense layers of a model; ``str(compilation)`` is a table."""
 
     layers: tuple[Choice, ...]
+    whole_us: tuple[float, float] | None = None
+    """A call of the whole model, without and with its sparse layers; None if no layer gains alone."""
 
     @property
     def num_sparse(self) -> int:
@@ -73,13 +79,10 @@ class Compilation:
         for c in self.layers:
             times = "".join(f"{t:11.1f}" if t is not None else f"{'-':>11}" for t in (c.dense_us, c.sparse_us))
             lines.append(f"{c.name:<{width}} {100 * c.sparsity:5.1f}%{times}  {_choice(c)}")
-        dense = sum(c.dense_us or 0 for c in self.layers)
-        best = sum((c.sparse_us if c.is_sparse else c.dense_us) or 0 for c in self.layers)
         lines.append(f"{self.num_sparse} of {len(self.layers)} layers run sparsely")
-        if best:
-            lines[-1] += (
-                f"; what was measured takes {best:.1f} us instead of {dense:.1f} ({dense / best:.2f} times faster)"
-            )
+        if self.whole_us:
+            dense, sparse = self.whole_us
+            lines[-1] += f"; the whole model takes {sparse:.1f} us with sparse layers, {dense:.1f} without"
         return "\n".join(lines)
 
 
@@ -92,7 +95,8 @@ def compile(model: nn.Module, example: Tensor | Sequence[Any], *, threads: int |
 
     Every ``Conv2d`` and ``Linear`` with zeros is measured at the shapes that it sees in ``model(example)``: medians of
     alternating runs of the torch layer and of the sparse one. It is replaced where the sparse one takes less time, by
-    more than 5 %. What was chosen and why is ``compiled.compilation``; print it. A subclass with a ``forward`` of its
+    more than 5 %. If then the whole model is no faster, all of them stay in torch: a layer alone finds its input in the
+    cache. What was chosen and why is ``compiled.compilation``; print it. A subclass with a ``forward`` of its
     own runs that, and in it the calls of ``conv2d`` or ``linear`` with its weight itself are executed sparsely.
 
     The copy shares all parameters and buffers with ``model`` (as ``torch.compile`` does), has the same module names and
@@ -127,10 +131,25 @@ def compile(model: nn.Module, example: Tensor | Sequence[Any], *, threads: int |
     compiled = copy.deepcopy(model, shared)
     calls = _calls(compiled, arguments)
     choices = []
+    replaced: list[Replaced] = []
     for name, layer in compiled.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            choices.append(_choose(name, layer, calls.get(name, Counter()), threads or torch.get_num_threads()))
-    compiled.compilation = Compilation(tuple(choices))  # type: ignore[assignment]  # modules have any attributes
+            kind = type(layer)
+            choice = _choose(name, layer, calls.get(name, Counter()), threads or torch.get_num_threads())
+            choices.append(choice)
+            if choice.is_sparse:
+                replaced.append((layer, kind, type(layer)))
+    whole = None
+    if replaced:
+        dense, sparse = whole = _race(replaced, partial(compiled, *arguments))
+        if sparse >= max(_GAIN, 1.0) * dense:
+            _switch(replaced, False)
+            for layer, _, _ in replaced:
+                del layer.threads
+                _forget(layer.weight)
+            lost = f"alone it gains, but the whole model takes {sparse:.0f} us instead of {dense:.0f}"
+            choices = [replace(c, is_sparse=False, reason=lost) if c.is_sparse else c for c in choices]
+    compiled.compilation = Compilation(tuple(choices), whole)  # type: ignore[assignment]  # modules have any attributes
     return compiled
 
 
@@ -168,7 +187,7 @@ def _choose(name: str, layer: nn.Conv2d | nn.Linear, calls: Counter[Shape], thre
     layer.threads = threads  # type: ignore[assignment]
     dense = sparse = 0.0
     for shape, count in calls.items():
-        one, other = _race(layer, kind, sparse_kind, torch.randn(shape))
+        one, other = _race([(layer, kind, sparse_kind)], partial(layer, torch.randn(shape)))
         dense, sparse = dense + count * one, sparse + count * other
     is_sparse = sparse < _GAIN * dense
     layer.__class__ = sparse_kind if is_sparse else kind  # type: ignore[assignment]
@@ -185,7 +204,7 @@ def _why_not(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str | None:
         return "not called with the example"
     if not layer.weight.is_cpu or layer.weight.dtype != torch.float32:
         return f"{layer.weight.dtype} on {layer.weight.device}, not float32 on the CPU"
-    if type(layer) not in _SPARSE:
+    if type(layer) not in (nn.Conv2d, nn.Linear):
         return _why_not_within(layer, calls)
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or _padding(layer) is None:
@@ -221,23 +240,28 @@ def _padding(layer: nn.Conv2d) -> Pair | None:
     return layer.padding[0], layer.padding[1]
 
 
-def _race(layer: nn.Module, kind: type[nn.Module], sparse_kind: type[nn.Module], x: Tensor) -> tuple[float, float]:
-    """Median microseconds of the layer as it is and of the sparse one, in turns."""
-    times: dict[type[nn.Module], list[float]] = {kind: [], sparse_kind: []}
+def _race(layers: Sequence[Replaced], call: Callable[[], Any]) -> tuple[float, float]:
+    """Median microseconds of a call with the layers as they were and with the sparse ones, in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
     began = time.perf_counter()
     with torch.no_grad():
         for i in range(1 + _MOST_ROUNDS):
-            for which, taken in times.items():
-                layer.__class__ = which
+            for is_sparse, taken in zip((False, True), times, strict=True):
+                _switch(layers, is_sparse)
                 start = time.perf_counter()
-                layer(x)
+                call()
                 if i:  # the first one is slow: memory, and the engine is made
                     taken.append(1e6 * (time.perf_counter() - start))
             if i == 0:
                 began = time.perf_counter()
             if i >= _LEAST_ROUNDS and time.perf_counter() - began > _SECONDS:
                 break
-    return statistics.median(times[kind]), statistics.median(times[sparse_kind])
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _switch(layers: Sequence[Replaced], is_sparse: bool) -> None:
+    for layer, kind, sparse_kind in layers:
+        layer.__class__ = sparse_kind if is_sparse else kind  # type: ignore[assignment]
 
 
 class SparseConv2d(nn.Conv2d):
@@ -264,6 +288,7 @@ class SparseLinear(nn.Linear):
         return sparse_linear(x, self.weight, self.bias, self.threads)
 
 
+# What a layer becomes; subclasses are added as they come.
 _SPARSE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
 
 
