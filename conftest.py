@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -30,3 +31,5 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell that starts tests in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
