@@ -210,6 +210,10 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
     if (graph.outputs[i] < 0 || static_cast<size_t>(graph.outputs[i]) >= net->shapes.size()) return POMONA_BAD_VALUE;
     net->outputs.push_back(graph.outputs[i]);
   }
+  if (!net->budget.take(static_cast<int64_t>(net->shapes.size()), 8)) return POMONA_BAD_SIZE;
+  net->output_at.assign(net->shapes.size(), -1);
+  for (size_t i = net->outputs.size(); i-- > 0;)
+    net->output_at[static_cast<size_t>(net->outputs[i])] = static_cast<int64_t>(i);
   net->seconds.assign(net->nodes.size(), 0.0);
   net->kernels = &net_kernels();
   double of_features = 0.0;
@@ -271,10 +275,7 @@ size_t find_split(const Net& net, int64_t samples) {
 }
 
 // The index of an output that is this value, or -1.
-int64_t output_of(const Net& net, int32_t value) {
-  const auto found = std::find(net.outputs.begin(), net.outputs.end(), value);
-  return found == net.outputs.end() ? -1 : found - net.outputs.begin();
-}
+int64_t output_of(const Net& net, int32_t value) { return net.output_at[static_cast<size_t>(value)]; }
 
 int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
   const auto found = net->routes.find(samples);

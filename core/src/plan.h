@@ -84,7 +84,8 @@ struct Net {
   std::vector<Node> nodes;
   std::vector<Matrix> matrices;
   std::vector<int32_t> outputs;
-  std::vector<Shape> shapes;  // of all values
+  std::vector<Shape> shapes;       // of all values
+  std::vector<int64_t> output_at;  // of a value, its first place in outputs, or -1
   pomona_net_options options{};
   const NetKernels* kernels = nullptr;
   Budget budget;                    // what the routes leave of max_bytes
