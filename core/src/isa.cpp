@@ -68,25 +68,25 @@ int max_isa() {
 
 std::atomic<int> chosen{-1};
 
+int isa_in_use() {
+  const int isa = chosen.load(std::memory_order_relaxed);
+  return isa < 0 ? max_isa() : isa;
+}
+
+template <typename T>
+const T& of_isa(const T* portable, const T* avx2, const T* avx512) {
+  switch (isa_in_use()) {
+    case POMONA_AVX512: return *avx512;
+    case POMONA_AVX2: return *avx2;
+    default: return *portable;
+  }
+}
+
 }  // namespace
 
-const Kernels& kernels() {
-  const int isa = chosen.load(std::memory_order_relaxed);
-  switch (isa < 0 ? max_isa() : isa) {
-    case POMONA_AVX512: return *avx512_kernels();
-    case POMONA_AVX2: return *avx2_kernels();
-    default: return *portable_kernels();
-  }
-}
+const Kernels& kernels() { return of_isa(portable_kernels(), avx2_kernels(), avx512_kernels()); }
 
-const NetKernels& net_kernels() {
-  const int isa = chosen.load(std::memory_order_relaxed);
-  switch (isa < 0 ? max_isa() : isa) {
-    case POMONA_AVX512: return *avx512_net_kernels();
-    case POMONA_AVX2: return *avx2_net_kernels();
-    default: return *portable_net_kernels();
-  }
-}
+const NetKernels& net_kernels() { return of_isa(portable_net_kernels(), avx2_net_kernels(), avx512_net_kernels()); }
 
 }  // namespace pomona
 
@@ -94,10 +94,7 @@ extern "C" {
 
 int pomona_max_isa(void) { return pomona::max_isa(); }
 
-int pomona_isa(void) {
-  const int isa = pomona::chosen.load(std::memory_order_relaxed);
-  return isa < 0 ? pomona::max_isa() : isa;
-}
+int pomona_isa(void) { return pomona::isa_in_use(); }
 
 int pomona_set_isa(int isa) {
   if (isa < 0 || isa > pomona::max_isa()) return POMONA_BAD_VALUE;

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <new>
+
+#include "guarded.h"
 
 namespace pomona {
 namespace {
@@ -17,6 +18,7 @@ constexpr double kIntensity = 50.0;      // times
 constexpr double kMacsEach = 1 << 19;    // for which a further thread pays
 constexpr size_t kNear = 12;             // nodes
 constexpr int32_t kMostNodes = 1 << 20;
+
 bool is_layer(int32_t op) { return op == POMONA_CONV || op == POMONA_LINEAR; }
 bool is_unary(int32_t op) { return op >= POMONA_RELU && op <= POMONA_HARDSIGMOID; }
 
@@ -274,9 +276,6 @@ size_t find_split(const Net& net, int64_t samples) {
   return best;
 }
 
-// The index of an output that is this value, or -1.
-int64_t output_of(const Net& net, int32_t value) { return net.output_at[static_cast<size_t>(value)]; }
-
 int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
   const auto found = net->routes.find(samples);
   if (found != net->routes.end()) {
@@ -293,7 +292,7 @@ int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
   if (error != POMONA_OK) return error;
   if (made.one && made.all)
     for (const int32_t value : made.all->inputs()) {
-      if (value < net->value_of(0) || output_of(*net, value) >= 0) continue;
+      if (value < net->value_of(0) || net->output_of(value) >= 0) continue;
       const int64_t size = net->shapes[static_cast<size_t>(value)].size();
       if (!budget.take(size, 4 * samples)) return POMONA_BAD_SIZE;
       made.between[value].resize(static_cast<size_t>(size * samples));
@@ -306,15 +305,13 @@ int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
 // Samples [first, first + n) of a batch.
 void run_route(Net& net, Route& route, int64_t first, int64_t n, const float* const* inputs, float* const* outputs,
                Team& team) {
-  const auto from = [&](int32_t value, int64_t sample) -> const float* {
-    const int64_t size = net.shapes[static_cast<size_t>(value)].size();
-    if (value < net.value_of(0)) return inputs[value] + (first + sample) * size;
-    const int64_t output = output_of(net, value);
+  const auto to = [&](int32_t value, int64_t sample) {
+    const int64_t output = net.output_of(value), size = net.shapes[static_cast<size_t>(value)].size();
     return output < 0 ? route.between[value].data() + sample * size : outputs[output] + (first + sample) * size;
   };
-  const auto to = [&](int32_t value, int64_t sample) {
-    const int64_t output = output_of(net, value), size = net.shapes[static_cast<size_t>(value)].size();
-    return output < 0 ? route.between[value].data() + sample * size : outputs[output] + (first + sample) * size;
+  const auto from = [&](int32_t value, int64_t sample) -> const float* {
+    if (value >= net.value_of(0)) return to(value, sample);
+    return inputs[value] + (first + sample) * net.shapes[static_cast<size_t>(value)].size();
   };
   std::vector<const float*> sources;
   std::vector<float*> targets;
@@ -328,21 +325,6 @@ void run_route(Net& net, Route& route, int64_t first, int64_t n, const float* co
   if (route.one)
     for (int64_t sample = 0; sample < n; ++sample) run(*route.one, sample, 1);
   if (route.all) run(*route.all, 0, n);
-}
-
-template <typename F>
-int guarded(F&& f) {
-#if defined(__cpp_exceptions)
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    return POMONA_NO_MEMORY;
-  } catch (...) {
-    return POMONA_INTERNAL;
-  }
-#else
-  return f();
-#endif
 }
 
 }  // namespace
@@ -443,7 +425,7 @@ int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs
       }
     });
     for (size_t i = 0; i < net.outputs.size(); ++i) {
-      const size_t same = static_cast<size_t>(pomona::output_of(net, net.outputs[i]));
+      const size_t same = static_cast<size_t>(net.output_of(net.outputs[i]));
       const size_t floats = static_cast<size_t>(net.shapes[static_cast<size_t>(net.outputs[i])].size() * batch);
       if (same != i) std::memcpy(outputs[i], outputs[same], floats * sizeof(float));
     }

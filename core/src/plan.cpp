@@ -272,8 +272,8 @@ int Plan::add_weights(const Net& net, Step* step) {
       static_cast<double>(matrix.num_nonzero) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
   const bool as_dense = net.options.dense == POMONA_DENSE_ALWAYS || (net.options.dense == 0 && density >= kDenseFrom);
   step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
-  step->is_contiguous = step->is_vector && !is_strided && channel_stride == 1 && taps == 1;
-  step->is_dense = as_dense && groups == 1 && (step->is_vector ? step->is_contiguous : matrix.rows >= kDenseRows);
+  const bool is_contiguous = step->is_vector && !is_strided && channel_stride == 1 && taps == 1;
+  step->is_dense = as_dense && groups == 1 && (step->is_vector ? is_contiguous : matrix.rows >= kDenseRows);
   if (step->is_dense) {
     const int64_t rows = step->is_vector ? matrix.rows : round_up(matrix.rows, kDenseRows);
     if (!budget_.take(rows, matrix.cols * 4) || !budget_.take(matrix.cols, 8)) return POMONA_BAD_SIZE;

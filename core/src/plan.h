@@ -98,6 +98,7 @@ struct Net {
   bool profile = false;
 
   ~Net();
+  int64_t output_of(int32_t value) const { return output_at[static_cast<size_t>(value)]; }
   int32_t value_of(size_t node) const { return static_cast<int32_t>(inputs.size() + node); }
   const Matrix* weight(const Node& node) const;
   const float* bias(const Node& node) const;
@@ -133,7 +134,6 @@ struct Step {
   // Of convolutions and linear layers.
   bool is_dense = false;       // all rows take all inputs
   bool is_vector = false;      // one position
-  bool is_contiguous = false;  // a dense vector
   int64_t num_rows = 0;
   std::vector<Entry> entries;
   std::vector<int32_t> starts;
@@ -182,7 +182,6 @@ class Plan {
   static int make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget,
                   std::unique_ptr<Plan>* plan, int32_t* bad_node);
 
-  int64_t samples() const { return samples_; }
   const std::vector<int32_t>& inputs() const { return inputs_; }    // values that come from before or outside
   const std::vector<int32_t>& outputs() const { return outputs_; }  // values that are used later or outside
 

@@ -4,10 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
-#include <new>
 #include <vector>
 
+#include "guarded.h"
 #include "kernels.h"
 #include "pomona.h"
 #include "pool.h"
@@ -18,18 +17,6 @@ constexpr int64_t kChunk = int64_t{1} << 14;        // elements of one task
 constexpr int64_t kBlock = int64_t{1} << 10;        // elements converted to float at a time
 constexpr int64_t kThreadShare = int64_t{1} << 16;  // elements that make waking a thread worth it
 constexpr int64_t kMaxTotal = int64_t{1} << 62;
-
-// Turns what is thrown into an error code: nothing is, across the interface.
-template <typename F>
-int guarded(F&& f) noexcept {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    return POMONA_NO_MEMORY;
-  } catch (...) {
-    return POMONA_INTERNAL;
-  }
-}
 
 inline int size_of(int32_t type) {
   switch (type) {
