@@ -13,13 +13,11 @@ from torch.optim import Optimizer
 
 from pomona.distributed import Shard, local, reshard, sum_counts
 from pomona.method import Method, Weight
+from pomona.ops import PIECE
 from pomona.scope import Scope
 
 if TYPE_CHECKING:
     from pomona.pruner import Pruner
-
-
-_PIECE = 1 << 20  # weights looked at together
 
 
 @torch.no_grad()
@@ -31,7 +29,7 @@ def zero_(value: Tensor, pruned: Tensor) -> Tensor:
 @torch.no_grad()
 def largest_among(value: Tensor, chosen: Tensor) -> float:
     """The largest magnitude where ``chosen`` is True, 0 where nowhere; a piece at a time."""
-    pieces = zip(torch.split(value.reshape(-1), _PIECE), torch.split(chosen.reshape(-1), _PIECE), strict=True)
+    pieces = zip(torch.split(value.reshape(-1), PIECE), torch.split(chosen.reshape(-1), PIECE), strict=True)
     maxima = [piece.abs().masked_fill_(~mask, 0.0).max() for piece, mask in pieces if piece.numel()]
     return float(torch.stack(maxima).max()) if maxima else 0.0
 

@@ -14,7 +14,8 @@ from pomona.distributed import sum_counts, sum_vectors
 from pomona.method import Weight
 from pomona.score import Score, magnitude
 
-_SUM_CHUNK = 1 << 20
+PIECE = 1 << 20
+"""Elements of a tensor that are looked at together, so that no temporary is of its size."""
 
 
 def soft_threshold(v: Tensor, threshold: float) -> Tensor:
@@ -80,7 +81,7 @@ def total(tensors: Sequence[Tensor], *, of: Sequence[Weight]) -> list[float]:
 def _sum_by_exponent(numbers: Tensor) -> Tensor:
     """Of each of the 256 exponents of float32 the sum of the mantissas, as integers, exact up to 2^39 numbers."""
     sums = torch.zeros(256, dtype=torch.int64, device=numbers.device)
-    for piece in torch.split(numbers.detach().reshape(-1), _SUM_CHUNK):
+    for piece in torch.split(numbers.detach().reshape(-1), PIECE):
         bits = piece.view(torch.int32) & 0x7FFFFFFF
         exponent = bits >> 23
         mantissa = (bits & 0x7FFFFF) + (exponent > 0) * (1 << 23)

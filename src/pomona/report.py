@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.distributed import Shard, local, max_over, reshard, shards_of, sum_vectors
+from pomona.ops import PIECE
 from pomona.scope import Scope
 
 
@@ -241,9 +242,6 @@ def report_layers(
     return tuple(layers)
 
 
-_PIECE = 1 << 20  # weights looked at together, or one channel
-
-
 def _count(value: Tensor, shard: Shard | None) -> tuple[Tensor, float]:
     """The number of non-zeros and that of the whole tensor's channels, here; and the smallest magnitude of them."""
     num_channels = value.shape[:1] if shard is None else shard.shape[:1]
@@ -253,7 +251,7 @@ def _count(value: Tensor, shard: Shard | None) -> tuple[Tensor, float]:
     start = 0 if shard is None or not value.ndim else shard.start[0]
     rows = value.reshape(len(value) if value.ndim else 1, -1)
     alive, smallest = [], []
-    for some in torch.split(rows, max(1, _PIECE // rows.shape[1])):
+    for some in torch.split(rows, max(1, PIECE // rows.shape[1])):
         alive.append(some.count_nonzero(1))
         smallest.append(some.abs().masked_fill_(some == 0, math.inf).min())
     here = torch.cat(alive).cpu()
