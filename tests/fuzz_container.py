@@ -7,7 +7,6 @@ changed, and lengths, offsets and checksum are made to fit again, so that the co
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -30,6 +29,7 @@ from pomona.export import FORMATS, FormatError, Source, load
 from pomona.export.source import from_state
 from pomona.quantize import Quantization, quantize
 from pomona.runtime.graph import Graph
+from tests import fuzzing
 
 MAX_BYTES = 1 << 22
 """What a file may take in these tests; the largest valid one takes a thousandth."""
@@ -259,29 +259,22 @@ def _check_sound(stored: Stored) -> None:
 
 def run(cases: range, seed: int, folder: Path) -> Counter[str]:
     """Check these cases; a wrong one is named."""
-    files, path, told = seeds(), folder / "case", Counter[str]()
-    for case in cases:
+    files, path = seeds(), folder / "case"
+
+    def once(case: int) -> str:
         path.write_bytes(mutated(files, seed, case))
-        start = time.perf_counter()
-        try:
-            told[check(path)] += 1
-        except Exception as error:
-            raise AssertionError(f"--seed {seed} --only {case}: {type(error).__name__}: {error}") from error
-        seconds = time.perf_counter() - start
-        assert seconds < SECONDS, f"--seed {seed} --only {case} took {seconds:.1f} s"
-    return told
+        return check(path)
+
+    return fuzzing.run(cases, seed, once, seconds=SECONDS, clock=time.perf_counter)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="one case, and its bytes into the file given as --out")
-    parser.add_argument("--out", type=Path)
+    parser = fuzzing.parser(__doc__)
+    parser.add_argument("--out", type=Path, help="with --only: where to write its bytes")
     options = parser.parse_args()
     if options.only is not None and options.out:
         options.out.write_bytes(mutated(seeds(), options.seed, options.only))
-    cases = range(options.cases) if options.only is None else range(options.only, options.only + 1)
+    cases = fuzzing.cases_of(options)
     files = seeds()
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = taken + (256 << 20)  # more would be a MemoryError, which is a failure

@@ -7,7 +7,6 @@ takes must run, folded and not, and the core's outputs must be those of the lite
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -22,6 +21,7 @@ from pomona.runtime.engine import Engine
 from pomona.runtime.fold import fold, pad_weight
 from pomona.runtime.graph import OPS, Graph
 from pomona.sparse import Sparse
+from tests import fuzzing
 
 MAX_BYTES = 1 << 22
 SECONDS = 5.0
@@ -143,28 +143,19 @@ def _compare(found: list[Any], expected: list[Any]) -> None:
 
 def run(cases: range, seed: int) -> Counter[str]:
     """Check these cases; a wrong one is named."""
-    told, weights = Counter[str](), tensors()
-    for case in cases:
-        data = mutated(seed, case)
-        start = time.process_time()
-        try:
-            told[check(data, weights)] += 1
-        except Exception as error:
-            raise AssertionError(f"--seed {seed} --only {case}: {type(error).__name__}: {error}") from error
-        seconds = time.process_time() - start
-        assert seconds < SECONDS, f"--seed {seed} --only {case} took {seconds:.1f} s"
-    return told
+    weights = tensors()
+
+    def once(case: int) -> str:
+        return check(mutated(seed, case), weights)
+
+    return fuzzing.run(cases, seed, once, seconds=SECONDS, clock=time.process_time)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="one case, which is printed")
-    options = parser.parse_args()
+    options = fuzzing.parser(__doc__).parse_args()
     if options.only is not None:
         print(json.dumps(mutated(options.seed, options.only)))
-    cases = range(options.cases) if options.only is None else range(options.only, options.only + 1)
+    cases = fuzzing.cases_of(options)
     start = time.perf_counter()
     told = run(cases, options.seed)
     print(
