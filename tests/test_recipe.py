@@ -226,7 +226,7 @@ def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None
         ("method.name=[]", "method.name must be a string, got []"),
         ("method.name=gms", 'unknown method.name "gms" (did you mean gsm?); known: '),
         ("model=lenet5", 'unknown model "lenet5" (did you mean lenet-5'),
-        ("data=cifar", 'unknown data "cifar"; known: mnist'),
+        ("data=imagenet", 'unknown data "imagenet"; known: mnist'),
         ("prune.lrr=1", "unknown key prune.lrr (did you mean lr or lr_drop?); known: epochs, lr, lr_drops, "),
         (
             "lr=1",
