@@ -497,6 +497,7 @@ def open_run(
     steps_per_epoch = num_steps_per_epoch(recipe, data)
     check(recipe, steps_per_epoch)
     torch.set_num_threads(threads)
+    data_there = data.to(usable(device))
     more: dict[str, Any] = {"base": dict(base)} if base else {}
     lock = claim(folder, identity_of(command, recipe, data, threads, device, compiled) | more)
     title = f"dense {recipe.model}" if command == "base" else f"{recipe.title} ({recipe.source})"
@@ -506,7 +507,7 @@ def open_run(
     diagnosis = diagnose(recipe, steps_per_epoch) if command != "base" else None
     if diagnosis is not None:
         progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
-    return Run(recipe, data.to(usable(device)), folder, phases, progress, lock, compiled)
+    return Run(recipe, data_there, folder, phases, progress, lock, compiled)
 
 
 def usable(device: str) -> torch.device:
