@@ -543,7 +543,8 @@ def _shorten(stage: dict[str, Any], length: float) -> None:
             stage[key] = max(1, round(stage[key] * length))
     end = stage.get("lr_restart") or stage["epochs"]
     if stage.get("lr_fall"):
-        stage["lr_fall"] = [round(epoch * length) for epoch in stage["lr_fall"]]
+        last = max(1, round(stage["lr_fall"][-1] * length))
+        stage["lr_fall"] = [min(last - 1, round(stage["lr_fall"][0] * length)), last]
         return
     drops = sorted({max(1, round(epoch * length)) for epoch in stage.get("lr_drops", [])})
     stage["lr_drops"] = [epoch for epoch in drops if epoch < end]
