@@ -667,6 +667,13 @@ def test_a_league_has_the_dense_network_and_a_narrow_one_in_its_table(tmp_path: 
     assert rows["dense"] == [f"{found['dense']['accuracy']:.2f} (1)", "-"]
     assert rows["dense-narrow"] == ["-", f"{found['dense-narrow']['accuracy']:.2f} (1)"]
 
+    path = tmp_path / "out" / "cut-10x-seed0" / "model.pt"
+    weights = torch.load(path, weights_only=True)
+    weights["linear.weight"].zero_()
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"model\.pt has 26,\d+ non-zero weights, its run ended with 26,833"):
+        collect(tmp_path / "out")
+
     start = tmp_path / "start.pt"
     torch.save(build_model("resnet-20", seed=1).state_dict(), start)
     again = compare(

@@ -25,6 +25,8 @@ from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any
 
+import torch
+
 from pomona.zoo.checkpoint import write_atomically
 from pomona.zoo.models import MODELS, build_model
 from pomona.zoo.pictures import draw_comparison, times
@@ -263,7 +265,7 @@ def run_jobs(
 
 
 def _is_done(job: Job) -> bool:
-    if not (job.folder / "result.json").exists():
+    if not all((job.folder / name).exists() for name in ("result.json", "model.pt")):  # written in this order
         return False
     manifest = json.loads((job.folder / "run.json").read_text())
     different = differences(manifest["recipe"], job.load().to_dict())
@@ -285,25 +287,36 @@ def _outcome(folder: Path) -> str:
 def _finished(out: Path) -> Iterator[tuple[re.Match[str], dict[str, Any]]]:
     for path in sorted(out.glob("*/result.json")):
         folder = _FOLDER.fullmatch(path.parent.name)
-        if folder:
+        if folder and (path.parent / "model.pt").exists():
             yield folder, json.loads(path.read_text())
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
-    """What the finished runs in ``out`` came to, one entry each; ``name`` is that of the recipe."""
+    """What the finished runs in ``out`` came to, one entry each; ``name`` is that of the recipe.
+
+    Zeros are counted in the files of the weights.
+
+    Raises:
+        ValueError: a file has others than its run had.
+    """
     found = []
     for folder, result in _finished(out):
         recipe = recipe_from_dict(result["recipe"])
-        reached = result["report"]["compression"]
+        report, path = result["report"], out / folder.string / "model.pt"
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        nonzero = sum(int(weights[layer["name"]].count_nonzero()) for layer in report["layers"])
+        if nonzero != report["nonzero"]:
+            raise ValueError(f"{path} has {nonzero:,} non-zero weights, its run ended with {report['nonzero']:,}")
+        reached = report["compression"]
         if _family(recipe.model) != recipe.model and reached is not None:
-            reached *= num_weights(recipe, _family(recipe.model)) / result["report"]["total"]
+            reached *= num_weights(recipe, _family(recipe.model)) / report["total"]
         found.append(
             {
                 "name": folder["name"],
                 "asked": float(folder["asked"]),
                 "seed": result["seed"],
                 "compression": reached,
-                "nonzero": result["report"]["nonzero"],
+                "nonzero": nonzero,
                 "base": result["accuracy"]["base"],
                 "before_cut": result["accuracy"]["before_cut"],
                 "accuracy": result["accuracy"]["final"],
