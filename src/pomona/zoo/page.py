@@ -223,7 +223,7 @@ def _key(key: str) -> str:
 
 def _environment(result: Result) -> str:
     seconds = result.get("seconds")
-    facts = {key: result.get(key) for key in ("seed", "pomona", "torch", "threads", "commit")}
+    facts = {key: result.get(key) for key in ("seed", "pomona", "torch", "threads", "device", "commit")}
     told = {key: str(value) for key, value in facts.items() if value is not None}
     return pairs(told | ({"duration": _duration(seconds)} if seconds is not None else {}))
 
