@@ -528,12 +528,17 @@ def _arrays(shapes: Sequence[tuple[int, ...]], data: _Data | None) -> Arrays:
     return [np.resize(data[0], shapes[0])]
 
 
-def write_network(path: str, module: nn.Module, examples: Sequence[Tensor]) -> None:
-    """What the module computes, and its tensors, as a file."""
+def write_network(
+    path: str, module: nn.Module, examples: Sequence[Tensor], *, calibrate: Sequence[Tensor] = ()
+) -> None:
+    """What the module computes, and its tensors, as a file; with the ranges of values on these samples, if any."""
     from pomona import container
+    from pomona.runtime.ranges import with_ranges
     from pomona.runtime.trace import trace
 
     graph, tensors = trace(module, examples, folded=False)
+    if calibrate:
+        graph = with_ranges(graph, tensors, *(x.numpy() for x in calibrate))
     stored = {name: container.Stored("F32", tensor) for name, tensor in tensors.items()}
     container.write(path, stored, {}, graph.to_json())
 
