@@ -423,6 +423,21 @@ def test_an_average_that_is_written_after_the_cut_is_noticed(is_first: bool) -> 
         run.fit(Module(), Loader())
 
 
+def test_a_run_with_an_average_resumes_too(tmp_path: Path) -> None:
+    def averaged() -> list[Any]:
+        return [WeightAveraging(), PrunerCallback(GSM)]
+
+    whole = averaged()
+    trainer(*whole).fit(Module(), Loader())
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=NUM_BATCHES, save_top_k=-1)
+    with pytest.raises(InterruptedError):
+        trainer(*averaged(), saves, Killed(NUM_BATCHES), enable_checkpointing=True).fit(Module(), Loader())
+    (path,) = tmp_path.glob("*.ckpt")
+    resumed = averaged()
+    trainer(*resumed).fit(Module(), Loader(), ckpt_path=path)
+    assert end(resumed[1].pruner) == end(whole[1].pruner)
+
+
 def test_without_harden_nothing_is_cut() -> None:
     callback = PrunerCallback(GSM, harden=False)
     fit(callback)
