@@ -12,8 +12,9 @@ import pomona
 def main(backend: str = "inductor", num_steps: int = 300) -> pomona.Pruner:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.98, weight_decay=5e-3)
-    pruner = pomona.Pruner(model, optimizer, pomona.GSM(sparsity=0.9))  # of the plain model: names stay plain
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    method = pomona.Magnitude(pomona.Cubic(0.0, 0.9, steps=num_steps // 2), every=10)
+    pruner = pomona.Pruner(model, optimizer, method)  # of the plain model, so that names stay plain
 
     forward = torch.compile(model, backend=backend)
     step = torch.compile(optimizer.step, backend=backend)

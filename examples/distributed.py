@@ -43,7 +43,7 @@ def main(*, shard: bool, num_steps: int = 300) -> pomona.Report:
     pruner.verify()  # also: do the ranks agree?
     if rank == 0:
         print(report)
-        print(f"loss on rank 0: {float(loss):.4f}")
+        print(f"loss on rank 0: {loss.item():.4f}")
     return report
 
 

@@ -27,7 +27,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, turn: float, num_ste
 
 def accuracy(model: nn.Module) -> float:
     x, y = data(turn=2.0)
-    return float(((model(x) > 0) == (y > 0)).float().mean())
+    return 100 * float(((model(x) > 0) == (y > 0)).float().mean())
 
 
 def main() -> tuple[pomona.Report, pomona.Report]:
@@ -37,7 +37,7 @@ def main() -> tuple[pomona.Report, pomona.Report]:
     pruner = pomona.Pruner(base, optimizer, pomona.Magnitude(pomona.Cubic(0.0, 0.9, steps=200), every=10))
     fit(base, optimizer, turn=0.5)
     pruner.harden()
-    print(f"the base, {pomona.report(base).sparsity:.1%} zeros, on the new task: {accuracy(base):.1%}")
+    print(f"the base, {pomona.report(base).sparsity:.1%} zeros, on the new task: {accuracy(base):.1f} %")
 
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))  # freezes the base, and so its zeros
     fit(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), turn=2.0)
@@ -48,7 +48,7 @@ def main() -> tuple[pomona.Report, pomona.Report]:
     optimizer = torch.optim.AdamW(merged.parameters(), lr=1e-3)
     holder = pomona.hold(merged, optimizer)  # what was lost is won back by a little training of the survivors
     fit(merged, optimizer, turn=2.0)
-    print(f"after holding and training: {accuracy(merged):.1%}, {holder.verify().sparsity:.1%} zeros")
+    print(f"after holding and training: {accuracy(merged):.1f} %, {holder.verify().sparsity:.1%} zeros")
     return report, holder.report()
 
 

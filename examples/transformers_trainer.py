@@ -20,7 +20,7 @@ class WhichComesFirst(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(seed)
         self.words = torch.randint(3, 30, (size, 10), generator=generator)
         self.labels = torch.randint(2, (size,), generator=generator)
-        for words, label in zip(self.words, self.labels):
+        for words, label in zip(self.words, self.labels, strict=True):
             first, second = torch.randperm(10, generator=generator)[:2].sort().values
             words[first], words[second] = (1, 2) if label else (2, 1)
 
@@ -34,9 +34,13 @@ class WhichComesFirst(torch.utils.data.Dataset):
 def main(folder: str = "runs/trainer", num_steps: int = 600) -> PrunerCallback:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=30,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=10,
+    )
     model = BertForSequenceClassification(config)  # or from_pretrained(...)
     args = TrainingArguments(
         folder,

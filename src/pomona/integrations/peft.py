@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -79,10 +80,11 @@ def merge(model: PeftModel, *, evaluate: Callable[[nn.Module], float] | None = N
 
 def _base(model: PeftModel) -> dict[str, nn.Parameter]:
     """The base's own parameters, by the names that they have once the adapters are gone."""
+    prefix: Any = model.base_model.prefix  # such as lora_
     found = {}
     for name, parameter in model.get_base_model().named_parameters():
         parts = name.split(".")
-        if "modules_to_save" in parts or any(part.startswith(model.base_model.prefix) for part in parts):
+        if "modules_to_save" in parts or any(part.startswith(prefix) for part in parts):
             continue
         found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = parameter
     return found
