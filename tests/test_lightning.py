@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 import pomona
 from pomona.integrations.lightning import PrunerCallback
@@ -28,6 +29,7 @@ from tests.problems import Batch, batches, bits, loss_of, net, sparse_net
 # These runs are far too short for passive weights to vanish, which is not what they are about.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed"),
+    pytest.mark.filterwarnings("ignore:decay exponent"),
     pytest.mark.filterwarnings("ignore:harden.. at step .* comes early"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # the callback that saved need not load
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
@@ -401,6 +403,35 @@ def test_bad_arguments_are_refused_at_once() -> None:
     for wrong in (-1, True, "sgd"):
         with pytest.raises(ValueError, match="optimizer must be a number >= 0"):
             PrunerCallback(GSM, optimizer=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["", "accumulated"])
+@pytest.mark.parametrize("schedule", [None, "step", "epoch"])
+def test_whether_a_run_can_succeed_is_foretold(
+    schedule: str | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learning rate falls to zero after four steps, or after the first epoch."""
+
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = SGD_(self.parameters())
+            if schedule is None:
+                return optimizer
+            ends = 4 if schedule == "step" else 1
+            scheduler = LambdaLR(optimizer, lambda count: float(count < ends))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": schedule}}
+
+    callback, told = PrunerCallback(GSM), []
+    seen = pomona.Pruner.diagnose
+
+    def note(pruner: pomona.Pruner, *args: Any, **how: Any) -> Any:
+        told.append(seen(pruner, *args, **how))
+        return told[-1]
+
+    monkeypatch.setattr(pomona.Pruner, "diagnose", note)
+    fit(callback, Scheduled(), **options)
+    assert callback.pruner is not None
+    assert [one.exponent for one in told] == [pytest.approx(callback.pruner.metrics()["decay_exponent"])]
 
 
 def test_there_must_be_zeros_to_hold() -> None:

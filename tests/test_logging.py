@@ -20,6 +20,7 @@ from tests.test_lightning import GSM, SGD_, Loader, Module, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed"),
+    pytest.mark.filterwarnings("ignore:decay exponent"),
 ]
 
 NAMES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ def _bases() -> tuple[Any, ...]:
 class PrunerCallback(*_bases()):  # type: ignore[misc]
     """Prunes the LightningModule while it trains, and makes the zeros exact at the end of training.
 
-    It makes the ``Pruner`` when training starts, saves its state in every checkpoint, restores it with
+    It makes the ``Pruner`` when training starts, asks it whether the run can succeed (``Pruner.diagnose``; with manual
+    optimization ask yourself), saves its state in every checkpoint, restores it with
     ``fit(ckpt_path=...)``, logs ``pomona.integrations.numbers`` as often as the Trainer logs, and hardens when
     training ends; then it is verified that no later callback has revived a zero. A further ``fit`` of the same module
     goes on where the last one ended. Automatic and manual optimization, accumulation, clipping, mixed precision.
@@ -103,6 +105,8 @@ class PrunerCallback(*_bases()):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._start(trainer.optimizers, pl_module)
+        if pl_module.automatic_optimization and not trainer.global_step:
+            self._diagnose(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         assert self.pruner is not None
@@ -141,6 +145,19 @@ class PrunerCallback(*_bases()):  # type: ignore[misc]
         elif before:
             self.pruner.load_state_dict(before)
         self._is_started, self._logged_at = True, self.pruner.num_steps
+
+    def _diagnose(self, trainer: Any) -> None:
+        """Whether the run can succeed; of endless runs, and of learning rates that follow the loss, nobody knows."""
+        assert self.pruner is not None
+        num_steps, config = trainer.estimated_stepping_batches, next(iter(trainer.lr_scheduler_configs), None)
+        if not math.isfinite(num_steps) or num_steps < 1 or (config and config.reduce_on_plateau):
+            return
+        if config is None:
+            self.pruner.diagnose(num_steps)
+            return
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        update = config.frequency * (1 if config.interval == "step" else per_epoch)
+        self.pruner.diagnose(num_steps, config.scheduler, steps_per_update=update)
 
     def _place(self, count: int) -> int:
         if self.optimizer is None and count != 1:
