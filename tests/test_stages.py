@@ -507,6 +507,7 @@ def test_without_pictures_the_rest_is_the_same_and_report_draws_them_later(finis
     kept = {path.name for path in run.iterdir() if not path.name.startswith("checkpoint-")}
     assert kept == {"run.json", "metrics.jsonl", "result.json", "model.pt"}
     assert command_line(["report", str(run)]).status == 0
-    assert {path.name for path in run.glob("*.png")} == {"layers.png", "magnitudes.png", "training.png"}
+    drawn = {path.name for path in run.glob("*.png")}
+    assert drawn == {"history.png", "layers.png", "magnitudes.png", "training.png"}
     page = (run / "report.html").read_text()
     assert "[retrain]" in page and f"{json.loads((run / 'result.json').read_text())['accuracy']['final']:.2f}" in page
