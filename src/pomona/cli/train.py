@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,6 @@ def until_stopped(
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.pictures import times
     from pomona.zoo.progressive import train_progressive
     from pomona.zoo.train import read_base, train, train_base
 
@@ -146,16 +145,22 @@ def _run(options: argparse.Namespace) -> int:
             base = train_base(recipe, data, options.base, **how) if options.base else None
         return train(recipe, data, folder, base=base, pictures=not options.no_pictures, **how)
 
-    result = until_stopped(go, options)
+    print(conclusion(until_stopped(go, options)))
+    return 0
+
+
+def conclusion(result: Mapping[str, Any]) -> str:
+    """What came out of a run, in two or three lines."""
+    from pomona.zoo.pictures import times
+
     accuracy, loss = result["accuracy"], result.get("loss") or {}  # runs of earlier versions have no losses
     steps = [("base", "dense"), ("before_cut", "before the cut"), ("after_cut", "after"), ("retrained", "retrained")]
     told = ", ".join(f"{accuracy[key]:.2f} {name}" for key, name in steps if accuracy.get(key) is not None)
     losses = ", ".join(f"{loss[key]:.4f} {name}" for key, name in steps if loss.get(key) is not None)
     report = result["report"]
-    if losses:
-        print(f"test loss (nats) {losses}")
-    print(f"{times(report['total'], report['nonzero'])} compression; accuracy {told}, on {result['data']}")
+    lines = [f"test loss (nats) {losses}"] if losses else []
+    lines.append(f"{times(report['total'], report['nonzero'])} compression; accuracy {told}, on {result['data']}")
     published = (result["expected"] or {}).get("accuracy")
     if published is not None:
-        print(f"published: {published:.2f} at the end; here {accuracy['final'] - published:+.2f}")
-    return 0
+        lines.append(f"published: {published:.2f} at the end; here {accuracy['final'] - published:+.2f}")
+    return "\n".join(lines)

@@ -35,6 +35,7 @@ from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import Recipe, Stage
 
 _CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
+_LOCK_SECONDS = 0.3  # to wait for those who only ask whether a process is running
 _EVAL_BATCH = 1000  # labels at a time, or fewer where their inputs are
 _EVAL_VALUES = 800_000  # of inputs at a time: what is computed from more leaves the cache
 _HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
@@ -253,14 +254,14 @@ class Run:
         if is_tested:
             row["test_accuracy"], row["test_loss"] = self.evaluate(learner.model)
         if learner.pruner and not learner.pruner.is_hardened:
-            row |= learner.pruner.metrics()
+            row |= learner.pruner.metrics() | {"density_if_cut": learner.pruner.density_if_cut()}
             if is_tested:
                 row |= self._cut_now(learner.model, learner.pruner)
         row["seconds"] = round(learner.seconds, 3)
         self.rows.append(row)
         self._append(row)
         if is_tested:
-            self.progress.line(_describe(row, phase.stage.epochs))
+            self.progress.line(describe(row, phase.stage.epochs))
         learner.loss_sum.zero_()
         learner.num_right.zero_()
         if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
@@ -283,7 +284,6 @@ class Run:
                 "accuracy_if_cut": accuracy,
                 "loss_if_cut": loss,
                 "largest_cut": cut.largest_cut,
-                "kept": {layer.name: layer.nonzero for layer in cut.layers},
                 "histogram": histogram,
             }
 
@@ -292,7 +292,7 @@ class Run:
             (row for row in reversed(self.rows) if row["stage"] == phase.name), {"stage": phase.name, "epoch": 0}
         )
         left = learner.seconds / learner.step * (num_steps - learner.step)
-        return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {_describe(row, phase.stage.epochs)}"
+        return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {describe(row, phase.stage.epochs)}"
 
     def _save(self, index: int, learner: Learner | None) -> None:
         """A checkpoint inside phase ``index``, or before its first step."""
@@ -431,10 +431,11 @@ _COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
 }
 
 
-_UNTOLD = {"stage", "epoch", "step", "seconds", "kept", "histogram"}
+_UNTOLD = {"stage", "epoch", "step", "seconds", "density_if_cut", "histogram"}
 
 
-def _describe(row: Mapping[str, Any], epochs: int) -> str:
+def describe(row: Mapping[str, Any], epochs: int) -> str:
+    """A row of metrics as a line."""
     known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
     known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_UNTOLD}]
     return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
@@ -589,12 +590,33 @@ def _lock(manifest: Path) -> TextIO:
     if sys.platform != "win32":
         import fcntl
 
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise FolderError(f"another process is running in {manifest.parent}; wait for it or end it") from None
+        until = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    lock.close()
+                    raise FolderError(
+                        f"another process is running in {manifest.parent}; wait for it or end it"
+                    ) from None
+            time.sleep(0.02)
     return lock
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is training in the folder; on Windows always True, for that cannot be told there."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    with (folder / "run.json").open() as manifest:  # closing it gives the lock back
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
