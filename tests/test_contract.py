@@ -67,7 +67,7 @@ METHODS = [
     Case(
         "magnitude, 1:2",
         pomona.Magnitude(pomona.Cubic(0.0, 0.5, steps=12), every=3, granularity="1:2"),
-        ("adamw",),
+        ("momentum",),
         budget=36,
     ),
     Case("admm, channels", pomona.ADMM(0.4, rho=0.1, every=6, granularity="channel"), ("momentum",), budget=None),

@@ -512,7 +512,7 @@ def test_a_recipe_says_it_in_the_same_word() -> None:
     with pytest.raises(RecipeError, match="n of every m with 0 < n < m"):
         load_recipe("compare-magnitude-global", ["method.granularity=3:2"])
     with pytest.raises(
-        RecipeError, match=re.escape("keeps 2 of every 4 weights, so that sparsity must be 0.5, got 0.9")
+        RecipeError, match=re.escape("keeps 2 of every 4 weights, so that sparsity must be 0.5 at its end")
     ):
         load_recipe("compare-magnitude-global", ["method.granularity=2:4", "method.sparsity=0.9"])
 

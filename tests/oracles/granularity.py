@@ -45,7 +45,7 @@ def group_masks(scores: Sequence[Array], granularity: str, k: int, min_density: 
     masks = [np.zeros(score.shape, dtype=np.bool_) for score in scores]
     groups = [groups_of(score.shape, granularity) for score in scores]
     ranked = sorted(
-        (-sum(Fraction(float(score[i])) ** 2 for i in group) / len(group), a, g)
+        (-sum((Fraction(float(score[i])) ** 2 for i in group if score[i]), Fraction()) / len(group), a, g)
         for a, score in enumerate(scores)
         for g, group in enumerate(groups[a])
     )
@@ -53,7 +53,8 @@ def group_masks(scores: Sequence[Array], granularity: str, k: int, min_density: 
     first = []
     for a in range(len(scores)):
         first += [one for one in alive if one[0] == a][: math.ceil(min_density * len(groups[a]))]
-    for a, g in [*first, *(one for one in alive if one not in first)]:
+    chosen = set(first)
+    for a, g in [*first, *(one for one in alive if one not in chosen)]:
         if len(groups[a][g]) > k:
             break
         k -= len(groups[a][g])
