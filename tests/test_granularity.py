@@ -385,6 +385,8 @@ def test_every_method_ends_with_its_budget_in_whole_groups_and_keeps_them(
     steps(model, optimizer, 5, seed=1)
     assert pruner.verify().nonzero <= kept
     assert report.granularity == granularity and f"granularity {granularity}" in str(report)
+    if ":" in granularity:
+        assert {layer.reason for layer in report.layers} == {f"{granularity}, as every layer"}
     for mask in masks.values():
         for group in oracle.groups_of(mask.shape, granularity):
             num = sum(bool(mask[i]) for i in group)

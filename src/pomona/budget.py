@@ -254,9 +254,8 @@ def tell_share(
     total: int, kept: int, density: float, allocation: Allocation, granularity: Granularity = "weight"
 ) -> str:
     """One clause for ``Method.why``: how a layer came to keep ``kept`` of ``total`` by an allocation."""
-    kind = parse(granularity)
-    if isinstance(kind, NOfM) and kept * kind.m == total * kind.n:
-        return f"{kind.n} of every {kind.m}, as every layer"
+    if granularity_decides(total, kept, granularity):
+        return f"{granularity}, as every layer"
     if kept == 0:
         return f"emptied by allocation={allocation!r}"
     return f"{kept / total / density:.2g}x the network's share, by allocation={allocation!r}"
@@ -302,6 +301,12 @@ def check_budget(
 
 def _channel_floors(shapes: Sequence[Sequence[int]], kind: Channel, min_density: float) -> list[int]:
     return [math.ceil(round(min_density * shape[kind.dim], 6)) for shape in shapes]
+
+
+def granularity_decides(total: int, kept: int, granularity: Granularity) -> bool:
+    """Whether a layer keeps what n:m leaves every layer."""
+    kind = parse(granularity)
+    return isinstance(kind, NOfM) and kept * kind.m == total * kind.n
 
 
 def check_min_density(min_density: float) -> None:

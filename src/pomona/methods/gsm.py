@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import check_budget, check_min_density, num_kept, select, top_k
+from pomona.budget import check_budget, check_min_density, granularity_decides, num_kept, select, top_k
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.granularity import Granularity, canonical, check_granularity
 from pomona.method import Method, Weight
@@ -61,8 +61,8 @@ class GSM(Method):
             none (0).
         granularity: what is active, and survives, together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity``
             must then end at ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input
-            channel"``; see :mod:`pomona.granularity`. All but the first take masks of a byte a weight at each step.
-            Paper: single weights.
+            channel"``; see :mod:`pomona.granularity`. All but the first take masks of a byte a weight at each step,
+            for which a GPU's host waits. Paper: single weights.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -168,6 +168,8 @@ class GSM(Method):
         return num_kept(value_at(self.sparsity, step), total)
 
     def why(self, total: int, kept: int, density: float) -> str:
+        if granularity_decides(total, kept, self.granularity):
+            return f"{self.granularity}, as every layer"
         if kept == 0:
             return "emptied: none of its weights is above the one cut on |w| for all layers"
         if self.min_density > 0.0 and kept == math.ceil(round(self.min_density * total, 6)):

@@ -10,7 +10,15 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pomona.budget import check_budget, check_floors, check_min_density, num_kept, top_k, top_k_each
+from pomona.budget import (
+    check_budget,
+    check_floors,
+    check_min_density,
+    granularity_decides,
+    num_kept,
+    top_k,
+    top_k_each,
+)
 from pomona.granularity import Granularity, canonical, check_granularity
 from pomona.method import Method, Weight
 from pomona.ops import among, count, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of, total
@@ -227,6 +235,8 @@ class WeightMom(Method):
         )
 
     def why(self, total: int, kept: int, density: float) -> str:
+        if granularity_decides(total, kept, self.granularity):
+            return f"{self.granularity}, as every layer"
         if kept == 0:
             return "emptied: the running mean of |w| of all its weights stayed low"
         if self.min_density > 0.0 and [kept] == check_floors([total], total, self.min_density):
