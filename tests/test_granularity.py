@@ -305,9 +305,14 @@ def test_layers_that_do_not_fall_into_groups_are_named_with_the_way_out(granular
         check_budget(weights_of([(4, 6), (4, 8), (3, 8), (4, 8, 3, 3)]), 30, "uniform", granularity=granularity)
 
 
+def test_a_selection_among_scores_that_do_not_fit_is_refused_too() -> None:
+    with pytest.raises(ValueError, match=re.escape("divisible by 4, which score 1 (2, 6) does not have")):
+        top_k([torch.ones(2, 8), torch.ones(2, 6)], 14, granularity="2:4")
+
+
 def test_vectors_have_channels_and_no_input_channels() -> None:
     check_budget(weights_of([(4, 6), (4,)]), 14, "global", granularity="channel")
-    with pytest.raises(ValueError, match=re.escape("needs at least 2 dimensions, which w1 (4,) does not have")):
+    with pytest.raises(ValueError, match=re.escape("needs two dimensions, which w1 (4,) does not have")):
         check_budget(weights_of([(4, 6), (4,)]), 14, "global", granularity="input channel")
 
 

@@ -15,6 +15,7 @@ from pomona.granularity import (
     Granularity,
     NOfM,
     check_fits,
+    check_shapes,
     fold,
     parse,
     top_channels,
@@ -131,6 +132,9 @@ def top_k(
     """
     check_allocation(allocation)
     kind = parse(granularity)
+    shapes = _shapes(scores, of)
+    names = [f"score {i}" for i in range(len(scores))] if of is None else [w.name for w in of]
+    check_shapes(kind, dict(zip(names, shapes, strict=True)))
     if isinstance(kind, NOfM):
         return _n_of_m(scores, k, allocation, kind, of)
     if isinstance(kind, Block):
@@ -138,7 +142,6 @@ def top_k(
         ranked, blocks = [score for score, _ in folded], [w for _, w in folded if w is not None]
         masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, of=blocks or None, min_density=min_density)
         return [unfold(mask, kind) for mask in masks]
-    shapes = _shapes(scores, of)
     if allocation != "global":
         return top_k_each(scores, deal(allocation, shapes, k), of=of, granularity=granularity)
     if isinstance(kind, Channel):

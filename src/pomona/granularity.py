@@ -197,24 +197,10 @@ def check_fits(weights: Sequence[Weight], granularity: Granularity) -> None:
     All ranks must call it where weights are sharded.
     """
     kind = parse(granularity)
-    if isinstance(kind, Single):
-        return
+    check_shapes(kind, {w.name: w.shape for w in weights})
     steps = _steps(kind)
-    unfit = [w for w in weights if not _fits(kind, w.shape)]
-    if unfit:
-        shown = ", ".join(f"{w.name} {tuple(w.shape)}" for w in unfit[:3])
-        more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
-        wanted = {
-            NOfM: f"a second dimension (the inputs) divisible by {steps[1]}",
-            Block: f"a first dimension (the outputs) divisible by {steps[0]} and a second (the inputs) by {steps[1]}",
-            Channel: f"at least {2 if isinstance(kind, Channel) and kind.dim else 1} dimensions",
-        }[type(kind)]
-        raise ValueError(
-            f"granularity='{kind}' needs {wanted}, which {shown}{more} {'do' if len(unfit) > 1 else 'does'} not "
-            f"have; leave {'them' if len(unfit) > 1 else 'it'} dense: Scope(exclude={[w.name for w in unfit]})"
-        )
-    if isinstance(kind, Channel):
-        return  # summed over ranks
+    if isinstance(kind, (Single, Channel)):
+        return  # channels are summed over ranks
     torn = [float(w.shard is not None and not _is_aligned(steps, w.shard, w.value.shape)) for w in weights]
     for w, is_torn in zip(weights, max_over(torn, [w.shard for w in weights]), strict=True):
         if is_torn:
@@ -225,6 +211,26 @@ def check_fits(weights: Sequence[Weight], granularity: Granularity) -> None:
             )
 
 
+def check_shapes(kind: Kind, shapes: Mapping[str, Sequence[int]]) -> None:
+    """ValueError unless tensors of these shapes, by name, fall into groups."""
+    unfit = {name: tuple(shape) for name, shape in shapes.items() if not _fits(kind, shape)}
+    if not unfit:
+        return
+    steps = _steps(kind)
+    wanted = {
+        NOfM: f"a second dimension (the inputs) divisible by {steps[1]}",
+        Block: f"a first dimension (the outputs) divisible by {steps[0]} and a second (the inputs) by {steps[1]}",
+        Channel: "two dimensions" if isinstance(kind, Channel) and kind.dim else "a dimension",
+    }[type(kind)]
+    shown = ", ".join(f"{name} {shape}" for name, shape in list(unfit.items())[:3])
+    more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
+    does, it = ("do", "them") if len(unfit) > 1 else ("does", "it")
+    raise ValueError(
+        f"granularity='{kind}' needs {wanted}, which {shown}{more} {does} not have; leave {it} dense: "
+        f"Scope(exclude={list(unfit)})"
+    )
+
+
 def _steps(kind: Kind) -> tuple[int, int]:
     """Size of a group in the first two dimensions."""
     if isinstance(kind, NOfM):
@@ -233,6 +239,8 @@ def _steps(kind: Kind) -> tuple[int, int]:
 
 
 def _fits(kind: Kind, shape: Sequence[int]) -> bool:
+    if isinstance(kind, Single):
+        return True
     if isinstance(kind, Channel):
         return len(shape) > kind.dim
     return len(shape) >= 2 and all(size % step == 0 for size, step in zip(shape, _steps(kind), strict=False))
