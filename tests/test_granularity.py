@@ -649,3 +649,12 @@ def test_what_is_a_constant_on_one_example_only_stays() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Softmax(-1), nn.Linear(4, 3))
     model[0].weight.data[1] = 0
     assert pomona.shrink(model, torch.randn(1, 5))[1] == {}
+
+
+def test_frozen_weights_shrink_too_and_stay_frozen() -> None:
+    pytest.importorskip("torch_pruning")
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).requires_grad_(False)
+    model[2].weight[:, 2] = 0
+    smaller, taken = pomona.shrink(model, torch.randn(1, 4))
+    assert taken == {"0": 1}
+    assert not any(p.requires_grad for p in smaller.parameters())

@@ -41,6 +41,9 @@ def shrink(model: Model, example: Tensor | tuple[Any, ...]) -> tuple[Model, dict
         raise ImportError("shrink needs Torch-Pruning: pip install 'pomona[shrink]'") from None
     inputs = example if isinstance(example, tuple) else (example,)
     smaller = copy.deepcopy(model).eval()
+    frozen = [name for name, p in smaller.named_parameters() if not p.requires_grad]
+    for p in smaller.parameters():
+        p.requires_grad_(p.is_floating_point())  # Torch-Pruning follows the graph of autograd
     with torch.no_grad():
         expected = smaller(*inputs)
     graph = tp.DependencyGraph().build_dependency(smaller, example_inputs=inputs)
@@ -57,6 +60,8 @@ def shrink(model: Model, example: Tensor | tuple[Any, ...]) -> tuple[Model, dict
                 f"without its dead channels the model computes something else (largest difference "
                 f"{float((a - b).abs().max()):.3g}); please report this model"
             )
+    for name in frozen:
+        smaller.get_parameter(name).requires_grad_(False)
     return smaller, removed
 
 
