@@ -170,6 +170,15 @@ def test_params_are_looked_up_in_the_model(params: str, expected: list[str]) -> 
     assert names(read(gradual(params=params))) == [expected]
 
 
+def test_a_tied_weight_is_one_under_each_of_its_names() -> None:
+    model = Net()
+    model.layer[1].weight = nn.Parameter(torch.randn(2, 20))
+    model.head.weight = model.layer[1].weight
+    assert names(read(gradual(params="['head.weight']"), model=model), model) == [["layer.1.weight"]]
+    with pytest.raises(ValueError, match=r"layer\.1\.weight is in the params of two modifiers"):
+        read(gradual(params="['head.weight']"), gradual(params="['layer.1.weight']"), model=model)
+
+
 def test_modifiers_that_are_set_alike_are_one() -> None:
     layers = [gradual(params=f"['{name}']") for name in PRUNABLE]
     recipe = read(*layers)

@@ -179,16 +179,13 @@ def _read(
         return [(None, _names(kind, keys["params"], model))]
 
     final = keys["final_sparsity"]
-    if not isinstance(final, Mapping):
-        return [
-            (_gradual(kind, keys, final, (names := _names(kind, keys["params"], model)), model, steps_per_epoch), names)
-        ]
-    if _GRADUAL[kind] == "global" or keys["params"]:
-        raise ValueError(
-            f"{kind}.final_sparsity is a mapping of sparsities to params, which goes with "
-            f"{'params: [] only' if keys['params'] else 'GMPruningModifier only: one ranking has one sparsity'}"
-        )
-    levels = [(level, _names(kind, params, model)) for level, params in final.items()]
+    if isinstance(final, Mapping):
+        if _GRADUAL[kind] == "global" or keys["params"]:
+            goes_with = "params: [] only" if keys["params"] else "GMPruningModifier only: one ranking has one sparsity"
+            raise ValueError(f"{kind}.final_sparsity is a mapping of sparsities to params, which goes with {goes_with}")
+        levels = [(level, _names(kind, params, model)) for level, params in final.items()]
+    else:
+        levels = [(final, _names(kind, keys["params"], model))]
     return [(_gradual(kind, keys, level, names, model, steps_per_epoch), names) for level, names in levels]
 
 
@@ -269,19 +266,22 @@ def _names(kind: str, params: Any, model: nn.Module) -> list[str]:
     entries = [params] if isinstance(params, str) else params
     if not (isinstance(entries, list) and entries and all(isinstance(entry, str) for entry in entries)):
         raise ValueError(f"{kind}.params must be a list of names such as 're:.*weight', got {params!r}")
-    known = [name for name, _ in model.named_parameters()]
+    first_of: dict[nn.Parameter, str] = {}
+    known = {  # each name, tied ones too -> the first name of that parameter
+        name: first_of.setdefault(parameter, name) for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     found: set[str] = set()
     for entry in entries:
-        matched = {name for name in known if _matches(entry, name)}
-        if entry == "__ALL_PRUNABLE__":
-            matched = _prunable(model).intersection(known)
+        names = _prunable(model) & known.keys() if entry == "__ALL_PRUNABLE__" else known.keys()
+        matched = {known[name] for name in names if entry == "__ALL_PRUNABLE__" or _matches(entry, name)}
         if not matched:
+            some = ", ".join([*known][:5])
             raise ValueError(
                 f"{kind}.params has {entry!r}, which matches no parameter of {type(model).__name__}; it has "
-                f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+                f"{some}{', ...' if len(known) > 5 else ''}"
             )
         found |= matched
-    return [name for name in known if name in found]
+    return [name for name in first_of.values() if name in found]
 
 
 def _matches(entry: str, name: str) -> bool:
