@@ -241,6 +241,7 @@ def test_variables_are_worked_out() -> None:
         ({"leave_enabled": "False"}, "leave_enabled must be True, got False: a cut weight stays cut"),
         ({"inter_func": "inverse_cubic"}, "inter_func must be linear or cubic, got 'inverse_cubic'"),
         ({"end_epoch": 1.0}, "must end after it starts, got start_epoch 1 and end_epoch 1, which are the steps 100"),
+        ({"end_epoch": True}, r"end_epoch must be a number, got True"),
         ({"end_epoch": "soon"}, "GMPruningModifier.end_epoch must be a number, got 'soon'"),
         ({"final_sparsity": 80}, r"GMPruningModifier: sparsity must be in \[0, 1\), got 80.0 \(did you mean 0.8"),
         ({"final_sparsity": 0.01}, "sparsity must not fall"),
