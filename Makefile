@@ -7,7 +7,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow bench fuzz web sanitize format clean
+.PHONY: demo test test-slow test-install test-oldest test-newest bench fuzz web sanitize format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
@@ -23,6 +23,19 @@ test: $(VENV)/.test  ## all that CI runs
 
 test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kills at random moments
 	$(RUN) pytest -m slow
+
+test-install: $(VENV)/.test  ## minutes: sdist and wheels into clean environments, with a compiler, without, and a broken one
+	$(RUN) pytest -m slow tests/test_install.py
+
+# The suite without the integrations, on the ends of what docs/install.md says is supported, in environments of their own.
+test-oldest: PINS := 'torch==2.6.*' 'numpy==1.26.*'
+test-newest: PINS := torch numpy
+test-oldest test-newest: test-%:  ## make PYTHON=python3.10 test-oldest; make PYTHON=python3.13 test-newest
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet --upgrade --extra-index-url $(TORCH_INDEX) \
+	  $(PINS) -e '.[zoo,onnx,shrink]' safetensors pyyaml pytest hypothesis pytest-xdist
+	build/$*/bin/python -m pytest -n 2 --ignore=src/pomona/integrations \
+	  $(foreach name,accelerate examples integrations lightning logging peft transformers,--ignore=tests/test_$(name).py)
 
 bench: $(VENV)/.test  ## half an hour on a quiet machine: what pruning costs, into bench/results/speed
 	for what in step cut growth scale memory; do $(VENV)/bin/python bench/speed.py $$what || exit 1; done

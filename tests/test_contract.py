@@ -10,7 +10,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -347,4 +347,26 @@ def test_a_compiled_step_ends_where_the_plain_one_does(case: Case) -> None:
         loss_of(run.model, batch).backward()
         compiled()
     torch._dynamo.reset()
-    assert run.end() == plain(case, batches(STEPS)).end()
+    there = plain(case, batches(STEPS))
+    if _rounds_as_the_plain_one():
+        assert run.end() == there.end()
+    else:
+        torch.testing.assert_close(run.states()["model"], there.states()["model"], rtol=1e-4, atol=1e-6)
+        assert run.pruner.num_steps == STEPS
+
+
+@cache
+def _rounds_as_the_plain_one() -> bool:
+    """Whether torch's own compiled step, with no Pruner near, has the bits of the plain one; that of 2.6 has not."""
+    ends = []
+    for is_compiled in (False, True):
+        model = net(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        step = torch.compile(optimizer.step, backend="eager") if is_compiled else optimizer.step
+        for batch in batches(STEPS):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            step()
+        ends.append(bits(model.state_dict()))
+    torch._dynamo.reset()
+    return bool(ends[0] == ends[1])

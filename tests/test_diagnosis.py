@@ -350,6 +350,7 @@ def states(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Any, ...]:
     return copy.deepcopy((optimizer.state_dict(), scheduler.state_dict())), values
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # SequentialLR of torch 2.6 steps so itself
 @pytest.mark.parametrize("per_update", [1, 3])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_rehearsal_is_what_the_loop_then_does(name: str, per_update: int) -> None:
@@ -360,6 +361,7 @@ def test_a_rehearsal_is_what_the_loop_then_does(name: str, per_update: int) -> N
     assert len({rate for group in rates(ahead) for rate in group}) > 2  # the rates do move
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # SequentialLR of torch 2.6 steps so itself
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_rehearsal_in_the_middle_of_a_run_goes_on_from_there(name: str) -> None:
     optimizer = sgd()

@@ -408,7 +408,8 @@ def test_distributed_checkpointing_makes_no_step() -> None:
     assert bits(other.state_dict()["state"]) == bits(optimizer.state_dict()["state"])
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # which torch 2.6 uses itself
 def test_a_distributed_checkpoint_takes_the_pruner_as_it_is(tmp_path: Path) -> None:
     model, optimizer, pruner = pruned()
     assert isinstance(pruner, Stateful)
@@ -420,7 +421,8 @@ def test_a_distributed_checkpoint_takes_the_pruner_as_it_is(tmp_path: Path) -> N
     assert fresh.num_steps == 7
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # which torch 2.6 uses itself
 def test_a_distributed_checkpoint_restores_the_zeros(tmp_path: Path) -> None:
     model, optimizer, pruner = pruned()
     train(model, optimizer, batches(NUM_STEPS))
@@ -526,7 +528,11 @@ def test_a_step_that_raises_does_not_disturb_the_next() -> None:
     [
         (lambda ps: torch.optim.LBFGS(ps), "LBFGS evaluates its closure several times a step"),
         (lambda ps: AdamW(ps), "AdamW: its weight decay is decoupled from the gradient"),
-        (lambda ps: Adam(ps, decoupled_weight_decay=True), "Adam: its weight decay is decoupled from the gradient"),
+        pytest.param(
+            lambda ps: Adam(ps, decoupled_weight_decay=True),
+            "Adam: its weight decay is decoupled from the gradient",
+            marks=pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="Adam of torch 2.6 cannot do it"),
+        ),
         (lambda ps: Adam(ps, weight_decay=0.1), "cannot prune with Adam: it needs momentum SGD"),
         (lambda ps: torch.optim.RMSprop(ps, momentum=0.9), "cannot prune with RMSprop: it needs momentum SGD"),
         (lambda ps: SGD(ps, lr=0.1, weight_decay=0.1), r"momentum > 0, got SGD\(momentum=0\)"),
@@ -1049,6 +1055,7 @@ SCHEDULERS: dict[str, Callable[[SGD], lr_scheduler.LRScheduler]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # SequentialLR of torch 2.6 steps so itself
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_the_forecast_is_what_the_run_then_reaches(name: str) -> None:
     model, optimizer, pruner = pruned()

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
     from pomona.scope import Scope
     from pomona.score import magnitude, saliency
+    from pomona.sparseml import SparseMLRecipe, from_sparseml
+    from pomona.torch_prune import from_torch_prune
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,8 @@ _NAMES_IN = {
     "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
     "scope": ("Scope",),
     "score": ("magnitude", "saliency"),
+    "sparseml": ("SparseMLRecipe", "from_sparseml"),
+    "torch_prune": ("from_torch_prune",),
 }
 _PLACE_OF = {name: place for place, names in _NAMES_IN.items() for name in names}
 
@@ -76,10 +80,13 @@ __all__ = [
     "RigL",
     "Schedule",
     "Scope",
+    "SparseMLRecipe",
     "Weight",
     "WeightMom",
     "compile",
     "export",
+    "from_sparseml",
+    "from_torch_prune",
     "global_top_k",
     "hold",
     "load",

@@ -163,7 +163,7 @@ def _check_prunable(name: str, parameter: nn.Parameter, module: nn.Module) -> No
         raise ValueError(
             f"{name} is recomputed by a parametrization (torch.nn.utils.parametrize or torch.nn.utils.prune), so "
             f"zeros in it are not zeros of the layer. Make it permanent first (remove_parametrizations or "
-            f"prune.remove), or exclude it: Scope(exclude=[{name!r}])"
+            f"pomona.from_torch_prune), or exclude it: Scope(exclude=[{name!r}])"
         )
 
 

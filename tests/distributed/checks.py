@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,12 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], list[Any]]] = {
 }
 
 
+# Each rank has the whole already; torch 2.6 cannot be told so, and sends it around.
+_EACH_ITS_OWN: dict[str, Any] = (
+    {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+)
+
+
 @cache
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
     names = ("dp", "tp")[: len(shape)]
@@ -66,12 +73,12 @@ def is_on(mesh: DeviceMesh) -> bool:
 
 def lay_out(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTensor:
     fitting = [Replicate() if isinstance(p, Shard) and p.dim >= whole.ndim else p for p in placements]
-    return distribute_tensor(whole, mesh, fitting, src_data_rank=None)
+    return distribute_tensor(whole, mesh, fitting, **_EACH_ITS_OWN)
 
 
 def part(whole: Tensor, like: DTensor) -> Tensor:
     """This rank's part of a tensor, as a DTensor is laid out."""
-    return local(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
+    return local(distribute_tensor(whole, like.device_mesh, like.placements, **_EACH_ITS_OWN))
 
 
 def weights_of(tensors: Sequence[DTensor]) -> list[Weight]:

@@ -14,8 +14,10 @@ import pomona
 from tests.distributed import checks
 from tests.test_contract import METHODS, Case
 
-# A layer's output; harmless.
-pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor"),  # a layer's output; harmless
+    pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support"),  # of torch 2.6
+]
 
 
 @pytest.fixture(autouse=True)

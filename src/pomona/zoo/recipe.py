@@ -338,7 +338,7 @@ def _build(kind: type[T], table: Mapping[str, Any], *, prefix: str) -> T:
     for one in declared:
         if one.name not in table and one.default is MISSING and one.default_factory is MISSING:
             raise RecipeError(f"missing key {prefix}{one.name}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # Python 3.10 takes KW_ONLY for no type
     values = {name: _read(hints[name], value, prefix + name) for name, value in table.items()}
     with _blaming(prefix):
         return kind(**values)
@@ -368,7 +368,7 @@ def _hints(name: str) -> dict[str, Any]:
     from pomona.methods import METHODS
 
     kind = METHODS[name]
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # Python 3.10 takes KW_ONLY for no type
     return {one.name: hints[one.name] for one in fields(kind)}  # type: ignore[arg-type]
 
 
