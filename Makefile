@@ -7,7 +7,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow bench fuzz web sanitize format clean
+.PHONY: demo test test-slow docs docs-serve bench fuzz web sanitize format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
@@ -23,6 +23,12 @@ test: $(VENV)/.test  ## all that CI runs
 
 test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kills at random moments
 	$(RUN) pytest -m slow
+
+docs: $(VENV)/.test  ## the site, into build/site; open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
+docs-serve: $(VENV)/.test  ## the site on http://localhost:8000, built anew at every change
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve
 
 bench: $(VENV)/.test  ## half an hour on a quiet machine: what pruning costs, into bench/results/speed
 	for what in step cut growth scale memory; do $(VENV)/bin/python bench/speed.py $$what || exit 1; done
