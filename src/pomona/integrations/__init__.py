@@ -1,0 +1,100 @@
+"""Where people already train: callbacks and functions around a Pruner, one framework a file.
+
+A framework is imported by its own file only. Here is what these share: how a Pruner is made, what of it is logged, and
+what of it lies in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pomona.distributed import checksum, is_sharded, local, shards_of, sum_counts
+from pomona.harden import hold
+from pomona.method import Method
+from pomona.pruner import Pruner
+from pomona.scope import Scope
+
+
+def check_arguments(method: Method | None, scope: Scope | None) -> None:
+    """TypeError for what a Pruner would refuse only once training begins."""
+    if not isinstance(method, Method | None):
+        raise TypeError(
+            f"method must be a pomona.Method such as GSM(sparsity=0.9), or None to hold the zeros that are there, "
+            f"got {method!r}"
+        )
+    if not isinstance(scope, Scope | None):
+        raise TypeError(f"scope must be a pomona.Scope such as Scope(exclude=['head']), got {scope!r}")
+
+
+def attach(model: nn.Module, optimizer: Optimizer, method: Method | None, scope: Scope | None) -> Pruner:
+    """A Pruner with the method; without one it holds the zeros that the model has now.
+
+    Raises:
+        ValueError: the model is wrapped by PEFT and there is no scope: only the adapters train, and nothing moves the
+            zeros of the frozen base.
+    """
+    if hasattr(model, "peft_config") and scope is None:
+        raise ValueError(
+            "of a model with PEFT adapters only these train: the zeros of its frozen base stay without a Pruner, and "
+            "pomona.integrations.peft.merge() keeps them when the adapters are merged. Leave the Pruner out; or, if "
+            "it is the adapters that you want pruned, say so: scope=Scope(include=['*.lora_*'])"
+        )
+    return hold(model, optimizer, scope=scope) if method is None else Pruner(model, optimizer, method, scope=scope)
+
+
+def numbers(pruner: Pruner) -> dict[str, float]:
+    """What is logged, under the same names everywhere: the zeros there are now, and the method's own metrics.
+
+    Counts every weight in scope. Of a sharded model all ranks must ask.
+    """
+    report = pruner.report()
+    found = {"sparsity": report.sparsity, "num_skipped": float(report.num_skipped), **report.metrics}
+    return {f"pomona/{name}": value for name, value in found.items()}
+
+
+def whole_state(pruner: Pruner) -> dict[str, Any]:
+    """``pruner.state_dict()`` for one file: sharded tensors put together, with checksums of the weights it belongs to.
+
+    Of a sharded model all ranks must ask, and each holds the whole of one tensor at a time, but for those of the
+    state itself, which are whole on each rank in the end (on the CPU).
+    """
+    return {"pruner": _gathered(pruner.state_dict()), "weights": _checksums(pruner)}
+
+
+def load_whole_state(pruner: Pruner, state: Mapping[str, Any], origin: object) -> None:
+    """Go on from ``whole_state()``; the model's own weights have been loaded already.
+
+    Raises:
+        ValueError: it is something else, or belongs to another method, scope or weights; names where it lay.
+    """
+    if not isinstance(state, Mapping) or state.keys() != {"pruner", "weights"}:
+        raise ValueError(f"{origin} does not hold the state of a Pruner")
+    held = _checksums(pruner)
+    wrong = [name for name, value in held.items() if state["weights"].get(name) != value]
+    if wrong and held.keys() == state["weights"].keys():
+        raise ValueError(
+            f"the state of the Pruner in {origin} belongs to other weights than the model has now: {wrong[0]} differs; "
+            f"load the model's own weights of that checkpoint first"
+        )
+    try:
+        pruner.load_state_dict(state["pruner"])
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def _gathered(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _gathered(value) for key, value in tree.items()}
+    return tree.full_tensor().cpu() if hasattr(tree, "placements") and is_sharded(tree) else tree
+
+
+def _checksums(pruner: Pruner) -> dict[str, int]:
+    """Name -> a number that follows from the bits of the whole weight, however it is spread."""
+    parameters = pruner.parameters()
+    shards = shards_of(parameters)
+    sums = sum_counts([checksum(local(p)) for p in parameters.values()], [shards.get(name) for name in parameters])
+    return dict(zip(parameters, sums, strict=True))
