@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import pomona
+from tests.documented import Taylor
 from tests.problems import NUM_WEIGHTS, Batch, batches, bits, loss_of, net, train
 
 STEPS = 20
@@ -66,6 +67,7 @@ METHODS = [
     Case("magnitude, gradual", pomona.Magnitude(sparsity=pomona.Cubic(0.0, 0.75, steps=12), every=3), ALL),
     Case("magnitude, erk", pomona.Magnitude(sparsity=0.75, allocation="erk"), ("momentum",)),
     Case("rigl", pomona.RigL(sparsity=0.75, every=4, end=16), ALL),
+    Case("taylor, of docs/writing-a-method.md", Taylor(sparsity=0.75, at=9), ALL),
     Case(
         "set", pomona.SET(sparsity=0.75, every=4, seed=1), ALL
     ),  # seed 0 grows behind a dead unit: no gradient, still zero
