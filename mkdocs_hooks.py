@@ -104,6 +104,7 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
 
 def mathml(latex: str, display: str) -> str:
     """One formula; lines that end in two backslashes are aligned at their ampersands."""
+    latex = latex.replace("{aligned}", "{align*}")  # which latex2mathml does not know
     if r"\\" in latex and r"\begin" not in latex:
         latex = rf"\begin{{align*}}{latex}\end{{align*}}"
     made = convert(" ".join(latex.split()), display=display)
@@ -135,12 +136,17 @@ def markdown_of(docstring: str, obj: griffe.Object) -> str:
         shown = path.rpartition(".")[2] if match[2].startswith("~") else path
         return f"[`{shown}`][{_full_path(path, obj)}]"
 
+    def references(match: re.Match[str]) -> str:
+        return f"**References:**\n\n{textwrap.dedent(match[1])}"
+
     text = re.sub(r"^( *)\.\. math::\n((?:\1 +\S.*\n?|\n)+)", formula, docstring, flags=re.MULTILINE)
     text = re.sub(r":math:`([^`]+)`", lambda match: f"${' '.join(match[1].split())}$", text)
     text = re.sub(r":(class|func|meth|mod|attr):`([^`]+)`", reference, text)
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
-    return re.sub(r"^References:\n((?: {4}.*\n?)+)", lambda m: f"**References:**\n\n{textwrap.dedent(m[1])}", text, flags=re.M)
+    return re.sub(
+        r"^References:\n((?: {4}.*\n?)+)", lambda m: f"**References:**\n\n{textwrap.dedent(m[1])}", text, flags=re.M
+    )
 
 
 def _full_path(path: str, obj: griffe.Object) -> str:
@@ -174,7 +180,9 @@ def _row(action: argparse.Action) -> str:
     value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
     if action.choices is not None and not action.metavar:
         value = "{" + ",".join(map(str, action.choices)) + "}"
-    shown = f"{', '.join(action.option_strings)} {value}".strip() if action.option_strings else str(value or action.dest)
+    shown = (
+        f"{', '.join(action.option_strings)} {value}".strip() if action.option_strings else str(value or action.dest)
+    )
     said = argparse.HelpFormatter("pomona")._expand_help(action) if action.help else ""
     cells = (f"`{shown}`", re.sub(r"`([^`]*)`|([<>*_])", lambda m: m[0] if m[1] else f"\\{m[2]}", said))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
