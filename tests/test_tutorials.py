@@ -16,6 +16,10 @@ BLOCK = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", flags=re
 
 # What makes a tutorial short enough for the default suite: (as it stands, instead).
 SHORTER = {
+    "cifar.md": [("num_images, epochs = 10_000, 12\n", "num_images, epochs = 256, 4\n")],
+    "transformer.md": [
+        ("num_held_out, num_sentences, epochs = 300, 1_000, 6\n", "num_held_out, num_sentences, epochs = 20, 40, 1\n")
+    ],
     "mnist.md": [("epochs = 30\n", "epochs = 1\n"), ("epochs = 200\n", "epochs = 8\n")],
 }
 
