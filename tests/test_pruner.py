@@ -24,6 +24,7 @@ import pomona
 from pomona import GSM, Pruner, Scope
 from tests.problems import (
     NUM_WEIGHTS,
+    Batch,
     batches,
     bits,
     loss_of,
@@ -916,6 +917,36 @@ def test_a_compiled_step_needs_no_more_graphs_than_without_a_pruner() -> None:
         counts.append(counter.frame_count)
     torch._dynamo.reset()
     assert counts[1] == counts[0] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("what", ["step before the Pruner", "whole iteration"])
+def test_whatever_is_compiled_the_hooks_run(what: str) -> None:
+    ends = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        model = net()
+        optimizer = sgd(model)
+
+        def iteration(batch: Batch, model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+
+        run = iteration
+        if is_compiled and what == "whole iteration":
+            run = torch.compile(iteration, backend="eager")
+        elif is_compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        for batch in batches(2):
+            run(batch)  # what is compiled has run already when the Pruner comes
+        pruner = Pruner(model, optimizer, GSM(sparsity=0.75))
+        for batch in batches(4):
+            run(batch)
+        assert pruner.num_steps == 4
+        ends.append(bits(dict(model.state_dict())))
+    torch._dynamo.reset()
+    assert ends[0] == ends[1]
 
 
 def test_a_compiled_model_is_pruned_under_its_own_names() -> None:

@@ -40,18 +40,9 @@ def prune(
         scope: which weights; default: every trainable weight of two or more dimensions.
 
     Raises:
-        ValueError: the model or the optimizer was not prepared, is of FSDP1 or DeepSpeed, or what ``Pruner`` raises.
+        ValueError: the model is of FSDP1 or DeepSpeed, or what else ``Pruner`` raises.
     """
     check_arguments(method, scope)
-    for name, one, prepared in (
-        ("model", model, accelerator._models),
-        ("optimizer", optimizer, accelerator._optimizers),
-    ):
-        if not any(one is other for other in prepared):
-            raise ValueError(
-                f"this {name} ({type(one).__name__}) was not prepared by this accelerator; call accelerator.prepare() "
-                f"first and give what it returns"
-            )
     plain: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
     pruner = attach(plain, optimizer, method, scope)
     accelerator.register_for_checkpointing(_Saved(pruner))
