@@ -29,6 +29,14 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|#)([^)#\s]+)((?:#[^)]*)?)\)")
 # Pages
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """An entry of the navigation that ends in a slash stands for the pages of that folder."""
+    for section in config.nav:
+        for title, entry in section.items():
+            if isinstance(entry, str) and entry.endswith("/"):
+                section[title] = [f"{entry}{path.name}" for path in sorted((ROOT / "docs" / entry).glob("*.md"))]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Take the pages from outside docs/, and whatever they and the others link to; add the command line's."""
     for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):
@@ -63,11 +71,20 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         opening, _, _ = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")
         markdown = _with_site_links(opening, uri, "README.md", files) + "\n\n" + markdown.partition("\n")[2]
         page.meta["hide"] = ["navigation", "toc"]
+    if uri == "api/integrations.md":
+        names = sorted(path.stem for path in (ROOT / "src/pomona/integrations").glob("[a-z]*.py"))
+        markdown += "".join(f"\n\n## pomona.integrations.{name}\n\n{_members(name)}" for name in names)
     if uri.startswith("methods/"):
         source = (ROOT / "src/pomona" / uri).with_suffix(".py").read_text(encoding="utf-8")
         (name,) = re.findall(r"^class (\w+)\(Method\)", source, flags=re.MULTILINE)
         markdown += f"\n\n## Reference\n\n::: pomona.{name}\n    options:\n      heading_level: 3\n"
     return markdown
+
+
+def _members(name: str) -> str:
+    """Of a module of pomona.integrations, under a heading that is there already."""
+    options = "show_root_heading: false\n      show_root_toc_entry: false\n      heading_level: 3"
+    return f"::: pomona.integrations.{name}\n    options:\n      {options}\n"
 
 
 def _with_site_links(markdown: str, uri: str, place: str, files: Files) -> str:
