@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 import pomona
 from pomona.distributed import is_sharded
-from pomona.integrations import whole_state
+from pomona.integrations import attach, whole_state
 from pomona.integrations.accelerate import prune
 from tests.distributed.world import World
 from tests.problems import NUM_WEIGHTS, batches, bits, loss_of, net, sparse_net
@@ -123,6 +124,41 @@ def test_arguments_are_checked() -> None:
         Loop(wrong)
     with pytest.raises(ValueError, match=r"hold.. found no zero"):
         Loop(None)
+
+
+class Overflowing(nn.Module):
+    """A network whose gradients are infinite in the batches that are named."""
+
+    def __init__(self, overflows: set[int]) -> None:
+        super().__init__()
+        self.net, self.overflows, self.num_calls = net(), overflows, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        y: Tensor = self.net(x)
+        return y * float("inf") if self.num_calls - 1 in self.overflows else y
+
+
+def test_a_step_that_the_scaler_skips_is_none() -> None:
+    """As with mixed_precision="fp16", which Accelerate allows on GPUs alone: its optimizer with its own scaler."""
+    ends = []
+    for overflows in (set(), {2, 3}):
+        forget()
+        Accelerator(cpu=True)
+        model = Overflowing(overflows)
+        optimizer = AcceleratedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1),
+            scaler=torch.amp.GradScaler("cpu", init_scale=256.0),
+        )
+        pruner = attach(model, optimizer, GSM, None)
+        data = batches(6)
+        for batch in data[:2] + data[:2] + data[2:] if overflows else data:
+            optimizer.scaler.scale(loss_of(model, batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (pruner.num_steps, pruner.num_skipped) == (6, 0)
+        ends.append(bits([dict(model.state_dict()), pruner.state_dict()]))
+    assert ends[0] == ends[1]
 
 
 # On ranks

@@ -153,7 +153,7 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     assert "must return a torch.nn.Module, got int" in failing("tiny_net:number", *shape)
     assert "--input 1x3x224x224" in failing(tiny)
     assert "as 1x3x224x224, got '1x0'" in failing(tiny, "--input", "1x0")
-    assert "paths are pomona, torch, " in failing(tiny, *shape, "--paths", "tensorrt")
+    assert "paths are pomona, pomona int16, torch, " in failing(tiny, *shape, "--paths", "tensorrt")
     assert "--seconds must be above 0, got 0" in failing(tiny, *shape, "--seconds", "0")
     data = tmp_path / "data.npz"
     np.savez(data, x=np.zeros((2, 3, 9, 9)), y=np.zeros(2, int))

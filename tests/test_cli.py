@@ -238,7 +238,10 @@ def test_a_hopeless_run_is_warned_of_before_its_first_step(
 
 
 def test_report_of_a_run_prints_the_table_and_draws_the_pictures_anew(finished: Finished) -> None:
-    drawn = [finished.folder / name for name in ("report.html", "layers.png", "training.png", "magnitudes.png")]
+    drawn = [
+        finished.folder / name
+        for name in ("report.html", "layers.png", "history.png", "training.png", "magnitudes.png")
+    ]
     for path in drawn:
         path.unlink()
     done = command_line(["report", str(finished.folder)])

@@ -36,6 +36,17 @@ def test_a_run_becomes_a_file_that_runs(finished: Finished, digits: Path, tmp_pa
     assert container.read(out).metadata["method"].startswith("gsm(compression=10")
 
 
+def test_a_calibrated_file_runs_in_fixed_point(finished: Finished, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lenet.pomona.safetensors"
+    command = ["export", str(finished.folder), "-o", str(out), "--data-dir", str(digits), "--calibrate", "20"]
+    assert command_line(command).status == 0
+    assert len(container.read(out).graph["ranges"]) > 3
+    images = DATA["mnist"](digits).test_inputs.numpy()
+    exact, fixed = (pomona.runtime.load(out, precision=p).run(images) for p in ("float32", "int16"))
+    assert abs(fixed - exact).max() < 5e-3 * abs(exact).max()
+    assert (fixed.argmax(1) == exact.argmax(1)).mean() > 0.99
+
+
 def test_quantisation_is_measured_on_the_test_set(finished: Finished, digits: Path, tmp_path: Path) -> None:
     sizes = {}
     for more in (
@@ -74,6 +85,8 @@ def test_weights_become_a_file_and_the_other_way(finished: Finished, tmp_path: P
         (["{model}", "-o", "x"], "does not tell its format"),
         (["{model}", "-o", "x.onnx"], "needs a model"),
         (["{model}", "-o", "x.pomona.safetensors", "--shrink"], "give a run's folder"),
+        (["{model}", "-o", "x.pomona.safetensors", "--calibrate", "9"], "give a run's folder"),
+        (["{folder}", "-o", "x.csr.safetensors", "--calibrate", "9"], "give example= too"),
         (["{model}", "-o", "x.pomona.safetensors", "--quantize", "k-means"], "quantize must be"),
         (["{folder}", "-o", "x.csr.safetensors", "--quantize", "k-means:4"], "is for format 'pomona'"),
     ],

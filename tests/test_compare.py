@@ -21,9 +21,11 @@ import pomona.zoo.run
 from pomona.cli import main
 from pomona.zoo.compare import Job, base_key, check_equal_cost, collect, conclude, plan, spread, tabulate
 from pomona.zoo.data import DATA, load_mnist
-from pomona.zoo.recipe import RecipeError, load_recipe
+from pomona.zoo.models import build_model
+from pomona.zoo.recipe import RecipeError, builtin_recipes, load_recipe
 from pomona.zoo.run import base_of
 from tests.runs import DESCRIPTION, SERVER, Done, Tripwire, command_line, rows_of
+from tests.test_cifar import write_binary
 
 HEAD = """
 title = "TITLE"
@@ -262,6 +264,54 @@ def test_a_job_is_what_a_user_would_type(tmp_path: Path) -> None:
         *("--data-dir", str(Path("digits").resolve())),
     ]
     assert {"--base", "--data-dir"}.isdisjoint(replace(job, base=None).command(None, 2))
+
+
+def test_a_job_may_start_from_a_file_and_on_a_device(tmp_path: Path) -> None:
+    job = Job("demo", (), tmp_path / "run", None, Path("dense.pt"))
+    assert job.load().base is None
+    words = job.command(None, 1, device="cuda:1", compiled=True)
+    assert words[-5:] == ["--start", str(Path("dense.pt").resolve()), "--device", "cuda:1", "--compile"]
+
+
+def test_what_starts_from_a_file_needs_no_dense_network_of_its_own(recipes: Path, tmp_path: Path) -> None:
+    cut, grow = (str(recipes / f"{name}.toml") for name in ("cut", "grow"))
+    jobs = plan([cut, grow], [5], [0], [], tmp_path / "out", start=Path("dense.pt"))
+    assert [(job.base, job.start) for job in jobs] == [(None, Path("dense.pt"))] * 2
+    with pytest.raises(RecipeError, match=r"the same epochs in all stages together, got 2 in cut-5x-seed0, 3 in grow"):
+        check_equal_cost(jobs, tmp_path / "out")
+
+
+def test_the_dense_network_and_narrow_ones_are_planned_beside_the_pruned(tmp_path: Path) -> None:
+    jobs = plan(["league-set"], [10, 100], [4], [], tmp_path, dense="league-dense", narrow=True)
+    assert [(job.folder.name, job.load().model, job.load().method["compression"]) for job in jobs] == [
+        ("league-dense-1x-seed4", "resnet-20", 1),
+        ("league-set-10x-seed4", "resnet-20", 10),
+        ("league-dense-narrow-10x-seed4", "resnet-20-w5", 1),
+        ("league-set-100x-seed4", "resnet-20", 100),
+        ("league-dense-narrow-100x-seed4", "resnet-20-w2", 1),
+    ]
+    check_equal_cost(jobs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"narrow": True}, r"^--narrow is the recipe of --dense on narrower networks"),
+        ({"narrow": True, "dense": "compare-set"}, r"no narrower form of lenet-300-100, only of resnet-20, "),
+        ({"narrow": True, "dense": "league-dense", "start": Path("x")}, r"which cannot begin with --start$"),
+    ],
+)
+def test_narrow_networks_that_cannot_be_had_are_refused(tmp_path: Path, more: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(["compare-set"], [10], [0], [], tmp_path, **more)
+
+
+def test_recipes_of_the_league_cost_the_same(tmp_path: Path) -> None:
+    for prefix, epochs in (("league-", 160), ("stage-", 2)):
+        names = [name for name in builtin_recipes() if name.startswith(prefix)]
+        assert len(names) == 10
+        check_equal_cost(plan(names, [10], [0], [], tmp_path), tmp_path)
+        assert {load_recipe(name).epochs for name in names} == {epochs}
 
 
 def test_two_runs_in_one_folder_are_refused(recipes: Path, tmp_path: Path) -> None:
@@ -573,3 +623,60 @@ def test_only_the_runs_of_a_comparison_are_collected(compared: Compared, tmp_pat
     assert found == [("a-b", 12.5, 3), ("cut", 200, 3), ("cut", 5, 3), ("grow", 200, 3)]
     with pytest.raises(ValueError, match=r"no run in .*nothing has finished; see .*nothing/logs"):
         conclude(tmp_path / "nothing")
+
+
+# A league, on images
+
+
+LEAGUE = """
+title = "TITLE"
+source = "nowhere"
+model = "resnet-20"
+data = "cifar10"
+batch_size = 25
+
+[prune]
+epochs = 1
+lr = 0.01
+
+[method]
+name = "magnitude"
+compression = 10
+"""
+
+
+def test_a_league_has_the_dense_network_and_a_narrow_one_in_its_table(tmp_path: Path, forked: type[Forked]) -> None:
+    for name in ("cut", "dense"):
+        (tmp_path / f"{name}.toml").write_text(LEAGUE)
+    (tmp_path / "images").mkdir()
+    write_binary(tmp_path / "images")
+    more = f"--dense {tmp_path / 'dense.toml'} --narrow"
+    done = compare(tmp_path / "images", tmp_path / "out", tmp_path / "cut.toml", compressions="10", more=more)
+    assert done.status == 0, done
+    assert forked.started == ["dense-1x-seed0", "cut-10x-seed0", "dense-narrow-10x-seed0"]
+    found = {entry["name"]: entry for entry in json.loads((tmp_path / "out" / "compare.json").read_text())}
+    assert {name: (entry["model"], entry["asked"], entry["nonzero"]) for name, entry in found.items()} == {
+        "cut": ("resnet-20", 10, 26_833),
+        "dense": ("resnet-20", 1, 268_336),
+        "dense-narrow": ("resnet-20-w5", 10, 26_435),
+    }
+    assert found["dense-narrow"]["compression"] == pytest.approx(268_336 / 26_435)
+    rows = {row[0]: row[1:] for row in table_of(tmp_path / "out")}
+    assert rows["method"] == ["1x", "10x"]
+    assert rows["cut"] == ["-", f"{found['cut']['accuracy']:.2f} (1)"]
+    assert rows["dense"] == [f"{found['dense']['accuracy']:.2f} (1)", "-"]
+    assert rows["dense-narrow"] == ["-", f"{found['dense-narrow']['accuracy']:.2f} (1)"]
+
+    path = tmp_path / "out" / "cut-10x-seed0" / "model.pt"
+    weights = torch.load(path, weights_only=True)
+    weights["linear.weight"].zero_()
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"model\.pt has 26,\d+ non-zero weights, its run ended with 26,833"):
+        collect(tmp_path / "out")
+
+    start = tmp_path / "start.pt"
+    torch.save(build_model("resnet-20", seed=1).state_dict(), start)
+    again = compare(
+        tmp_path / "images", tmp_path / "out", tmp_path / "cut.toml", compressions="10", more=f"--start {start}"
+    )
+    assert "it began with None there and begins with start.pt here" in refusal(again)

@@ -139,6 +139,17 @@ def test_the_budget_is_exact_and_the_contract_verified(case: Case) -> None:
 
 
 @each_case
+def test_the_density_if_cut_is_that_of_harden_and_asking_changes_nothing(case: Case) -> None:
+    run, other = start(case), plain(case, batches(STEPS))
+    run.pruner.density_if_cut()  # before the first step too
+    run.train(batches(STEPS))
+    densities = run.pruner.density_if_cut()
+    assert run.end() == other.end()
+    report = run.pruner.harden()
+    assert densities == run.pruner.density_if_cut() == {layer.name: layer.density for layer in report.layers}
+
+
+@each_case
 def test_what_is_left_learns(case: Case) -> None:
     """Where nothing is learnt, the loss stays at the targets' mean square, or above."""
     data = batches(350)

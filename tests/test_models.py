@@ -57,12 +57,40 @@ def test_kernel_weights_count(name, count):
         ("resnet-32", 464_154, 32),
         ("resnet-44", 658_586, 44),
         ("resnet-56", 853_018, 56),
+        ("resnet-56b", 853_018 + 16 * 32 + 32 * 64 + 2 * (32 + 64), 58),  # two convolutions with norms more
     ],
 )
 def test_parameters_of_the_cifar_networks_count_as_published(name, count, num_kernels):
     model = build_model(name, seed=0)
     assert sum(p.numel() for p in model.parameters()) == count
     assert len(kernels(model)) == num_kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "num_kernels"),
+    [
+        ("resnet-56b", 851_504, 58),  # GSM's tables: 852K
+        ("densenet-40", 1_001_616, 1 + 3 * 12 + 2 + 1),  # 1002K
+        ("vgg16-bn", 15_239_872 - 2 * 512**2, 14),  # vgg16-cifar without two dense layers
+        ("alexnet-cifar", 23_232 + 307_200 + 663_552 + 884_736 + 589_824 + 2_560, 6),
+    ],
+)
+def test_kernels_of_the_cifar_networks_count_as_published(name, count, num_kernels):
+    found = kernels(build_model(name, seed=0))
+    assert sum(p.numel() for p in found.values()) == count
+    assert len(found) == num_kernels
+
+
+def test_narrow_networks_have_the_depth_of_the_wide_one_and_a_share_of_its_weights():
+    for name in [name for name in MODELS if "-w" in name]:
+        family, _, width = name.rpartition("-w")
+        wide, narrow = (kernels(build_model(one, seed=0)) for one in (family, name))
+        assert list(narrow) == list(wide)
+        first = next(iter(narrow.values()))
+        assert first.shape[0] == int(width)
+        share = int(width) / next(iter(wide.values())).shape[0]
+        sizes = [sum(p.numel() for p in some.values()) for some in (narrow, wide)]
+        assert share**2 <= sizes[0] / sizes[1] < 1.2 * share**2  # more only in the first layer and the last
 
 
 def test_lenet_300_100_is_its_formula(digits):
@@ -121,6 +149,46 @@ def test_resnet_shortcuts_carry_every_second_pixel_to_the_middle_channels(photos
     features = torch.zeros(2, 64)
     features[:, 24:40] = x[:, :, ::4, ::4].mean(dim=(2, 3))  # 16 channels, with 8 and then 16 of zeros on each side
     torch.testing.assert_close(model(photos), features @ model.linear.weight.T + model.linear.bias)
+
+
+@torch.no_grad()
+def test_resnet_shortcuts_of_option_b_are_convolutions_with_norms(photos):
+    model = build_model("resnet-56b", seed=0).eval()
+    scale = 1 / math.sqrt(1 + model.bn1.eps)
+    x = F.conv2d(photos, model.conv1.weight, padding=1).clamp(min=0) * scale
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for block in stage:
+            nn.init.zeros_(block.bn2.weight)  # shuts the branch, so that the shortcuts are all there is
+        if stage is not model.layer1:
+            x = F.conv2d(x, stage[0].shortcut[0].weight, stride=2).clamp(min=0) * scale
+    torch.testing.assert_close(model(photos), x.mean(dim=(2, 3)) @ model.linear.weight.T + model.linear.bias)
+
+
+@torch.no_grad()
+def test_an_odd_number_of_new_channels_is_put_around_the_old_ones():
+    block = build_model("resnet-20-w5", seed=0).layer2[0].eval()
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(2, 10, 2, 2)
+    expected[:, 2:7] = x[:, :, ::2, ::2]
+    assert torch.equal(block(x), expected)
+
+
+@torch.no_grad()
+def test_dense_layers_add_channels_and_transitions_keep_their_number():
+    model = build_model("densenet-40", seed=0)
+    sizes, x = [], torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    for block in model.blocks:
+        before, x = x, block(x)
+        sizes.append((x.shape[1], x.shape[2]))
+        if x.shape[2] == before.shape[2]:
+            inner = F.batch_norm(before, None, None, training=True).relu()
+            torch.testing.assert_close(x, torch.cat([before, F.conv2d(inner, block.conv.weight, padding=1)], dim=1))
+        else:
+            inner = F.conv2d(F.batch_norm(before, None, None, training=True).relu(), block.conv.weight)
+            torch.testing.assert_close(x, inner.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean(dim=(3, 5)))
+    ends = [(160, 8), (160, 4), (304, 4), (304, 2), (448, 2)]
+    assert [sizes[i] for i in (11, 12, 24, 25, 37)] == ends and len(sizes) == 38
 
 
 @torch.no_grad()
@@ -260,7 +328,7 @@ def test_resnets_are_initialised_by_the_fan_in():
 
 
 def test_an_unknown_model_names_the_known_and_the_closest():
-    with pytest.raises(ValueError, match=r"resnet-44, resnet-56, got 'lenet5' \(did you mean 'lenet-5'\?\)"):
+    with pytest.raises(ValueError, match=r"resnet-44, resnet-56, .*, got 'lenet5' \(did you mean 'lenet-5'\?\)"):
         build_model("lenet5", seed=0)
     with pytest.raises(ValueError, match=r"one of lenet-300-100, lenet-5, vgg16-cifar, .*, got 'transformer'$"):
         build_model("transformer", seed=0)

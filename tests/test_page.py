@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pomona.zoo.page import write_page
-from pomona.zoo.pictures import draw_all, draw_layers, draw_magnitudes, draw_training, times
+from pomona.zoo.pictures import draw_all, draw_history, draw_layers, draw_magnitudes, draw_training, times
 
 LAYERS = {"fc1.weight": ([300, 784], 2_900), "fc2.weight": ([100, 300], 1_150), "fc3.weight": ([10, 100], 386)}
 
@@ -37,7 +37,7 @@ def make_rows(num_base: int = 20, num_prune: int = 40) -> list[dict[str, Any]]:
                 active=4_436,
                 decay_exponent=exponent,
                 largest_cut=max(10 ** (-0.6 - 0.43 * exponent * 0.8), 1e-6),
-                kept={name: kept for name, (_, kept) in LAYERS.items()},
+                density_if_cut={name: kept / math.prod(shape) for name, (shape, kept) in LAYERS.items()},
                 histogram=make_histogram(exponent),
             )
         )
@@ -166,9 +166,9 @@ def make_page(folder: Path, rows: list[dict[str, Any]], result: dict[str, Any]) 
     return Page(write_page(rows, result, draw_all(rows, result, folder), folder / "report.html"))
 
 
-def test_a_finished_run_has_three_pictures_of_sane_size(tmp_path: Path) -> None:
+def test_a_finished_run_has_four_pictures_of_sane_size(tmp_path: Path) -> None:
     paths = draw_all(make_rows(), make_result(), tmp_path / "run")
-    assert [path.name for path in paths] == ["layers.png", "training.png", "magnitudes.png"]
+    assert [path.name for path in paths] == ["layers.png", "history.png", "training.png", "magnitudes.png"]
     for path in paths:
         width, height = size_of(path)
         assert 1000 <= width <= 1600 and 400 <= height <= 2000
@@ -188,6 +188,7 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     assert draw_layers({"report": None}, tmp_path / "a.png") is None
     assert draw_training([make_row("base", 1)], tmp_path / "b.png") is None
     assert draw_magnitudes([make_row("prune", 1, histogram=None)], tmp_path / "c.png") is None
+    assert draw_history([make_row("prune", 1, density_if_cut={"fc.weight": 0.5})], tmp_path / "d.png") is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,6 +226,19 @@ def test_layers_allow_empty_dense_many_and_oddly_named_layers(tmp_path: Path) ->
     assert path is not None and size_of(path)[1] < 4000
 
 
+@pytest.mark.parametrize("num_layers", [1, 8, 60])
+@pytest.mark.parametrize("shares", [(0.5, 0.4), (1.0, 0.001), (0.0, 0.0)])
+def test_the_history_allows_any_number_of_layers_and_empty_ones(
+    num_layers: int, shares: tuple[float, float], tmp_path: Path
+) -> None:
+    rows = [
+        make_row("prune", epoch, density_if_cut={f"blocks.{i}.weight$": share for i in range(num_layers)})
+        for epoch, share in enumerate(shares, 1)
+    ]
+    path = draw_history(rows, tmp_path / "history.png")
+    assert path is not None and size_of(path)[0] == 1400 and size_of(path)[1] < 2000
+
+
 @pytest.mark.parametrize(
     ("total", "kept", "text"),
     [(266_200, 4_436, "60.0x"), (100, 100, "1.00x"), (10**6, 200, "5,000x"), (10, 0, "all cut")],
@@ -238,7 +252,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert "http:" not in page.html and "https:" not in page.html and "<script" not in page.html
     assert not {"href", "srcset", "onload"} & {name for name, _ in page.attributes}
     sources = [value or "" for name, value in page.attributes if name == "src"]
-    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
 
 
 def test_the_numbers_of_the_page_are_those_of_the_result(tmp_path: Path) -> None:
@@ -313,7 +327,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     page = make_page(tmp_path, rows, {"title": "Half a run", "accuracy": None, "report": None, "expected": None})
     last = f"last test accuracy {rows[-1]['test_accuracy']:.2f} %"
     assert f"This run has not finished; 5 epochs so far; {last}" in page.text
-    assert [value for name, value in page.attributes if name == "alt"] == ["training", "magnitudes"]
+    assert [value for name, value in page.attributes if name == "alt"] == ["history", "training", "magnitudes"]
 
 
 @pytest.mark.parametrize("key", make_result())

@@ -226,7 +226,7 @@ def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None
         ("method.name=[]", "method.name must be a string, got []"),
         ("method.name=gms", 'unknown method.name "gms" (did you mean gsm?); known: '),
         ("model=lenet5", 'unknown model "lenet5" (did you mean lenet-5'),
-        ("data=cifar", 'unknown data "cifar"; known: mnist'),
+        ("data=imagenet", 'unknown data "imagenet"; known: mnist'),
         ("prune.lrr=1", "unknown key prune.lrr (did you mean lr or lr_drop?); known: epochs, lr, lr_drops, "),
         (
             "lr=1",
@@ -353,6 +353,18 @@ def test_rate_starts_again_and_the_drops_count_from_each_start() -> None:
 
 def test_rate_warms_up_once_however_often_it_starts_again() -> None:
     assert Stage(epochs=4, lr=1.0, lr_restart=2, warmup_epochs=1).learning_rates(2) == [0.0, 0.5] + [1.0] * 6
+
+
+def test_rate_may_fall_straight_epoch_by_epoch() -> None:
+    stage = Stage(epochs=6, lr=1.0, lr_fall=(1, 5), lr_drop=0.2, warmup_epochs=1)
+    expected = [0.0, 0.5, 1.0, 1.0, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2]
+    assert stage.learning_rates(2) == pytest.approx(expected)
+
+
+def test_length_shortens_a_fall(file: Path) -> None:
+    long = ["prune.epochs=30", "prune.lr_drops=[]", "prune.lr_fall=[15, 27]"]
+    assert load_recipe(file, [*long, "length=0.1"]).prune.lr_fall == (2, 3)
+    assert load_recipe(file, [*long, "length=0.01"]).prune.lr_fall == (0, 1)
 
 
 # Base, retraining, scope, validation, rounds.
@@ -680,6 +692,13 @@ def test_fault_that_only_the_length_of_an_epoch_shows_is_told_in_steps() -> None
             "retrain.lr_restart=1",
             "retrain.lr_drops must be strictly increasing, in [1, 0], got [1]; set it together with lr_restart",
         ),
+        ("retrain.lr_fall=[1, 2]", "retrain.lr_fall takes the place of lr_drops and lr_restart; leave these out"),
+        (
+            "prune.lr_fall=[3, 11]",
+            "prune.lr_fall must be two epochs in [0, 10], the first below the second, got [3, 11]; set it together",
+        ),
+        ("prune.lr_fall=[3, 3]", "prune.lr_fall must be two epochs in [0, 10], the first below the second, got [3, 3]"),
+        ("prune.lr_fall=[3]", "prune.lr_fall must be two epochs in [0, 10], the first below the second, got [3]"),
         ("validation=-1", "validation must be >= 0, got -1"),
         ("scope=3", "scope must be a table, got 3"),
         ("scope.types=3", "unknown key scope.types; known: include, exclude, min_ndim"),

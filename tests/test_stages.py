@@ -135,7 +135,9 @@ def test_the_stages_follow_one_another_each_with_its_own_rates(finished: Finishe
     ]
     assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.05, 0.05, 0.02, 0.002], rel=1e-12)
     assert "retrain: 2 epochs of 10 steps, batch 20, sgd, lr 0.02, momentum 0.9, weight decay 0.1\n" in finished.out
-    assert all("kept" in row for row in rows[1:3]) and not any("kept" in row for row in (rows[0], *rows[3:]))
+    assert all("density_if_cut" in row for row in rows[1:3]) and not any(
+        "density_if_cut" in row for row in (rows[0], *rows[3:])
+    )
 
 
 def test_the_final_accuracy_is_that_of_the_retrained_weights(finished: Finished, digits: Path) -> None:
@@ -505,6 +507,7 @@ def test_without_pictures_the_rest_is_the_same_and_report_draws_them_later(finis
     kept = {path.name for path in run.iterdir() if not path.name.startswith("checkpoint-")}
     assert kept == {"run.json", "metrics.jsonl", "result.json", "model.pt"}
     assert command_line(["report", str(run)]).status == 0
-    assert {path.name for path in run.glob("*.png")} == {"layers.png", "magnitudes.png", "training.png"}
+    drawn = {path.name for path in run.glob("*.png")}
+    assert drawn == {"history.png", "layers.png", "magnitudes.png", "training.png"}
     page = (run / "report.html").read_text()
     assert "[retrain]" in page and f"{json.loads((run / 'result.json').read_text())['accuracy']['final']:.2f}" in page

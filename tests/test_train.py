@@ -56,7 +56,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_leaves_all_the_files_that_it_promises(finished: Finished) -> None:
-    pictures = ["layers.png", "magnitudes.png", "training.png"]
+    pictures = ["history.png", "layers.png", "magnitudes.png", "training.png"]
     names = sorted(path.name for path in finished.folder.iterdir() if not path.name.startswith("checkpoint-"))
     assert names == sorted(["run.json", "metrics.jsonl", "result.json", "model.pt", "report.html", *pictures])
     for name in pictures:
@@ -125,8 +125,12 @@ def test_the_metrics_have_a_row_for_each_epoch_that_agrees_with_the_result(finis
     assert rows[5]["accuracy_if_cut"] == result["accuracy"]["after_cut"]
     assert rows[5]["largest_cut"] == result["report"]["largest_cut"]
     assert rows[5]["decay_exponent"] == pytest.approx(result["diagnosis"]["exponent"], rel=1e-12)
+    layers = result["report"]["layers"]
+    assert rows[5]["density_if_cut"] == {layer["name"]: layer["density"] for layer in layers}
+    sizes = {layer["name"]: layer["total"] for layer in layers}
     for row in rows[2:]:
-        assert sum(row["kept"].values()) == 26_620 >= row["active"]
+        kept = {name: sizes[name] * density for name, density in row["density_if_cut"].items()}
+        assert sum(kept.values()) == pytest.approx(26_620) and 26_620 >= row["active"]
         assert sum(row["histogram"]["counts"]) + row["histogram"]["zeros"] == NUM_WEIGHTS
 
 

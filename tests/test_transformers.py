@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import pomona
 from pomona.integrations.transformers import FILE, PrunerCallback
+from tests.distributed.world import World
 from tests.problems import bits
 
 DATA = [
@@ -113,7 +115,7 @@ CASES: dict[str, tuple[pomona.Method | None, Callable[[], nn.Module], dict[str, 
 }
 
 
-@pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed")  # of GSM, after twelve steps
+@pytest.mark.filterwarnings("ignore:.*passive weights shrink")  # of GSM: twelve steps are not enough
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(case: str, tmp_path: Path) -> None:
     method, model, options = CASES[case]
@@ -130,6 +132,11 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(case: str, tmp_path: Pat
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == STEPS
     assert end_of(again, resumed) == end_of(trainer, callback)
+
+
+def test_a_run_that_cannot_succeed_is_warned_of_before_it_begins(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"over 12 steps: passive weights shrink .* NOT enough"), pytest.raises(Killed):
+        trainer_of(tmp_path, PrunerCallback(GSM), KillAt(0), sgd=True, save_strategy="no").train()
 
 
 def test_it_prunes_as_a_pruner_made_by_hand(tmp_path: Path) -> None:
@@ -297,3 +304,29 @@ def test_arguments_are_checked() -> None:
         PrunerCallback(wrong)
     with pytest.raises(TypeError, match=r"scope must be a pomona.Scope such as .* got 0.9"):
         PrunerCallback(scope=wrong)
+
+
+def on_ranks(folder: str) -> Any:
+    """The end of a run of all ranks, and of the same that goes on from a checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.distributed about its own ways
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # asked for, and not used
+        ends = []
+        for resume in (None, f"{folder}/checkpoint-8"):
+            callback = PrunerCallback(MAGNITUDE)
+            trainer = trainer_of(Path(folder), callback)
+            trainer.train(resume_from_checkpoint=resume)
+            assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+            ends.append(end_of(trainer, callback))
+        return ends
+
+
+@pytest.mark.slow  # each rank imports the Trainer
+def test_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    world = World(2)
+    try:
+        (whole, resumed), (other, _) = world.run(on_ranks, str(tmp_path))
+    finally:
+        world.close()
+    assert whole == resumed == other
+    assert len(list(tmp_path.rglob(FILE))) == 3

@@ -508,7 +508,7 @@ const GRAPH = {
   num_tensors: 32,
   num_outputs: 36,
 };
-const OPTIONS = { size: 16, max_bytes: 0, micro_batch: 8, dense: 12 };
+const OPTIONS = { size: 24, max_bytes: 0, micro_batch: 8, dense: 12, ranges: 16, num_ranges: 20 };
 const INFO = { size: 32, activation_bytes: 0, weight_bytes: 8, macs: 16, dense_macs: 24 };
 export const LAYOUT = [OPERATIONS.length, ...[NODE, SHAPE, TENSOR, GRAPH, OPTIONS, INFO].flatMap(Object.values)];
 
@@ -562,17 +562,20 @@ export class Network {
    * dense: "never" or "always", how layers run; by default as is faster.
    * microBatch: samples that go through the network together; 0: as fits into the cache.
    * maxBytes: of memory for weights and activations.
+   * precision: "int16" computes in fixed point, faster; the file must have the ranges of values.
    * wasm: URL or bytes of pomona.wasm, where it does not lie beside this file; the first one given serves for all. */
-  static async from(file, { dense, microBatch = 0, maxBytes = MAX_BYTES, wasm } = {}) {
+  static async from(file, { dense, microBatch = 0, maxBytes = MAX_BYTES, precision = "float32", wasm } = {}) {
     if (dense !== undefined && !Object.hasOwn(DENSE, dense))
       throw new Error(`dense must be "never", "always" or undefined, got ${short(dense)}`);
     whole("microBatch", microBatch, 0, MAX_INT);
     whole("maxBytes", maxBytes, 1, 2 ** 53 - 1);
+    if (!["float32", "int16"].includes(precision))
+      throw new Error(`precision must be "float32" or "int16", got ${short(precision)}`);
     if (!file.graph) throw new Error("the file has no graph: these are tensors, not a network that can be run");
     const network = new Network();
     network.#exports = await instantiate(wasm);
     network.metadata = file.metadata;
-    network.#guarded(() => network.#build(file, [BigInt(maxBytes), microBatch, dense ? DENSE[dense] : 0]));
+    network.#guarded(() => network.#build(file, [BigInt(maxBytes), microBatch, dense ? DENSE[dense] : 0], precision));
     return network;
   }
 
@@ -641,9 +644,11 @@ export class Network {
     this.#capacity = batch;
   }
 
-  #build(file, options) {
+  #build(file, options, precision) {
     const exports = this.#exports;
     const graph = checkedGraph(file.graph);
+    if (precision === "int16" && !graph.ranges)
+      throw new Error('precision "int16" needs the ranges of values, which the file does not have: export it with calibrate=');
     const needed = neededTensors(graph, file.tensors);
     const held = []; // until the engine has its copy
 
@@ -712,7 +717,9 @@ export class Network {
       (set, fields) => Object.entries(fields).forEach((entry) => set(...entry)),
     );
     const [max_bytes, micro_batch, dense] = options;
-    const how = structs(OPTIONS, [{ max_bytes, micro_batch, dense }], (set, fields) =>
+    const most = precision === "int16" ? graph.ranges : [];
+    const ranges = most.length ? place(Float32Array.from(most)) : 0;
+    const how = structs(OPTIONS, [{ max_bytes, micro_batch, dense, ranges, num_ranges: most.length }], (set, fields) =>
       Object.entries(fields).forEach((entry) => set(...entry)),
     );
     const answer = place(new Int32Array([0, -1])); // the network, and the node that is wrong
@@ -763,7 +770,7 @@ export async function load(source, options = {}) {
 /** The graph of a file, of which nothing was checked so far but that it is JSON. Whether it fits together the engine
  * checks. */
 function checkedGraph(graph) {
-  if (!isObject(graph) || Object.keys(graph).sort().join() !== "inputs,nodes,outputs")
+  if (!isObject(graph) || !["inputs,nodes,outputs", "inputs,nodes,outputs,ranges"].includes(Object.keys(graph).sort().join()))
     throw new Error(`a graph is a JSON object of inputs, nodes and outputs, got ${short(graph)}`);
   const inputs = list("inputs", graph.inputs, MAX_OPERANDS).map((shape, i) => {
     const dims = integers(`input ${i}`, shape, 1);
@@ -778,7 +785,16 @@ function checkedGraph(graph) {
       throw new Error(`node ${i}: ${error.message}`);
     }
   });
-  return { inputs, nodes, outputs: integers("outputs", graph.outputs, 0) };
+  let ranges;
+  if (Object.hasOwn(graph, "ranges")) {
+    ranges = list("ranges", graph.ranges, MAX_NODES + MAX_OPERANDS).map((most, i) => real(`the range of value ${i}`, most));
+    if (ranges.length !== inputs.length + nodes.length)
+      throw new Error(`there must be ${inputs.length + nodes.length} ranges, one for each value; got ${ranges.length}`);
+    ranges.forEach((most, i) => {
+      if (!(most >= 0 && most <= 1e18)) throw new Error(`the range of value ${i} must be in [0, 1e18], got ${most}`);
+    });
+  }
+  return { inputs, nodes, outputs: integers("outputs", graph.outputs, 0), ranges };
 }
 
 function checkedNode(node) {

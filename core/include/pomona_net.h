@@ -2,7 +2,8 @@
  *
  * A network is a list of nodes in order of execution. Values are numbered: first the inputs, then what each node
  * yields, one value a node. Shapes are those of one sample, without the batch: (features), (positions, features), or
- * (channels, height, width). All numbers are float32, all arrays dense and row-major, of samples one after the other.
+ * (channels, height, width). All numbers that come and go are float32, all arrays dense and row-major, of samples one
+ * after the other.
  *
  * Everything that comes from a file is checked in pomona_net_new, so that a lying one is an error and never a crash:
  * operands and tensors exist, shapes fit, columns ascend and are in range, no size overflows, and the memory needed is
@@ -81,16 +82,32 @@ typedef struct {
 /* Whether layers run as if without zeros; else as is faster. */
 enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 };
 
+/* With `ranges` a network computes in 16-bit fixed point instead of float32, in half the memory. A value v is then kept as
+ * an int16 q, v = u q, with a unit u = POMONA_HEADROOM range / 32767 (1e-18 at least) that is then raised, in the order of
+ * the nodes:
+ *   conv, linear: from max(u, u_in max|w| / 16) by a quarter at a time until sum(parts - 1) <= (number of weights that are
+ *     stored) / 16, where parts = 1 + floor(|w| (u_in / u) / m) if |w| (u_in / u) > m = 32767 / 32768, else 1; and to
+ *     max|bias| / 32767;
+ *   relu, clip, add, concat: to the largest unit of the operands;
+ *   max_pool, flatten: it is the operand's.
+ * A weight is kept as that many equal W = round(2^15 w / parts u_in / u), a bias as round(bias / u), and a layer is
+ * bias + sum floor(W q_in / 2^15 + 1 / 2), each sum cut off at the ends of int16. A residual of another unit u_r is added
+ * as floor(round(2^15 u_r / u) q_r / 2^15 + 1 / 2). Layers of one position, and all that is not named here, are computed in
+ * float32 and rounded once. */
+#define POMONA_HEADROOM 4
+
 typedef struct {
-  int64_t max_bytes;   /* of all that a network allocates, for weights, plans and activations; 0: 2^34 */
-  int32_t micro_batch; /* samples that go through the network together; 0: as fits into the cache */
-  int32_t dense;       /* POMONA_DENSE_..., or 0 */
+  int64_t max_bytes;    /* of all that a network allocates, for weights, plans and activations; 0: 2^34 */
+  int32_t micro_batch;  /* samples that go through the network together; 0: as fits into the cache */
+  int32_t dense;        /* POMONA_DENSE_..., or 0 */
+  const float* ranges;  /* the largest magnitude of every value, the inputs first; or NULL */
+  int32_t num_ranges;   /* num_inputs + num_nodes, or 0 */
 } pomona_net_options;
 
 typedef struct pomona_net pomona_net;
 
 /* Make a network; the graph is copied. `options` may be NULL. On an error *bad_node, if not NULL, is the node it was
- * found at, or -1. Errors: POMONA_BAD_VALUE (operation, operand, attribute or shape), POMONA_BAD_SIZE (above max_bytes,
+ * found at, or -1. Errors: POMONA_BAD_VALUE (operation, operand, attribute, shape or range), POMONA_BAD_SIZE (above max_bytes,
  * or a size that overflows), POMONA_BAD_POINTER, POMONA_NO_MEMORY. */
 POMONA_API int pomona_net_new(const pomona_graph* graph, const pomona_net_options* options, pomona_net** net,
                               int32_t* bad_node);

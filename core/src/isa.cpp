@@ -86,7 +86,7 @@ const T& of_isa(const T* portable, const T* avx2, const T* avx512) {
 
 const Kernels& kernels() { return of_isa(portable_kernels(), avx2_kernels(), avx512_kernels()); }
 
-const NetKernels& net_kernels() { return of_isa(portable_net_kernels(), avx2_net_kernels(), avx512_net_kernels()); }
+const AllNetKernels& net_kernels() { return of_isa(portable_net_kernels(), avx2_net_kernels(), avx512_net_kernels()); }
 
 }  // namespace pomona
 

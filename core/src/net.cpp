@@ -11,10 +11,10 @@ namespace pomona {
 namespace {
 
 constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
-constexpr int64_t kSideBySide = 16;      // samples: a vector of the widest kind, and a cache line
-constexpr int64_t kInCache = 1 << 20;    // floats of the largest value of all samples, 4 MiB; or
-constexpr int64_t kTogether = 14 << 18;  // 14 MiB, where what is read is used
+constexpr int64_t kInCache = 4 << 20;    // bytes of the largest value of all samples; or
+constexpr int64_t kTogether = 14 << 20;  // where what is read is used
 constexpr double kIntensity = 50.0;      // times
+constexpr double kFilled = 0.98;         // of the lanes that work is done in, from which one sample fills them well enough
 constexpr double kMacsEach = 1 << 19;    // for which a further thread pays
 constexpr size_t kNear = 12;             // nodes
 constexpr int32_t kMostNodes = 1 << 20;
@@ -161,9 +161,63 @@ int infer(const Net& net, const Node& node, Shape* out) {
   return product({out->c, out->h, out->w}) < 0 ? POMONA_BAD_SIZE : POMONA_OK;
 }
 
+int64_t bytes_each(const Net& net) { return net.units.empty() ? sizeof(float) : sizeof(int16_t); }
+
+float largest_of(const std::vector<float>& values) {
+  float most = 0.0f;
+  for (const float value : values) most = std::max(most, value < 0.0f ? -value : value);  // a NaN is none
+  return most;
+}
+
+// The least unit, of this and some larger ones, with which few of the weights exceed 1 and are kept in parts: at most one
+// more in kMorePart.
+float raise_for(const std::vector<float>& weights, float unit_in, float unit) {
+  constexpr int64_t kMorePart = 16, kMostParts = 16;
+  constexpr float kStep = 1.25f;
+  unit = std::max(unit, largest_of(weights) * unit_in / kMostParts);
+  for (;; unit *= kStep) {
+    int64_t more = 0;
+    for (const float weight : weights) more += num_parts(weight * (unit_in / unit)) - 1;
+    if (more * kMorePart <= static_cast<int64_t>(weights.size())) return unit;
+  }
+}
+
+// Units of int16: so large that the range fits, and what is computed on the way to the value; see pomona_net.h.
+int find_units(const float* ranges, Net* net) {
+  constexpr float kSteps = 32767.0f, kLeast = 1e-18f, kMost = 1e18f;  // so that quotients of units are numbers
+  for (size_t value = 0; value < net->shapes.size(); ++value) {
+    const float range = ranges[value];
+    if (!(range >= 0.0f && range <= kMost)) return POMONA_BAD_VALUE;
+    float unit = std::max(range * POMONA_HEADROOM / kSteps, kLeast);
+    if (value >= net->inputs.size()) {
+      const Node& node = net->nodes[value - net->inputs.size()];
+      const auto of = [&](size_t i) { return net->units[static_cast<size_t>(node.operands[i])]; };
+      switch (node.attributes.op) {
+        case POMONA_CONV:
+        case POMONA_LINEAR:
+          unit = raise_for(net->weight(node)->values, of(0), unit);
+          if (const Matrix* const bias = net->bias_of(node)) unit = std::max(unit, largest_of(bias->values) / kSteps);
+          break;
+        case POMONA_RELU:
+        case POMONA_CLIP: unit = std::max(unit, of(0)); break;
+        case POMONA_ADD: unit = std::max(unit, std::max(of(0), of(1))); break;
+        case POMONA_MAX_POOL:
+        case POMONA_FLATTEN: unit = of(0); break;
+        case POMONA_CONCAT:
+          for (size_t i = 0; i < node.operands.size(); ++i) unit = std::max(unit, of(i));
+          break;
+        default: break;
+      }
+    }
+    net->units.push_back(std::min(unit, kMost));
+  }
+  return POMONA_OK;
+}
+
 int build(const pomona_graph& graph, const pomona_net_options* options, Net* net, int32_t* bad_node) {
   if (options != nullptr) net->options = *options;
-  if (net->options.max_bytes < 0 || net->options.micro_batch < 0 || net->options.dense < 0 || net->options.dense > 2)
+  if (net->options.max_bytes < 0 || net->options.micro_batch < 0 || net->options.dense < 0 || net->options.dense > 2 ||
+      (net->options.ranges == nullptr && net->options.num_ranges != 0))
     return POMONA_BAD_VALUE;
   if (net->options.max_bytes == 0) net->options.max_bytes = kDefaultMaxBytes;
   for (const int32_t num :
@@ -218,34 +272,48 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
     net->output_at[static_cast<size_t>(net->outputs[i])] = static_cast<int64_t>(i);
   net->seconds.assign(net->nodes.size(), 0.0);
   net->kernels = &net_kernels();
-  double of_features = 0.0;
+  if (net->options.ranges != nullptr) {
+    if (static_cast<size_t>(net->options.num_ranges) != net->shapes.size()) return POMONA_BAD_VALUE;
+    if (!net->budget.take(net->options.num_ranges, sizeof(float))) return POMONA_BAD_SIZE;
+    const int error = find_units(net->options.ranges, net);
+    if (error != POMONA_OK) return error;
+    net->options.ranges = nullptr;  // the caller's
+  }
+  const int64_t lanes = kLine / bytes_each(*net);
+  double of_features = 0.0, filled = 0.0;
   for (size_t i = 0; i < net->nodes.size(); ++i) {
     const Shape& shape = net->shapes[static_cast<size_t>(net->value_of(i))];
     const double macs = static_cast<double>(net->macs_of(net->nodes[i], shape, false));
-    if (shape.h * shape.w == 1) of_features += macs;
+    const int64_t positions = shape.h * shape.w, taken = shape.h == 1 ? shape.w : shape.h * (shape.w + 1);
+    if (positions == 1) of_features += macs;
+    filled += macs * static_cast<double>(positions) / static_cast<double>((taken + lanes - 1) / lanes * lanes);
     net->macs += macs;
     net->largest = std::max(net->largest, shape.size());
   }
   net->is_of_features = 10.0 * of_features >= net->macs;
+  net->is_filled = filled > kFilled * net->macs;
   return POMONA_OK;
 }
 
 // How many of `batch` samples go through the network together.
 int64_t samples_together(const Net& net, int64_t batch) {
+  const int64_t side_by_side = kLine / bytes_each(net);  // a vector of the widest kind, and a cache line
   batch = std::min(batch, net.most_samples);
   if (net.options.micro_batch > 0) return std::min<int64_t>(net.options.micro_batch, batch);
+  if (net.is_filled) return 1;
   // A vector is filled by the positions of one image, and better by those of many; by one sample of features it is not.
-  if (!net.is_of_features && batch < kSideBySide / 2) return 1;
-  if (batch <= kSideBySide) return net.is_of_features ? batch : std::min(kSideBySide, net.most_samples);
-  int64_t samples = kSideBySide;
-  while (samples * 2 <= batch && samples * 2 * net.largest <= kInCache / 2) samples *= 2;
+  if (!net.is_of_features && batch < side_by_side / 2) return 1;
+  if (batch <= side_by_side) return net.is_of_features ? batch : std::min(side_by_side, net.most_samples);
+  int64_t samples = side_by_side;
+  while (samples * 2 <= batch && samples * 2 * net.largest <= kInCache / 2 / bytes_each(net)) samples *= 2;
   return samples;
 }
 
-// From where on no value of all samples has more than `most` floats.
+// From where on no value of all samples has more than `most` bytes.
 size_t first_within(const Net& net, int64_t samples, int64_t most) {
   size_t first = net.nodes.size();
-  while (first > 0 && net.shapes[static_cast<size_t>(net.value_of(first - 1))].size() <= most / samples) --first;
+  const int64_t numbers = most / bytes_each(net) / samples;
+  while (first > 0 && net.shapes[static_cast<size_t>(net.value_of(first - 1))].size() <= numbers) --first;
   return first;
 }
 
@@ -254,13 +322,13 @@ size_t first_within(const Net& net, int64_t samples, int64_t most) {
 size_t find_split(const Net& net, int64_t samples) {
   const size_t num = net.nodes.size();
   size_t first = first_within(net, samples, kTogether);
-  double macs = 0.0, floats = 0.0;
+  double macs = 0.0, numbers = 0.0;
   for (size_t i = first; i < num; ++i) {
     const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
     macs += static_cast<double>(net.macs_of(net.nodes[i], shape, false));
-    if (net.nodes[i].attributes.op == POMONA_CONV) floats += static_cast<double>(shape.size());
+    if (net.nodes[i].attributes.op == POMONA_CONV) numbers += static_cast<double>(shape.size());
   }
-  if (macs < kIntensity * floats) first = first_within(net, samples, kInCache);
+  if (macs < kIntensity * numbers) first = first_within(net, samples, kInCache);
   if (first == 0 || first == num) return first;
   std::vector<size_t> last_use(net.shapes.size(), 0);
   for (size_t i = 0; i < num; ++i)
@@ -335,8 +403,13 @@ const Matrix* Net::weight(const Node& node) const {
   return node.attributes.weight < 0 ? nullptr : &matrices[static_cast<size_t>(node.attributes.weight)];
 }
 
+const Matrix* Net::bias_of(const Node& node) const {
+  return node.attributes.bias < 0 ? nullptr : &matrices[static_cast<size_t>(node.attributes.bias)];
+}
+
 const float* Net::bias(const Node& node) const {
-  return node.attributes.bias < 0 ? nullptr : matrices[static_cast<size_t>(node.attributes.bias)].values.data();
+  const Matrix* const matrix = bias_of(node);
+  return matrix == nullptr ? nullptr : matrix->values.data();
 }
 
 int64_t Net::macs_of(const Node& node, const Shape& out, bool with_zeros) const {

@@ -22,13 +22,13 @@ namespace {
 #endif
 
 namespace pomona {
-const NetKernels* avx512_net_kernels() { return &kNetKernels; }
+const AllNetKernels* avx512_net_kernels() { return &kNetKernels; }
 }  // namespace pomona
 
 #else
 
 namespace pomona {
-const NetKernels* avx512_net_kernels() { return nullptr; }
+const AllNetKernels* avx512_net_kernels() { return nullptr; }
 }  // namespace pomona
 
 #endif

@@ -5,10 +5,19 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
 #include "net_kernels.h"
 #include "pomona_net.h"
+
+#if POMONA_X86
+#include <immintrin.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #endif

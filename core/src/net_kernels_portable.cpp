@@ -8,6 +8,6 @@ namespace {
 #include "net_kernels.inc"
 }  // namespace
 
-const NetKernels* portable_net_kernels() { return &kNetKernels; }
+const AllNetKernels* portable_net_kernels() { return &kNetKernels; }
 
 }  // namespace pomona

@@ -12,10 +12,14 @@
 namespace pomona {
 namespace {
 
-constexpr int64_t kAlign = 16;                  // floats: one cache line
-constexpr int64_t kSlack = 2 * kMaxTile + 256;  // floats that vectors may read beyond a value
-constexpr int64_t kTileFloats = 96;             // positions that go together at most
-constexpr int64_t kCacheFloats = 8192;          // of a first-level cache, 32 KiB: what a tile reads again and again
+template <typename T>
+constexpr int64_t kAlign = kMaxLanes<T>;  // numbers: one cache line
+template <typename T>
+constexpr int64_t kSlack = 2 * kMaxTile<T> + 256;  // numbers that vectors may read beyond a value
+template <typename T>
+constexpr int64_t kTile = 384 / sizeof(T);  // positions that go together at most
+template <typename T>
+constexpr int64_t kCache = (1 << 15) / sizeof(T);  // numbers of a first-level cache: what a tile reads again and again
 constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay
 constexpr int64_t kLeastEntries = 10;           // of a row in one block
 constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
@@ -24,7 +28,11 @@ constexpr int64_t kBytesOfValue = 128;          // while a network is planned
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 // An odd number of cache lines, so that the same positions of many channels do not share a few sets of the cache.
-int64_t spread(int64_t floats) { return floats >= 256 && floats / kAlign % 2 == 0 ? floats + kAlign : floats; }
+template <typename T>
+int64_t spread(int64_t numbers) {
+  constexpr int64_t kLineOf = kAlign<T>;
+  return numbers >= 16 * kLineOf && numbers / kLineOf % 2 == 0 ? numbers + kLineOf : numbers;
+}
 int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 // How far windows reach beyond the input along one axis.
@@ -107,7 +115,8 @@ bool is_pointwise(int32_t op) { return (op >= POMONA_RELU && op <= POMONA_ADD) |
 
 // Convolutions read their input where it is if they move over it one by one and it is not much larger than the output:
 // then both have rows of the same stride, and positions in the one are positions in the other.
-bool Plan::is_in_place(const Net& net, const Node& node) const {
+template <typename T>
+bool Layers<T>::is_in_place(const Net& net, const Node& node) const {
   const pomona_node& a = node.attributes;
   const Shape& x = net.shapes[static_cast<size_t>(node.operands[0])];
   const Shape& y = net.shapes[static_cast<size_t>(net.value_of(static_cast<size_t>(&node - net.nodes.data())))];
@@ -115,7 +124,8 @@ bool Plan::is_in_place(const Net& net, const Node& node) const {
          x.w + a.padding[1] <= 2 * x.w && x.h + a.padding[0] <= 2 * x.h;
 }
 
-int Plan::lay_out(const Net& net) {
+template <typename T>
+int Layers<T>::lay_out(const Net& net) {
   const size_t num = net.shapes.size();
   layouts_.resize(num);
   std::vector<bool> is_used(num, false);
@@ -165,9 +175,9 @@ int Plan::lay_out(const Net& net) {
     if (product({samples_, need.width, need.height}) < 0) return POMONA_BAD_SIZE;
     l.row_stride = need.width * samples_;
     l.rows = need.height;
-    l.lead = round_up((need.above * need.width + need.left) * samples_, kAlign);
-    l.channel_stride = l.positions() == 1 ? 1 : spread(round_up(l.lead + l.positions(), kAlign));
-    const int64_t most = std::min<int64_t>(std::numeric_limits<int32_t>::max(), budget_.left() / 4);
+    l.lead = round_up((need.above * need.width + need.left) * samples_, kAlign<T>);
+    l.channel_stride = l.positions() == 1 ? 1 : spread<T>(round_up(l.lead + l.positions(), kAlign<T>));
+    const int64_t most = std::min<int64_t>(std::numeric_limits<int32_t>::max(), budget_.left() / static_cast<int64_t>(sizeof(T)));
     if (is_used[i] && net.shapes[i].c > most / l.channel_stride) return POMONA_BAD_SIZE;
   }
   return POMONA_OK;
@@ -176,7 +186,8 @@ int Plan::lay_out(const Net& net) {
 // Images side by side for what cannot be read in place: for each row within the stride, and each column within it, one
 // whose positions are the output's. Where the output's rows leave no room beside them, one for each column of the
 // kernel.
-int Plan::use_strided(const Net& net, Step* step, std::vector<int64_t>* places) {
+template <typename T>
+int Layers<T>::use_strided(const Net& net, Step<T>* step, std::vector<int64_t>* places) {
   const pomona_node& a = net.nodes[step->node].attributes;
   const Shape& y = net.shapes[static_cast<size_t>(step->out)];
   const int64_t row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
@@ -224,18 +235,43 @@ int Plan::use_strided(const Net& net, Step* step, std::vector<int64_t>* places) 
   Layout& l = step->scratch;
   l.row_stride = row_stride;
   l.rows = step->image_rows * static_cast<int64_t>(step->images.size());
-  l.channel_stride = spread(round_up(l.positions() + kMaxLanes, kAlign));
+  l.channel_stride = spread<T>(round_up(l.positions() + kMaxLanes<T>, kAlign<T>));
   if (layouts_[static_cast<size_t>(step->out)].positions() > 1) step->groups = a.groups;
   return POMONA_OK;
 }
 
-int64_t in_panel(const Step& step, int64_t place) {  // every tap is in a piece, and these ascend
-  const auto after = [](int64_t at, const Step::Piece& piece) { return at < piece.from; };
-  const Step::Piece& piece = *(std::upper_bound(step.pieces.begin(), step.pieces.end(), place, after) - 1);
+// A float as so many units, and a weight as a multiple of 2^-15 of what makes units of the one those of the other.
+template <typename T>
+T number_of(float value, float unit) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  else return value == value ? static_cast<int16_t>(__builtin_rintf(std::clamp(value / unit, -32767.0f, 32767.0f))) : 0;
+}
+template <typename T>
+T weight_of(float value, float factor) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  else return number_of<T>(value * factor, 1.0f / 32768.0f);
+}
+// As how many equal ones a weight is kept: what is 1 and more does not fit into an int16.
+template <typename T>
+int32_t parts_of(float value, float factor) {
+  if constexpr (std::is_same_v<T, float>) return 1;
+  else return num_parts(value * factor);
+}
+template <typename T>
+Factor<T> part_of(float value, float factor) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  else return Twice::of(weight_of<T>(value / static_cast<float>(parts_of<T>(value, factor)), factor));
+}
+
+template <typename T>
+int64_t in_panel(const Step<T>& step, int64_t place) {  // every tap is in a piece, and these ascend
+  const auto after = [](int64_t at, const typename Step<T>::Piece& piece) { return at < piece.from; };
+  const typename Step<T>::Piece& piece = *(std::upper_bound(step.pieces.begin(), step.pieces.end(), place, after) - 1);
   return piece.to + place - piece.from;
 }
 
-int Plan::add_weights(const Net& net, Step* step) {
+template <typename T>
+int Layers<T>::add_weights(const Net& net, Step<T>* step) {
   const Node& node = net.nodes[step->node];
   const pomona_node& a = node.attributes;
   const Matrix& matrix = *net.weight(node);
@@ -245,7 +281,19 @@ int Plan::add_weights(const Net& net, Step* step) {
   const int64_t groups = is_conv ? a.groups : 1, channels = x.c / groups, rows_each = matrix.rows / groups;
   const int64_t taps = is_conv ? int64_t{a.kernel[0]} * a.kernel[1] : 1;
   step->num_rows = matrix.rows;
-  step->bias = net.bias(node);
+  const float unit = unit_of(net, step->out), factor = unit_of(net, step->in[0]) / unit;
+  if constexpr (!std::is_same_v<T, float>) {
+    if (step->residual >= 0 && unit_of(net, step->residual) != unit)
+      step->residual_factor = Twice::of(weight_of<T>(1.0f, unit_of(net, step->residual) / unit));
+  }
+  const float* const bias = net.bias(node);
+  step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
+  if (step->is_vector) {
+    step->vector_bias = bias;
+  } else if (bias != nullptr) {
+    if (!budget_.take(matrix.rows, sizeof(T))) return POMONA_BAD_SIZE;
+    for (int64_t row = 0; row < matrix.rows; ++row) step->bias.push_back(number_of<T>(bias[row], unit));
+  }
   // Offset of each tap within a channel.
   if (!budget_.take(taps, kBytesOfTap)) return POMONA_BAD_SIZE;
   std::vector<int64_t> places(static_cast<size_t>(taps), 0);
@@ -271,38 +319,66 @@ int Plan::add_weights(const Net& net, Step* step) {
   const double density =
       static_cast<double>(matrix.num_nonzero) / static_cast<double>(std::max<int64_t>(1, matrix.rows * matrix.cols));
   const bool as_dense = net.options.dense == POMONA_DENSE_ALWAYS || (net.options.dense == 0 && density >= kDenseFrom);
-  step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
   const bool is_contiguous = step->is_vector && !is_strided && channel_stride == 1 && taps == 1;
   step->is_dense = as_dense && groups == 1 && (step->is_vector ? is_contiguous : matrix.rows >= kDenseRows);
-  if (step->is_dense) {
-    const int64_t rows = step->is_vector ? matrix.rows : round_up(matrix.rows, kDenseRows);
-    if (!budget_.take(rows, matrix.cols * 4) || !budget_.take(matrix.cols, 8)) return POMONA_BAD_SIZE;
-    step->values.assign(static_cast<size_t>(rows * matrix.cols), 0.0f);
+  if (step->is_vector) {
+    const int64_t numbers = x.c * channel_stride;
+    vector_floats_ = std::max(vector_floats_, std::is_same_v<T, float> ? 0 : numbers + matrix.rows + kLine);
+  }
+  if (step->is_vector && step->is_dense) {
+    if (!budget_.take(matrix.rows, matrix.cols * 4)) return POMONA_BAD_SIZE;
+    step->vector_columns = matrix.cols;
+    step->vector_values.resize(static_cast<size_t>(matrix.rows * matrix.cols));
     for (int64_t row = 0; row < matrix.rows; ++row)
       matrix.each(row, false, [&](int64_t k, float value) {
-        const int64_t at = step->is_vector ? row * matrix.cols + k
-                                           : (row / kDenseRows * matrix.cols + k) * kDenseRows + row % kDenseRows;
-        step->values[static_cast<size_t>(at)] = value;
+        step->vector_values[static_cast<size_t>(row * matrix.cols + k)] = value;
       });
-    for (int64_t k = 0; k < matrix.cols; ++k) step->offsets.push_back(static_cast<int32_t>(offset(0, k)));
-    step->max_vectors = net.kernels->max_dense_vectors;
+    return POMONA_OK;
+  }
+  if (step->is_dense) {
+    // A column with a weight of several parts is there so often.
+    std::vector<int32_t> parts(static_cast<size_t>(matrix.cols), 1);
+    for (int64_t row = 0; row < matrix.rows; ++row)
+      matrix.each(row, false, [&](int64_t k, float value) {
+        parts[static_cast<size_t>(k)] = std::max(parts[static_cast<size_t>(k)], parts_of<T>(value, factor));
+      });
+    std::vector<int64_t> first(static_cast<size_t>(matrix.cols) + 1, 0);
+    for (int64_t k = 0; k < matrix.cols; ++k)
+      first[static_cast<size_t>(k) + 1] = first[static_cast<size_t>(k)] + parts[static_cast<size_t>(k)];
+    const int64_t rows = round_up(matrix.rows, kDenseRows), num = first.back();
+    if (!budget_.take(rows, num * 4) || !budget_.take(num, 16)) return POMONA_BAD_SIZE;
+    step->values.assign(static_cast<size_t>(rows * num), Factor<T>{});
+    for (int64_t row = 0; row < matrix.rows; ++row)
+      matrix.each(row, false, [&](int64_t k, float value) {
+        for (int64_t i = 0; i < parts_of<T>(value, factor); ++i)
+          step->values[static_cast<size_t>((row / kDenseRows * num + first[static_cast<size_t>(k)] + i) * kDenseRows +
+                                           row % kDenseRows)] = part_of<T>(value, factor);
+      });
+    for (int64_t k = 0; k < matrix.cols; ++k)
+      for (int32_t i = parts[static_cast<size_t>(k)]; i > 0; --i)
+        step->offsets.push_back(static_cast<int32_t>(offset(0, k)));
+    step->max_vectors = kernels_of(net).max_dense_vectors;
     return POMONA_OK;
   }
 
-  const int64_t num_entries = as_dense ? matrix.rows * matrix.cols : matrix.num_nonzero;
+  // Row by row into the blocks: the entries of block b's row r are counted first, then placed.
+  int64_t num_entries = as_dense ? matrix.rows * matrix.cols : matrix.num_nonzero;
+  if (!step->is_vector && !std::is_same_v<T, float>)
+    for (int64_t row = 0; row < matrix.rows; ++row)
+      matrix.each(row, false, [&](int64_t, float value) { num_entries += parts_of<T>(value, factor) - 1; });
   if (num_entries > std::numeric_limits<int32_t>::max()) return POMONA_BAD_SIZE;
-  if (!budget_.take(num_entries, sizeof(Entry))) return POMONA_BAD_SIZE;
+  if (!budget_.take(num_entries, sizeof(Entry<T>))) return POMONA_BAD_SIZE;
   plan_tiles(net, channels, places, num_entries, step);
   const int64_t num_blocks = static_cast<int64_t>(step->blocks.size());
-  // Row by row into the blocks: the entries of block b's row r are counted first, then placed.
   const size_t width = static_cast<size_t>(matrix.rows + 1);
   if (!budget_.take(num_blocks, 12 * (matrix.rows + 1))) return POMONA_BAD_SIZE;
   std::vector<int32_t> counts(static_cast<size_t>(num_blocks) * width + 1, 0);
   const int64_t block_channels = step->blocks[0].num_channels;
   const auto block_of = [&](int64_t column) { return num_blocks == 1 ? 0 : column / taps / block_channels; };
+  const auto parts = [&](float value) { return step->is_vector ? 1 : parts_of<T>(value, factor); };
   for (int64_t row = 0; row < matrix.rows; ++row)
-    matrix.each(row, as_dense, [&](int64_t k, float) {
-      ++counts[static_cast<size_t>(block_of(k)) * width + static_cast<size_t>(row)];
+    matrix.each(row, as_dense, [&](int64_t k, float value) {
+      counts[static_cast<size_t>(block_of(k)) * width + static_cast<size_t>(row)] += parts(value);
     });
   step->starts.assign(counts.size(), 0);
   int32_t sum = 0;
@@ -311,7 +387,8 @@ int Plan::add_weights(const Net& net, Step* step) {
     sum += counts[i];
   }
   std::vector<int32_t> next(step->starts);
-  step->entries.resize(static_cast<size_t>(num_entries));
+  if (step->is_vector) step->vector_entries.resize(static_cast<size_t>(num_entries));
+  else step->entries.resize(static_cast<size_t>(num_entries));
   for (int64_t row = 0; row < matrix.rows; ++row)
     matrix.each(row, as_dense, [&](int64_t k, float value) {
       const int64_t block = block_of(k);
@@ -320,24 +397,28 @@ int Plan::add_weights(const Net& net, Step* step) {
         place = (k / taps - step->blocks[static_cast<size_t>(block)].first_channel) * step->panel_width +
                 in_panel(*step, places[static_cast<size_t>(k % taps)]);
       int32_t& at = next[static_cast<size_t>(block) * width + static_cast<size_t>(row)];
-      step->entries[static_cast<size_t>(at++)] = {static_cast<int32_t>(place), value};
+      if (step->is_vector) step->vector_entries[static_cast<size_t>(at++)] = {static_cast<int32_t>(place), value};
+      else
+        for (int32_t i = parts(value); i > 0; --i)
+          step->entries[static_cast<size_t>(at++)] = {static_cast<int32_t>(place), part_of<T>(value, factor)};
     });
   return POMONA_OK;
 }
 
 // How many positions go together, and whether the inputs of that many are first copied side by side, in blocks of
 // channels that stay in the cache.
-void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries,
-                      Step* step) const {
+template <typename T>
+void Layers<T>::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries,
+                      Step<T>* step) const {
   const int64_t all = net.shapes[static_cast<size_t>(step->in[0])].c;
   step->blocks = {{0, channels}};
-  step->max_vectors = net.kernels->max_vectors;
+  step->max_vectors = kernels_of(net).max_vectors;
   if (step->is_vector) return;
   const Layout& out = layouts_[static_cast<size_t>(step->out)];
   const Shape& y = net.shapes[static_cast<size_t>(step->out)];
   const int64_t positions = (y.h - 1) * out.row_stride + y.w * samples_;  // as run_layer counts them
-  const int64_t lanes = net.kernels->lanes, vectors = (positions + lanes - 1) / lanes;
-  step->max_vectors = std::min<int64_t>(net.kernels->max_vectors, kTileFloats / lanes);
+  const int64_t lanes = kernels_of(net).lanes, vectors = (positions + lanes - 1) / lanes;
+  step->max_vectors = std::min<int64_t>(kernels_of(net).max_vectors, kTile<T> / lanes);
   const double uses = static_cast<double>(num_entries) / static_cast<double>(all);  // of one loaded vector
   const int64_t num_tiles = (vectors + step->max_vectors - 1) / step->max_vectors;
   const int64_t tile = (vectors + num_tiles - 1) / num_tiles * lanes;  // the widest, where they are as equal as can be
@@ -345,7 +426,7 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   // Taps near each other read one piece of a channel.
   std::vector<int64_t> sorted(places);
   std::sort(sorted.begin(), sorted.end());
-  std::vector<Step::Piece> pieces;
+  std::vector<typename Step<T>::Piece> pieces;
   int64_t width = 0;
   for (const int64_t place : sorted) {
     if (!pieces.empty() && place - pieces.back().from < pieces.back().length + lanes) {
@@ -357,7 +438,7 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
       width += tile;
     }
   }
-  if (channels * width <= kCacheFloats || uses * static_cast<double>(tile) < kLeastUses * static_cast<double>(width))
+  if (channels * width <= kCache<T> || uses * static_cast<double>(tile) < kLeastUses * static_cast<double>(width))
     return;
   step->pieces = pieces;
   step->panel_vectors = tile / lanes;
@@ -365,7 +446,7 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
   // As many channels as stay in the first-level cache, or more where rows have few entries in these: between blocks
   // sums go to memory and back.
   const int64_t busy = kLeastEntries * channels * step->num_rows / std::max<int64_t>(1, num_entries);
-  const int64_t most = std::clamp(busy * step->panel_width, kCacheFloats, 2 * kCacheFloats);
+  const int64_t most = std::clamp(busy * step->panel_width, kCache<T>, 2 * kCache<T>);
   const int64_t per_block = std::clamp<int64_t>(most / step->panel_width, 1, channels);
   const int64_t num_blocks = (channels + per_block - 1) / per_block, even = (channels + num_blocks - 1) / num_blocks;
   step->blocks.clear();
@@ -373,7 +454,8 @@ void Plan::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_
     step->blocks.push_back({first, std::min(even, channels - first)});
 }
 
-int Plan::add_steps(const Net& net, int32_t* bad_node) {
+template <typename T>
+int Layers<T>::add_steps(const Net& net, int32_t* bad_node) {
   const size_t num_values = net.shapes.size();
   std::vector<int> uses(num_values, 0);
   for (size_t i = first_; i < last_; ++i)
@@ -389,7 +471,7 @@ int Plan::add_steps(const Net& net, int32_t* bad_node) {
     if (is_done[i]) continue;
     *bad_node = static_cast<int32_t>(i);
     const Node& node = net.nodes[i];
-    Step step;
+    Step<T> step;
     step.op = node.attributes.op;
     step.node = i;
     step.in = node.operands;
@@ -431,18 +513,22 @@ int Plan::add_steps(const Net& net, int32_t* bad_node) {
       }
     }
     is_done[i] = true;
+    const int32_t other = step.residual >= 0 ? step.residual : step.in.back();
+    step.units = {unit_of(net, step.in[0]), unit_of(net, other), 1.0f / unit_of(net, step.out),
+                  unit_of(net, step.in[0]) == unit_of(net, step.out)};
     steps_.push_back(std::move(step));
   }
   *bad_node = -1;
   return POMONA_OK;
 }
 
-const int32_t* Plan::mask_for(const Layout& l, const Shape& shape) {
+template <typename T>
+const Bits<T>* Layers<T>::mask_for(const Layout& l, const Shape& shape) {
   const auto key = std::make_tuple(l.row_stride, l.rows, shape.h, shape.w);
-  std::vector<int32_t>& mask = masks_[key];
+  std::vector<Bits<T>>& mask = masks_[key];
   if (mask.empty()) {
-    const int64_t positions = round_up(l.positions(), kAlign) + kMaxLanes;  // a vector may begin with the last one
-    if (!budget_.take(positions, 4)) return nullptr;
+    const int64_t positions = round_up(l.positions(), kAlign<T>) + kMaxLanes<T>;  // a vector may begin with the last one
+    if (!budget_.take(positions, sizeof(T))) return nullptr;
     mask.assign(static_cast<size_t>(positions), 0);
     for (int64_t y = 0; y < shape.h; ++y) {
       const auto row = mask.begin() + y * l.row_stride;
@@ -453,7 +539,8 @@ const int32_t* Plan::mask_for(const Layout& l, const Shape& shape) {
 }
 
 // Memory is used again when the last reader of what was there is done.
-int Plan::allocate(const Net& net) {
+template <typename T>
+int Layers<T>::allocate(const Net& net) {
   const size_t num = net.shapes.size();
   std::vector<int64_t> last(num, -1);
   for (size_t s = 0; s < steps_.size(); ++s) {
@@ -466,7 +553,7 @@ int Plan::allocate(const Net& net) {
   struct Piece {
     int64_t offset, size;
   };
-  Gaps gaps(kSlack);
+  Gaps gaps(kSlack<T>);
   std::vector<std::vector<Piece>> ending(static_cast<size_t>(num_steps) + 1);  // by the last step that needs them
   const auto place = [&](int64_t size, int64_t until) {
     const int64_t offset = gaps.take(size);
@@ -474,14 +561,14 @@ int Plan::allocate(const Net& net) {
     return offset;
   };
   const auto size_of = [&](size_t value) {
-    return round_up(net.shapes[value].c * layouts_[value].channel_stride + kMaxLanes, kAlign);
+    return round_up(net.shapes[value].c * layouts_[value].channel_stride + kMaxLanes<T>, kAlign<T>);
   };
   for (const int32_t input : inputs_) {
     const size_t value = static_cast<size_t>(input);
     layouts_[value].offset = place(size_of(value), std::max<int64_t>(last[value], 0));
   }
   for (size_t s = 0; s < steps_.size(); ++s) {
-    Step& step = steps_[s];
+    Step<T>& step = steps_[s];
     const int64_t now = static_cast<int64_t>(s);
     if (s > 0)
       for (const Piece& piece : ending[s - 1]) gaps.give_back(piece.offset, piece.size);
@@ -505,17 +592,18 @@ int Plan::allocate(const Net& net) {
       layouts_[out].offset = place(size_of(out), std::max(last[out], now));
     }
     if (!step.images.empty() && step.groups == 1) {
-      const int64_t size = net.shapes[static_cast<size_t>(step.in[0])].c * step.scratch.channel_stride + kAlign;
-      step.scratch.offset = place(round_up(size, kAlign), now);
+      const int64_t size = net.shapes[static_cast<size_t>(step.in[0])].c * step.scratch.channel_stride + kAlign<T>;
+      step.scratch.offset = place(round_up(size, kAlign<T>), now);
     }
   }
-  const int64_t floats = gaps.most() + kSlack;
-  if (!budget_.take(floats, 4)) return POMONA_BAD_SIZE;
-  arena_.resize(floats);
+  const int64_t numbers = gaps.most() + kSlack<T>;
+  if (!budget_.take(numbers, sizeof(T))) return POMONA_BAD_SIZE;
+  arena_.resize(numbers);
   return POMONA_OK;
 }
 
-void Plan::find_ends(const Net& net) {
+template <typename T>
+void Layers<T>::find_ends(const Net& net) {
   std::vector<bool> is_in(net.shapes.size(), false), is_out(net.shapes.size(), false);
   const int32_t first = net.value_of(first_), last = net.value_of(last_);
   for (size_t i = first_; i < net.nodes.size(); ++i)
@@ -535,34 +623,50 @@ void Plan::find_ends(const Net& net) {
   }
 }
 
-int Plan::make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget, std::unique_ptr<Plan>* plan,
-               int32_t* bad_node) {
-  std::unique_ptr<Plan> made(new Plan);
+template <typename T>
+int Layers<T>::make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget,
+                    std::unique_ptr<Plan>* plan, int32_t* bad_node) {
+  std::unique_ptr<Layers> made(new Layers);
   made->samples_ = samples;
   made->first_ = first;
   made->last_ = last;
   made->budget_ = *budget;
   const int64_t num_values = static_cast<int64_t>(net.shapes.size());
-  if (!made->budget_.take(num_values, sizeof(Step) + sizeof(Layout) + kBytesOfValue)) return POMONA_BAD_SIZE;
+  if (!made->budget_.take(num_values, sizeof(Step<T>) + sizeof(Layout) + kBytesOfValue)) return POMONA_BAD_SIZE;
   made->find_ends(net);
   int error = made->lay_out(net);
   if (error == POMONA_OK) error = made->add_steps(net, bad_node);
-  for (const Step& step : made->steps_)
+  for (const Step<T>& step : made->steps_) {
+    made->scratch_numbers_ = std::max(made->scratch_numbers_, made->scratch_numbers(net, step));
     made->scratch_floats_ = std::max(made->scratch_floats_, made->scratch_floats(net, step));
-  if (error == POMONA_OK && !made->budget_.take(made->scratch_floats_, 4)) error = POMONA_BAD_SIZE;
+  }
+  if (error == POMONA_OK && !(made->budget_.take(made->scratch_numbers_, sizeof(T)) &&
+                              made->budget_.take(made->scratch_floats_ + made->vector_floats_, sizeof(float))))
+    error = POMONA_BAD_SIZE;
   if (error == POMONA_OK) error = made->allocate(net);
   if (error != POMONA_OK) return error;
+  made->vector_.resize(made->vector_floats_);
   *budget = made->budget_;
-  *plan = std::move(made);
+  plan->reset(made.release());
   return POMONA_OK;
 }
 
-int64_t Plan::weight_bytes() const {
+template <typename T>
+int64_t Layers<T>::weight_bytes() const {
   size_t bytes = 0;
-  for (const Step& step : steps_)
-    bytes +=
-        step.entries.size() * sizeof(Entry) + step.starts.size() * 4 + step.values.size() * 4 + step.offsets.size() * 4;
+  for (const Step<T>& step : steps_)
+    bytes += (step.entries.size() + step.vector_entries.size()) * sizeof(Entry<T>) +
+             (step.starts.size() + step.offsets.size() + step.values.size() + step.vector_values.size()) * 4;
   return static_cast<int64_t>(bytes);
 }
+
+int Plan::make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget, std::unique_ptr<Plan>* plan,
+               int32_t* bad_node) {
+  const auto make = net.units.empty() ? Layers<float>::make : Layers<int16_t>::make;
+  return make(net, samples, first, last, budget, plan, bad_node);
+}
+
+template class Layers<float>;
+template class Layers<int16_t>;
 
 }  // namespace pomona

@@ -2,6 +2,7 @@
 #ifndef POMONA_PLAN_H
 #define POMONA_PLAN_H
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <map>
@@ -52,6 +53,14 @@ struct Shape {
   }
 };
 
+// As how many equal weights in fixed point one is kept: what is 1 and more does not fit into an int16.
+inline int32_t num_parts(float weight) {
+  constexpr float kMost = 32767.0f / 32768.0f, kParts = 1024.0f;
+  const float magnitude = weight < 0.0f ? -weight : weight;
+  if (!(magnitude > kMost)) return 1;  // a NaN too
+  return 1 + static_cast<int32_t>(std::min(magnitude / kMost, kParts));
+}
+
 struct Matrix {
   std::vector<float> values;
   std::vector<int32_t> columns;
@@ -70,7 +79,30 @@ struct Node {
   std::vector<int32_t> operands;
 };
 
-class Plan;
+struct Net;
+
+// A network laid out for some number of samples. See Layers, in float32 or in int16.
+class Plan {
+ public:
+  // Of nodes [first, last). Returns POMONA_OK or an error, with the node it is of.
+  static int make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget,
+                  std::unique_ptr<Plan>* plan, int32_t* bad_node);
+  virtual ~Plan() = default;
+
+  const std::vector<int32_t>& inputs() const { return inputs_; }    // values that come from before or outside
+  const std::vector<int32_t>& outputs() const { return outputs_; }  // values that are used later or outside
+
+  virtual void prepare(int num_threads) = 0;  // memory of the threads: not in them, where an exception would end the process
+
+  // n <= samples; inputs[i] and outputs[i] are of the values above, (n, *shape), float32.
+  virtual void run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team) = 0;
+
+  virtual int64_t activation_bytes() const = 0;
+  virtual int64_t weight_bytes() const = 0;
+
+ protected:
+  std::vector<int32_t> inputs_, outputs_;
+};
 
 // How a number of samples go through a network: nodes [0, split) one sample after the other, while activations are too
 // large for a cache to hold those of all, and nodes [split, ...) all samples together.
@@ -87,11 +119,13 @@ struct Net {
   std::vector<Shape> shapes;       // of all values
   std::vector<int64_t> output_at;  // of a value, its first place in outputs, or -1
   pomona_net_options options{};
-  const NetKernels* kernels = nullptr;
+  std::vector<float> units;  // of all values, in int16; empty in float32
+  const AllNetKernels* kernels = nullptr;
   Budget budget;                    // what the routes leave of max_bytes
   std::map<int64_t, Route> routes;  // by the number of samples
   int64_t most_samples = 64;        // that go together
   bool is_of_features = false;      // layers of one position do a good part of the work
+  bool is_filled = false;           // vectors are, by the positions of one sample
   int64_t largest = 1;              // value
   double macs = 0.0;                // of one sample
   std::vector<double> seconds;
@@ -101,12 +135,13 @@ struct Net {
   int64_t output_of(int32_t value) const { return output_at[static_cast<size_t>(value)]; }
   int32_t value_of(size_t node) const { return static_cast<int32_t>(inputs.size() + node); }
   const Matrix* weight(const Node& node) const;
+  const Matrix* bias_of(const Node& node) const;
   const float* bias(const Node& node) const;
   int64_t macs_of(const Node& node, const Shape& out, bool with_zeros) const;
 };
 
 // Where the numbers of a value are: element (channel, y, x, sample) is at
-// channel * channel_stride + lead + y * row_stride + x * samples + sample, in floats from `offset` of the arena. With
+// channel * channel_stride + lead + y * row_stride + x * samples + sample, in numbers from `offset` of the arena. With
 // many samples the next column is a vector further, and nothing is ever unaligned. What lies between and around rows is
 // zero: the padding of convolutions.
 struct Layout {
@@ -120,6 +155,7 @@ struct Block {
   int64_t first_channel, num_channels;
 };
 
+template <typename T>
 struct Step {
   int32_t op;
   size_t node;              // whose time it is
@@ -128,24 +164,30 @@ struct Step {
   int32_t residual = -1;  // a value, or -1
   int32_t act = -1;
   float low = 0.0f, high = 0.0f;
-  const float* bias = nullptr;
+  Units units;  // of operands and result
+  Twice residual_factor;
   bool shares = false;  // the result takes the place of an operand
 
   // Of convolutions and linear layers.
-  bool is_dense = false;       // all rows take all inputs
-  bool is_vector = false;      // one position
+  bool is_dense = false;   // all rows take all inputs
+  bool is_vector = false;  // one position: in float32
   int64_t num_rows = 0;
-  std::vector<Entry> entries;
   std::vector<int32_t> starts;
+  std::vector<Entry<T>> entries;
+  std::vector<T> bias;        // a row each, or empty
   std::vector<Block> blocks;  // one, and no panel, unless the inputs of a tile are too many for the cache
-  int64_t panel_width = 0;    // floats a channel, copied side by side; 0: read where they are
+  int64_t panel_width = 0;    // numbers a channel, copied side by side; 0: read where they are
   struct Piece {
-    int64_t from, length, to;  // offset within a channel, floats for the widest tile, and where in the panel
+    int64_t from, length, to;  // offset within a channel, numbers for the widest tile, and where in the panel
   };
-  std::vector<Piece> pieces;  // what a panel takes of each channel
-  int64_t panel_vectors = 0;  // of the widest tile
-  std::vector<float> values;  // dense
+  std::vector<Piece> pieces;      // what a panel takes of each channel
+  int64_t panel_vectors = 0;      // of the widest tile
+  std::vector<Factor<T>> values;  // dense
   std::vector<int32_t> offsets;
+  std::vector<Entry<float>> vector_entries;  // of one position
+  std::vector<float> vector_values;          // likewise, dense
+  int64_t vector_columns = 0;
+  const float* vector_bias = nullptr;
   int64_t max_vectors = 1;
   // Strided inputs are first copied, image by image: rows first_row + stride * y, columns first_column + stride * x.
   struct Image {
@@ -155,63 +197,62 @@ struct Step {
   int64_t image_rows = 0;
   Layout scratch;      // all images of a channel one after the other
   int64_t groups = 1;  // copied and done one after the other, in the memory of one
-  const int32_t* mask = nullptr;
+  const Bits<T>* mask = nullptr;
 };
 
-// Floats that begin with a cache line: a vector that lies across two of them takes two loads.
+// Memory that begins with a cache line: a vector that lies across two of them takes two loads.
+template <typename T>
 class Lines {
  public:
-  float* data() { return floats_.empty() ? nullptr : floats_.data() + skipped_; }
+  T* data() { return numbers_.empty() ? nullptr : numbers_.data() + skipped_; }
   int64_t size() const { return size_; }
   void resize(int64_t size) {  // contents are lost
-    floats_.assign(static_cast<size_t>(size) + kLine, 0.0f);
-    skipped_ = (kLine - reinterpret_cast<uintptr_t>(floats_.data()) / sizeof(float) % kLine) % kLine;
+    constexpr size_t kEach = kLine / sizeof(T);
+    numbers_.assign(static_cast<size_t>(size) + kEach, T{0});
+    skipped_ = (kEach - reinterpret_cast<uintptr_t>(numbers_.data()) / sizeof(T) % kEach) % kEach;
     size_ = size;
   }
 
  private:
-  static constexpr size_t kLine = 16;
-  std::vector<float> floats_;
+  std::vector<T> numbers_;
   size_t skipped_ = 0;
   int64_t size_ = 0;
 };
 
-class Plan {
+// T is float, or int16_t: multiples of a value's unit, see net_kernels.h.
+template <typename T>
+class Layers final : public Plan {
  public:
-  // Of nodes [first, last). Returns POMONA_OK or an error, with the node it is of.
   static int make(const Net& net, int64_t samples, size_t first, size_t last, Budget* budget,
                   std::unique_ptr<Plan>* plan, int32_t* bad_node);
 
-  const std::vector<int32_t>& inputs() const { return inputs_; }    // values that come from before or outside
-  const std::vector<int32_t>& outputs() const { return outputs_; }  // values that are used later or outside
-
-  void prepare(int num_threads);  // memory of the threads: not in them, where an exception would end the process
-
-  // n <= samples() samples; inputs[i] and outputs[i] are of the values above, (n, *shape).
-  void run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team);
-
-  int64_t activation_bytes() const { return arena_.size() * 4; }
-  int64_t weight_bytes() const;
+  void prepare(int num_threads) override;
+  void run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team) override;
+  int64_t activation_bytes() const override { return arena_.size() * static_cast<int64_t>(sizeof(T)); }
+  int64_t weight_bytes() const override;
 
  private:
   void find_ends(const Net& net);
   int lay_out(const Net& net);
   int add_steps(const Net& net, int32_t* bad_node);
-  int add_weights(const Net& net, Step* step);
+  int add_weights(const Net& net, Step<T>* step);
   void plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries,
-                  Step* step) const;
-  const int32_t* mask_for(const Layout& layout, const Shape& shape);  // nullptr: above max_bytes
-  int use_strided(const Net& net, Step* step, std::vector<int64_t>* places);
+                  Step<T>* step) const;
+  const Bits<T>* mask_for(const Layout& layout, const Shape& shape);  // nullptr: above max_bytes
+  int use_strided(const Net& net, Step<T>* step, std::vector<int64_t>* places);
   int allocate(const Net& net);
   bool is_in_place(const Net& net, const Node& node) const;
 
-  void run_step(const Net& net, const Step& step, Team& team);
-  void run_layer(const Net& net, const Step& step, Team& team);
-  void run_tiles(const Net& net, const Step& step, const float* x, int64_t positions, Team& team);
-  void run_groups(const Net& net, const Step& step, int64_t positions, Team& team);
-  Tile tile_of(const Step& step, const float* x, int64_t position);
-  void copy_images(const Net& net, const Step& step, int64_t channel, float* to);
-  void pool(const Net& net, const Step& step, int64_t channel, float* scratch);
+  void run_step(const Net& net, const Step<T>& step, Team& team);
+  void run_layer(const Net& net, const Step<T>& step, Team& team);
+  void run_vector(const Net& net, const Step<T>& step, const T* x, Team& team);
+  void run_tiles(const Net& net, const Step<T>& step, const T* x, int64_t positions, Team& team);
+  void run_groups(const Net& net, const Step<T>& step, int64_t positions, Team& team);
+  Tile<T> tile_of(const Net& net, const Step<T>& step, const T* x, int64_t position);
+  void copy_images(const Net& net, const Step<T>& step, int64_t channel, T* to);
+  template <typename Line>
+  void pool(const Net& net, const Step<T>& step, int64_t channel, Line* scratch);
+  void mean(const Net& net, const Step<T>& step, int64_t channel, int worker);
   void copy_in(const Net& net, int32_t value, const float* from, int64_t n, Team& team);
   void copy_out(const Net& net, int32_t value, float* to, int64_t n, Team& team);
   void clear_border(const Net& net, int32_t value, int64_t channel);
@@ -220,8 +261,17 @@ class Plan {
     const Shape& shape = net.shapes[static_cast<size_t>(value)];
     return l.lead > 0 || l.row_stride > shape.w * samples_ || l.rows > shape.h;
   }
-  int64_t scratch_floats(const Net& net, const Step& step) const;  // of each thread
-  float* at(int32_t value, int64_t channel = 0) {
+  int64_t scratch_numbers(const Net& net, const Step<T>& step) const;  // of each thread
+  int64_t scratch_floats(const Net& net, const Step<T>& step) const;   // likewise
+  template <typename Number = T>
+  static const NetKernels<Number>& kernels_of(const Net& net) {
+    if constexpr (std::is_same_v<Number, float>) return net.kernels->float32;
+    else return net.kernels->int16;
+  }
+  static float unit_of(const Net& net, int32_t value) {
+    return net.units.empty() ? 1.0f : net.units[static_cast<size_t>(value)];
+  }
+  T* at(int32_t value, int64_t channel = 0) {
     const Layout& l = layouts_[static_cast<size_t>(value)];
     return arena_.data() + l.offset + channel * l.channel_stride + l.lead;
   }
@@ -229,13 +279,15 @@ class Plan {
   int64_t samples_ = 1;
   Budget budget_;  // while it is made: what is left
   size_t first_ = 0, last_ = 0;
-  std::vector<int32_t> inputs_, outputs_;
   std::vector<Layout> layouts_;  // of values
-  std::vector<Step> steps_;
-  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<int32_t>> masks_;
-  Lines arena_;
-  int64_t scratch_floats_ = 0;
-  std::vector<Lines> scratch_;  // of threads
+  std::vector<Step<T>> steps_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::vector<Bits<T>>> masks_;
+  Lines<T> arena_;
+  int64_t scratch_numbers_ = 0, scratch_floats_ = 0;
+  std::vector<Lines<T>> scratch_;  // of threads
+  std::vector<Lines<float>> float_scratch_;
+  int64_t vector_floats_ = 0;
+  Lines<float> vector_;  // inputs and sums of a layer of one position
 };
 
 template <typename F>

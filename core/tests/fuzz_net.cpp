@@ -135,6 +135,8 @@ int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t padding, i
   return num;
 }
 
+constexpr double kFixedError = 0.05;  // of the largest value, in int16: products of values double what is off
+
 float normal(Random& random) { return std::normal_distribution<float>()(random); }
 
 // Entries are ascending; a few are zeros that are stored. Large ones have few entries, whatever the density.
@@ -549,6 +551,44 @@ struct Arrays {
   }
 };
 
+// In int16, with the ranges that the values have: within a few thousandths of them, unless errors grow on the way.
+void check_fixed(Random& random, const Graph& graph, const pomona_graph& view, pomona_net_options options,
+                 const Reference& plain, const std::vector<Size>& in, const std::vector<Size>& out) {
+  const int64_t batch = one_in(random, 4) ? between(random, 10, 70) : between(random, 1, 9);
+  Arrays arrays(in, out, batch);
+  for (auto& array : arrays.inputs)
+    for (float& x : array) x = normal(random);
+  std::vector<float> ranges(graph.sizes.size(), 0.0f);
+  std::vector<std::vector<std::vector<double>>> want;
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    std::vector<const float*> from;
+    for (size_t i = 0; i < in.size(); ++i) from.push_back(arrays.inputs[i].data() + sample * in[i].size());
+    want.push_back(plain.run(from));
+    for (size_t value = 0; value < ranges.size(); ++value)
+      for (const double x : want.back()[value])
+        if (std::isfinite(x)) ranges[value] = std::max(ranges[value], static_cast<float>(std::min(1e17, std::abs(x))));
+  }
+  options.ranges = ranges.data();
+  options.num_ranges = static_cast<int32_t>(ranges.size());
+  pomona_net* net = nullptr;
+  CHECK(pomona_net_new(&view, &options, &net, nullptr) == POMONA_OK);
+  CHECK(arrays.run(net, batch, 1) == POMONA_OK);
+  const std::vector<std::vector<float>> once = arrays.outputs;
+  CHECK(arrays.run(net, batch, static_cast<int>(between(random, 2, 3))) == POMONA_OK);
+  for (size_t i = 0; i < once.size(); ++i)
+    CHECK(std::memcmp(once[i].data(), arrays.outputs[i].data(), once[i].size() * sizeof(float)) == 0);
+  double largest = 1.0;  // of all values: errors of one may be those of another
+  for (const float range : ranges) largest = std::max<double>(largest, range);
+  for (size_t i = 0; i < out.size(); ++i)
+    for (size_t j = 0; j < once[i].size(); ++j) {
+      const size_t size = static_cast<size_t>(out[i].size());
+      const double x = want[j / size][static_cast<size_t>(graph.outputs[i])][j % size];
+      CHECK(std::isfinite(once[i][j]));
+      if (std::isfinite(x) && largest < 1e6) CHECK(std::abs(once[i][j] - x) <= kFixedError * largest);
+    }
+  pomona_net_free(net);
+}
+
 void check_valid(Random& random, bool is_wide) {
   const Graph made = Maker(random, false, is_wide).make();
   Graph graph(made);  // copies have no room to spare
@@ -567,8 +607,9 @@ void check_valid(Random& random, bool is_wide) {
   std::vector<Size> in(graph.sizes.begin(), graph.sizes.begin() + static_cast<int64_t>(graph.inputs.size())), out;
   for (const int32_t value : graph.outputs) out.push_back(graph.sizes[static_cast<size_t>(value)]);
   const Reference plain(graph, false), with_zeros(graph, true);
+  check_fixed(random, graph, view, options, plain, in, out);
   for (int round = 0; round < 2; ++round) {
-    const int64_t batch = between(random, 1, 9);
+    const int64_t batch = one_in(random, 4) ? between(random, 10, 40) : between(random, 1, 9);
     Arrays arrays(in, out, batch);
     // What was there before must not matter.
     for (auto& array : arrays.inputs) std::fill(array.begin(), array.end(), std::numeric_limits<float>::quiet_NaN());
@@ -820,6 +861,17 @@ void check_hostile(uint64_t index, Tally* tally) {
         if (one_in(random, 2)) t.values = nullptr;
         else t.columns = nullptr;
     }
+  }
+  std::vector<float> ranges;
+  if (one_in(random, 3)) {
+    const int64_t num = int64_t{std::max(0, view.num_inputs)} + std::max(0, view.num_nodes);
+    const float some[] = {0.0f, 1e-30f, 1e-3f, 1.0f, 8.0f, 1e17f};
+    for (int64_t i = 0; i < std::min<int64_t>(num, 1 << 16); ++i) ranges.push_back(some[below(random, 6)]);
+    const float bad[] = {-1.0f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()};
+    if (!ranges.empty() && one_in(random, 10))
+      ranges[static_cast<size_t>(below(random, static_cast<int64_t>(ranges.size())))] = bad[below(random, 3)];
+    options.ranges = one_in(random, 50) ? nullptr : ranges.data();
+    options.num_ranges = one_in(random, 20) ? any_int32(random) : static_cast<int32_t>(ranges.size());
   }
   const double begin = seconds();
   const int64_t before = live;

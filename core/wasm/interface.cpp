@@ -26,14 +26,14 @@ constexpr int32_t kLayout[] = {
     PLACE(pomona_graph, num_nodes), PLACE(pomona_graph, num_operands), PLACE(pomona_graph, num_tensors),
     PLACE(pomona_graph, num_outputs),
     SIZE(pomona_net_options), PLACE(pomona_net_options, max_bytes), PLACE(pomona_net_options, micro_batch),
-    PLACE(pomona_net_options, dense),
+    PLACE(pomona_net_options, dense), PLACE(pomona_net_options, ranges), PLACE(pomona_net_options, num_ranges),
     SIZE(pomona_net_info), PLACE(pomona_net_info, activation_bytes), PLACE(pomona_net_info, weight_bytes),
     PLACE(pomona_net_info, macs), PLACE(pomona_net_info, dense_macs),
 };
 
 }  // namespace
 
-const pomona::NetKernels& pomona::net_kernels() { return *portable_net_kernels(); }
+const pomona::AllNetKernels& pomona::net_kernels() { return *portable_net_kernels(); }
 
 extern "C" {
 

@@ -88,6 +88,9 @@ int memcmp(const void* a, const void* b, size_t size) {
   return 0;
 }
 
+// What a class without this function would call.
+void __cxa_pure_virtual() { __builtin_trap(); }
+
 }  // extern "C"
 
 // Without exceptions there is nobody to tell that memory has run out: the instance ends, and JavaScript gets an error.

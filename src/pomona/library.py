@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_ABI = 3  # POMONA_ABI of pomona.h
+_ABI = 4  # POMONA_ABI of pomona.h
 _ISAS = ("portable", "avx2", "avx512")
 
 _is_off = False

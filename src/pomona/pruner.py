@@ -451,7 +451,7 @@ class Pruner:
                 )
         num_changes = self._watched()._version - self._version
         # One change is a load_state_dict or an edit by hand; fused optimizers show as none.
-        if num_changes != 1 and not torch.equal(self._sample(), self._seen):
+        if num_changes != 1 and not torch.equal(self._sample().to(self._seen.device), self._seen):
             times = f"{num_changes} times " if num_changes else ""
             warnings.warn(
                 f"the weights were changed {times}since the last optimizer step that this Pruner saw "
@@ -656,6 +656,13 @@ class Pruner:
         """The method's own numbers now, such as GSM's ``decay_exponent``; may synchronise with the device."""
         with working_on(self._shards):
             return self.method.metrics(self._weights(with_grad=False))
+
+    def density_if_cut(self) -> dict[str, float]:
+        """Name -> the share of its weights that ``harden()`` would keep now, or has kept: one selection, no copies."""
+        weights = self._weights(with_grad=False)
+        pruned = self._pruned or {w.name: ~mask for w, mask in zip(weights, self._masks(), strict=True)}
+        kept = self._num_kept(pruned)
+        return {w.name: kept[w.name] / w.numel for w in weights}
 
     def diagnose(
         self, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1

@@ -312,6 +312,7 @@ def prunes_as_on_one_process(way: str, name: str, steps: int, budget: int | None
         assert tried == tried_alone
         with torch.no_grad():
             loss_of(run.model, my_share(run.way, run.mesh, data[0]))  # leaves whole weights in the root of FSDP
+    assert run.pruner.density_if_cut() == run.alone.density_if_cut()
     run.compare("after a trial")
     states = run.model.state_dict(), run.optimizer.state_dict(), run.pruner.state_dict()
     run.begin(seed=1)

@@ -1,5 +1,5 @@
-"""The command line: ``pomona train | compare | sweep | ticket | valley | diagnose | report | export | bench |
-recipes | env``."""
+"""The command line: ``pomona train | watch | compare | sweep | ticket | valley | diagnose | report | export |
+bench | recipes | env``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Sequence
 
 import pomona
-from pomona.cli import bench, compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley
+from pomona.cli import bench, compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley, watch
 
-_COMMANDS = (train, compare, sweep, ticket, valley, diagnose, report, export, bench, recipes, env)
+_COMMANDS = (train, watch, compare, sweep, ticket, valley, diagnose, report, export, bench, recipes, env)
 
 
 def parser() -> argparse.ArgumentParser:

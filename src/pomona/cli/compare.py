@@ -23,6 +23,13 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("recipes", metavar="RECIPE", nargs="+", help="a TOML file, or a name of `pomona recipes`")
     parser.add_argument("--compressions", metavar="C", type=float, nargs="+", required=True, help="e.g. 10 30 100")
+    parser.add_argument("--start", metavar="FILE", type=Path, help="dense network that all start from, as in train")
+    parser.add_argument("--dense", metavar="RECIPE", help="a recipe to run at compression 1, as a baseline")
+    parser.add_argument(
+        "--narrow",
+        action="store_true",
+        help="run the recipe of --dense also on narrower networks, one of about as many weights for each compression",
+    )
     add_job_options(parser)
     parser.set_defaults(run=_run)
 
@@ -31,7 +38,13 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     """The options that commands with many runs share."""
     parser.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--jobs", metavar="N", type=positive, help="runs at once (default: one a core)")
+    parser.add_argument(
+        "--jobs", metavar="N", type=positive, help="runs at once (default: one a core, or one a device but the CPU)"
+    )
+    parser.add_argument(
+        "--devices", metavar="D", nargs="+", default=["cpu"], help="taken in turn, e.g. cuda:0 cuda:1 (default: cpu)"
+    )
+    parser.add_argument("--compile", action="store_true", help="put training passes through torch.compile")
     parser.add_argument("--threads", metavar="N", type=positive, default=1, help="threads of torch a run (default: 1)")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="change all recipes"
@@ -45,10 +58,12 @@ def execute(jobs: Sequence[Any], options: argparse.Namespace) -> dict[Path, str]
     from pomona.zoo.progress import Progress
 
     progress = Progress()
-    at_once = options.jobs or max(1, (os.cpu_count() or 1) // options.threads)
+    cores = max(1, (os.cpu_count() or 1) // options.threads)
+    at_once = options.jobs or (cores if options.devices == ["cpu"] else len(options.devices))
+    how: dict[str, Any] = {"threads": options.threads, "devices": options.devices, "compiled": options.compile}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run_jobs(jobs, data_dir=options.data_dir, threads=options.threads, at_once=at_once, progress=progress)
+        return run_jobs(jobs, data_dir=options.data_dir, at_once=at_once, progress=progress, **how)
     except KeyboardInterrupt:
         progress.line(f"stopped; give the same command again to go on. What is done is in {options.out}")
         sys.exit(130)
@@ -59,7 +74,16 @@ def execute(jobs: Sequence[Any], options: argparse.Namespace) -> dict[Path, str]
 def _run(options: argparse.Namespace) -> int:
     from pomona.zoo.compare import check_equal_cost, conclude, plan
 
-    jobs = plan(options.recipes, options.compressions, options.seeds, options.overrides, options.out)
+    jobs = plan(
+        options.recipes,
+        options.compressions,
+        options.seeds,
+        options.overrides,
+        options.out,
+        start=options.start,
+        dense=options.dense,
+        narrow=options.narrow,
+    )
     check_equal_cost(jobs, options.out)
     failed = execute(jobs, options)
     print(conclude(options.out))

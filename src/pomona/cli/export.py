@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pomona.cli.report import read_weights
+from pomona.cli.train import positive
 
 
 def add_to(commands: Any) -> None:
@@ -25,6 +25,12 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--quantize", metavar="HOW", help="k-means:COUNT or uniform:BITS; behind it :shared and :biases=COUNT"
     )
+    parser.add_argument(
+        "--calibrate",
+        metavar="COUNT",
+        type=positive,
+        help="store the ranges of values on the first COUNT training inputs of a run, for 16-bit fixed point",
+    )
     parser.add_argument("--shrink", action="store_true", help="take out dead channels first (needs torch-pruning)")
     parser.add_argument("--no-graph", action="store_true", help="leave out what the network computes: smaller")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
@@ -34,39 +40,46 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import pomona
     from pomona.runtime.trace import UnsupportedError
+    from pomona.zoo.run import evaluate
 
     if not options.path.is_dir():
-        if options.shrink:
-            raise ValueError(f"--shrink needs a network, but {options.path} is a file of weights; give a run's folder")
+        for name in ("shrink", "calibrate"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"--{name} needs a network, but {options.path} is a file of weights; give a run's folder"
+                )
         state = read_weights(options.path)
         print(pomona.export(state, options.out, options.format, quantize=options.quantize))
         return 0
-    model, example, method, evaluate = _read_run(options.path, options.data_dir)
+    model, data, method = _read_run(options.path, options.data_dir)
+    example = data.test_inputs[:1]
     if options.shrink:
         model, removed = pomona.shrink(model, example)
         print(f"dead channels taken out: {', '.join(f'{n} of {name}' for name, n in removed.items()) or 'none'}")
     arguments = {
         "quantize": options.quantize,
-        "evaluate": (lambda: evaluate(model)) if options.quantize else None,
+        "evaluate": (lambda: evaluate(model, data).accuracy) if options.quantize else None,
         "metadata": {"method": method} if method else None,
     }
+    calibrate = data.train_inputs[: options.calibrate] if options.calibrate else None
     is_graph = str(options.format or options.out).endswith(("onnx", "mnn"))
     try:
         given = example if is_graph or not options.no_graph else None
-        print(pomona.export(model, options.out, options.format, example=given, **arguments))
+        print(pomona.export(model, options.out, options.format, example=given, calibrate=calibrate, **arguments))
     except UnsupportedError as error:
+        if options.calibrate:
+            raise ValueError(f"--calibrate needs what the network computes: {error}") from None
         warnings.warn(f"the file holds tensors only, for pomona.load: {error}", stacklevel=1)
         print(pomona.export(model, options.out, options.format, **arguments))
     return 0
 
 
-def _read_run(folder: Path, data_dir: str | None) -> tuple[Any, Any, str, Callable[[Any], float]]:
-    """The network of a finished run, an example of its input, its method, and how to measure its accuracy."""
+def _read_run(folder: Path, data_dir: str | None) -> tuple[Any, Any, str]:
+    """The network of a finished run, its data and its method."""
     import torch
 
     from pomona.zoo.data import DATA
     from pomona.zoo.models import build_model
-    from pomona.zoo.run import evaluate
     from pomona.zoo.train import read_run
 
     recipe = read_run(folder)["recipe"]
@@ -81,4 +94,4 @@ def _read_run(folder: Path, data_dir: str | None) -> tuple[Any, Any, str, Callab
     method = recipe.get("method") or {}
     told = ", ".join(f"{key}={value}" for key, value in method.items() if key != "name")
     named = f"{method['name']}({told})" if method else ""
-    return model, data.test_inputs[:1], named, lambda network: evaluate(network, data).accuracy
+    return model, data, named

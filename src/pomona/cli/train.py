@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ def add_to(commands: Any) -> None:
         help="start from the dense network in this folder, which is trained there first if it is not yet; "
         "several recipes with the same [base] can share one",
     )
+    parser.add_argument(
+        "--start",
+        metavar="FILE",
+        type=Path,
+        help="start from the dense network in this file (a state dict that torch.save wrote) in place of [base], or of "
+        "the initial weights",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="draw no pictures and write no page")
     parser.set_defaults(run=_run)
 
@@ -36,6 +44,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", metavar="N", type=positive, help="threads of torch (default: its own choice, up to 4)"
     )
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how to train."""
+    parser.add_argument("--device", metavar="DEVICE", default="cpu", help="as torch names it, e.g. cuda (default: cpu)")
+    parser.add_argument("--compile", action="store_true", help="put training passes through torch.compile")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +116,8 @@ def until_stopped(
     folder = folder_of(options, recipe, suffix)
     progress = Progress()
     try:
-        return train(recipe, data, folder, threads=threads_of(options, folder), progress=progress)
+        how: dict[str, Any] = {"device": options.device, "compiled": options.compile}
+        return train(recipe, data, folder, threads=threads_of(options, folder), progress=progress, **how)
     except Stopped as stopped:
         progress.line(f"{stopped}; give the same command again to go on. Checkpoint and metrics are in {folder}")
         sys.exit(130)
@@ -110,26 +126,41 @@ def until_stopped(
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.pictures import times
     from pomona.zoo.progressive import train_progressive
-    from pomona.zoo.train import train, train_base
+    from pomona.zoo.train import read_base, train, train_base
+
+    if options.start and options.base:
+        raise ValueError("--start and --base both name a network to start from; give one of them")
 
     def go(recipe: Any, data: Any, folder: Path, **how: Any) -> dict[str, Any]:
+        base: Any
         if recipe.progressive:
+            if options.start:
+                raise ValueError("--start is not for recipes with [progressive]; give their dense network by --base")
             return train_progressive(recipe, data, folder, base=options.base, **how)
-        base = train_base(recipe, data, options.base, **how) if options.base else None
+        if options.start:
+            base = read_base(options.start, recipe, data, device=options.device)
+            recipe = replace(recipe, base=None)
+        else:
+            base = train_base(recipe, data, options.base, **how) if options.base else None
         return train(recipe, data, folder, base=base, pictures=not options.no_pictures, **how)
 
-    result = until_stopped(go, options)
+    print(conclusion(until_stopped(go, options)))
+    return 0
+
+
+def conclusion(result: Mapping[str, Any]) -> str:
+    """What came out of a run, in two or three lines."""
+    from pomona.zoo.pictures import times
+
     accuracy, loss = result["accuracy"], result.get("loss") or {}  # runs of earlier versions have no losses
     steps = [("base", "dense"), ("before_cut", "before the cut"), ("after_cut", "after"), ("retrained", "retrained")]
     told = ", ".join(f"{accuracy[key]:.2f} {name}" for key, name in steps if accuracy.get(key) is not None)
     losses = ", ".join(f"{loss[key]:.4f} {name}" for key, name in steps if loss.get(key) is not None)
     report = result["report"]
-    if losses:
-        print(f"test loss (nats) {losses}")
-    print(f"{times(report['total'], report['nonzero'])} compression; accuracy {told}, on {result['data']}")
+    lines = [f"test loss (nats) {losses}"] if losses else []
+    lines.append(f"{times(report['total'], report['nonzero'])} compression; accuracy {told}, on {result['data']}")
     published = (result["expected"] or {}).get("accuracy")
     if published is not None:
-        print(f"published: {published:.2f} at the end; here {accuracy['final'] - published:+.2f}")
-    return 0
+        lines.append(f"published: {published:.2f} at the end; here {accuracy['final'] - published:+.2f}")
+    return "\n".join(lines)

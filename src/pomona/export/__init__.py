@@ -61,6 +61,7 @@ def export(
     evaluate: Callable[[], float] | None = None,
     graph: Any = None,
     example: Tensor | tuple[Any, ...] | None = None,
+    calibrate: Tensor | tuple[Any, ...] | None = None,
     pruner: Pruner | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
@@ -79,6 +80,9 @@ def export(
         graph: what the network computes (`pomona.runtime.graph`), if you have it from elsewhere; format "pomona".
         example: an input with the batch in front, or a tuple of them. Format "pomona": the graph is traced, and the
             file runs without torch (`pomona.runtime.load`). "onnx" and "mnn" cannot do without it.
+        calibrate: inputs of a few dozen typical samples. The file then also holds the ranges of all values on them,
+            and can be run in 16-bit fixed point (`pomona.runtime.load(path, precision="int16")`); format "pomona",
+            with a graph.
         pruner: whose method and scope the file is to name.
         metadata: further strings for the file to hold.
 
@@ -127,6 +131,12 @@ def export(
     inputs = example if isinstance(example, tuple) or example is None else (example,)
     if format == "pomona" and graph is None and inputs is not None:
         graph, tensors = _traced(module, inputs, tensors)
+    if calibrate is not None:
+        if graph is None:
+            raise ValueError(
+                "export(calibrate=...) measures the values of a graph: give example= too, and the format 'pomona'"
+            )
+        graph = _calibrated(graph, tensors, calibrate if isinstance(calibrate, tuple) else (calibrate,))
     graph = graph.to_json() if hasattr(graph, "to_json") else graph
     FORMATS[format].write(Source(tensors, told, graph, module, inputs), path)
     return Exported(path, format, path.stat().st_size, dense_bytes, zeros, before, after)
@@ -176,6 +186,16 @@ def _traced(
     is_exact = all(not s.storage for s in tensors.values())
     derived = {name: Stored("F32", array) for name, array in used.items() if name not in tensors}
     return graph, {**tensors, **(derived if is_exact else {name: half(s) for name, s in derived.items()})}
+
+
+def _calibrated(graph: Any, tensors: Mapping[str, Stored], inputs: tuple[Any, ...]) -> Any:
+    """The graph with ranges, as it will be computed with what the file holds."""
+    from pomona.runtime import Graph, to_float32
+    from pomona.runtime.ranges import with_ranges
+
+    graph = graph if isinstance(graph, Graph) else Graph.from_json(graph)
+    arrays = [x.detach().cpu().float().numpy() if isinstance(x, Tensor) else x for x in inputs]
+    return with_ranges(graph, {name: to_float32(name, tensors[name]) for name in graph.names()}, *arrays)
 
 
 @contextmanager

@@ -47,12 +47,23 @@ def attach(model: nn.Module, optimizer: Optimizer, method: Method | None, scope:
 
 
 def numbers(pruner: Pruner) -> dict[str, float]:
-    """What is logged, under the same names everywhere: the zeros there are now, and the method's own metrics.
+    """What is logged, under the same names everywhere: for a loop of your own too.
 
-    Counts every weight in scope. Of a sharded model all ranks must ask.
+    ``pomona/sparsity`` is the fraction of the weights in scope that are zero now, ``pomona/num_skipped`` the steps that
+    were skipped, ``pomona/density_if_cut/LAYER`` the share of a layer's weights that ``harden()`` would keep now, or
+    has kept; the method's own metrics follow. Costs a count and a selection, about what a step of pruning does. Of a
+    sharded model all ranks must ask.
+
+    Example:
+        >>> import torch, pomona
+        >>> model = torch.nn.Linear(20, 10)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> numbers(pomona.Pruner(model, optimizer, pomona.Magnitude(sparsity=0.9)))["pomona/density_if_cut/weight"]
+        0.1
     """
     report = pruner.report()
     found = {"sparsity": report.sparsity, "num_skipped": float(report.num_skipped), **report.metrics}
+    found |= {f"density_if_cut/{name}": density for name, density in pruner.density_if_cut().items()}
     return {f"pomona/{name}": value for name, value in found.items()}
 
 

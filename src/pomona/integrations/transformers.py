@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pomona import safetensors
@@ -24,10 +25,10 @@ FILE = "pruner.pt"
 class PrunerCallback(TrainerCallback):
     """Prunes what a ``Trainer`` trains, or holds the zeros that its model has.
 
-    Makes the Pruner when training begins. Steps are those of the optimizer, however many batches each accumulates, and
-    ``harden()`` follows the last of them, after ``load_best_model_at_end``. Each checkpoint folder gets a file
-    ``pruner.pt``, and ``train(resume_from_checkpoint=...)`` goes on from it: on a CPU bit for bit as if it had never
-    stopped.
+    Makes the Pruner when training begins, and asks it whether the run can succeed (``Pruner.diagnose``). Steps are
+    those of the optimizer, however many batches each accumulates; ``harden()`` follows the last of them, after
+    ``load_best_model_at_end``. Each checkpoint folder gets a file ``pruner.pt``, and
+    ``train(resume_from_checkpoint=...)`` goes on from it: on a CPU bit for bit as if it had never stopped.
 
     The Trainer does not tell callbacks from which folder it resumes. It is ``checkpoint-STEP`` of ``output_dir``, or
     else what ``TrainingArguments(resume_from_checkpoint=...)`` says.
@@ -74,6 +75,8 @@ class PrunerCallback(TrainerCallback):
         self.pruner = attach(kwargs["model"], kwargs["optimizer"], self.method, self.scope)
         if state.global_step:
             self._restore([args.resume_from_checkpoint, _folder(args, state)])
+        elif isinstance(kwargs["lr_scheduler"], LambdaLR):  # as most of the Trainer's are; others may follow the loss
+            self.pruner.diagnose(state.max_steps, kwargs["lr_scheduler"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         buffer = io.BytesIO()

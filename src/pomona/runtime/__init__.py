@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from pomona import container, library
 from pomona.container import File, Stored
 from pomona.runtime import reference
-from pomona.runtime.engine import Engine
+from pomona.runtime.engine import Engine, Precision, check_precision
 from pomona.runtime.fold import fold
 from pomona.runtime.graph import MAX_BYTES, Graph
+from pomona.runtime.ranges import with_ranges
 from pomona.sparse import Sparse
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ __all__ = ["Graph", "Network", "load"]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load(file: str | os.PathLike[str] | File, *, threads: int = 1, max_bytes: int | None = None) -> Network:
+def load(
+    file: str | os.PathLike[str] | File,
+    *,
+    threads: int = 1,
+    max_bytes: int | None = None,
+    precision: Precision = "float32",
+) -> Network:
     """The network of a file, ready to run.
 
     Args:
@@ -42,10 +49,11 @@ def load(file: str | os.PathLike[str] | File, *, threads: int = 1, max_bytes: in
         threads: how many the network may use.
         max_bytes: the most that its tensors may take as dense ones, and the most for what is made of them and for
             activations. Default: that of :func:`pomona.container.read`, and 16 GiB.
+        precision: see :class:`Network`.
 
     Raises:
         FormatError: it is not such a file, or damaged; a ValueError.
-        ValueError: it holds no graph, or one that does not fit its tensors.
+        ValueError: it holds no graph, one that does not fit its tensors, or no ranges where int16 is asked for.
     """
     read = file if isinstance(file, File) else container.read(file, max_bytes=max_bytes)
     where = "the file" if isinstance(file, File) else os.fspath(file)
@@ -57,8 +65,10 @@ def load(file: str | os.PathLike[str] | File, *, threads: int = 1, max_bytes: in
     try:
         graph = Graph.from_json(read.graph)
         graph.shapes(read.tensors)
-        tensors = {name: _float32(name, read.tensors[name]) for name in graph.names()}
-        return Network(graph, tensors, threads=threads, max_bytes=max_bytes, metadata=read.metadata)
+        tensors = {name: to_float32(name, read.tensors[name]) for name in graph.names()}
+        return Network(
+            graph, tensors, threads=threads, max_bytes=max_bytes, metadata=read.metadata, precision=precision
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -66,11 +76,16 @@ def load(file: str | os.PathLike[str] | File, *, threads: int = 1, max_bytes: in
 class Network:
     """A graph with its tensors, ready to run.
 
+    In float32, or in 16-bit fixed point (``precision="int16"``), which is faster by up to two times where layers have
+    many positions, and takes half the memory for activations: :mod:`pomona.runtime.engine` says how it rounds. It needs
+    the ranges of values (:meth:`calibrated`, or ``pomona.export(calibrate=...)``).
+
     Attributes:
         graph: what it computes, after folding (:func:`pomona.runtime.fold.fold`).
         tensors: its weights by name, float32, dense or :class:`~pomona.sparse.Sparse`.
         metadata: what the file says of it.
         threads: how many it may use.
+        precision: as asked for; without the compiled core everything is computed in float32 all the same.
         is_compiled: whether the compiled core runs it.
     """
 
@@ -82,16 +97,20 @@ class Network:
         threads: int = 1,
         max_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
+        precision: Precision = "float32",
     ) -> None:
         limit = MAX_BYTES if max_bytes is None else max_bytes
         graph.shapes(tensors, max_bytes=limit)
         self.graph, self.tensors = fold(graph, tensors)
         self.metadata = dict(metadata or {})
         self.threads = threads
+        self.precision = precision
+        check_precision(precision, graph)
+        self._max_bytes = max_bytes
         self.is_compiled = library.is_available()
         self._execute: Callable[..., list[NDArray[np.float32]]]
         if self.is_compiled:
-            self._execute = Engine(self.graph, self.tensors, threads=threads, max_bytes=limit)
+            self._execute = Engine(self.graph, self.tensors, threads=threads, max_bytes=limit, precision=precision)
         else:
             self._execute = partial(reference.run, self.graph, self.tensors)
 
@@ -107,6 +126,26 @@ class Network:
         from pomona.runtime.trace import trace
 
         return cls(*trace(model, example), threads=threads)
+
+    def calibrated(self, *inputs: Any, precision: Precision = "int16") -> Network:
+        """The same network in fixed point, with the ranges that values have on these samples.
+
+        Args:
+            inputs: as of :meth:`run`; a few dozen typical samples.
+            precision: of the network that is returned.
+
+        Raises:
+            ValueError: shapes do not fit, or a value is not finite.
+        """
+        graph = with_ranges(self.graph, self.tensors, *(np.ascontiguousarray(x, np.float32) for x in inputs))
+        return Network(
+            graph,
+            self.tensors,
+            threads=self.threads,
+            max_bytes=self._max_bytes,
+            metadata=self.metadata,
+            precision=precision,
+        )
 
     def run(self, *inputs: Any) -> Any:
         """The outputs for a batch.
@@ -126,7 +165,7 @@ class Network:
     __call__ = run
 
 
-def _float32(name: str, stored: Stored) -> NDArray[np.float32] | Sparse:
+def to_float32(name: str, stored: Stored) -> NDArray[np.float32] | Sparse:
     """The numbers, exactly but for those of 64 bits."""
     if stored.dtype not in _FLOATS:
         raise ValueError(f"tensor {name[:100]!r} is of {stored.dtype}; the runtime computes with {', '.join(_FLOATS)}")

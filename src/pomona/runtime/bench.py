@@ -203,9 +203,13 @@ class PathResult:
         return "int8" in self.name
 
     @property
+    def is_mine(self) -> bool:
+        return self.name.startswith("pomona")
+
+    @property
     def is_wrong(self) -> bool:
         """Whether it computes in float32 and outputs differ all the same."""
-        return self.error is not None and not self.is_int8 and not self.error < TOLERANCE
+        return self.error is not None and " int" not in self.name and not self.error < TOLERANCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,17 +262,20 @@ class BenchResult:
         if mine is None:
             return [f"pomona did not run: {self.path('pomona').why_not}"]
         told = []
-        for kind, rivals in (("float32", self._rivals(is_int8=False)), ("int8", self._rivals(is_int8=True))):
-            if not rivals:
-                told.append(f"no dense {kind} path ran, so nothing is known against one")
-                continue
-            best = min(rivals, key=lambda path: path.timing.median if path.timing else math.inf)
-            assert best.timing is not None
-            ratio = best.timing.median / mine.median
-            if ratio >= 1:
-                told.append(f"pomona is {ratio:.2f}x as fast as the fastest dense {kind} path, {best.name}")
-            else:
-                told.append(f"dense {kind} wins: {best.name} is {1 / ratio:.2f}x as fast as pomona")
+        for path in self.paths:
+            for kind in ("float32", "int8") if path.is_mine and path.timing else ():
+                rivals = self._rivals(is_int8=kind == "int8")
+                if not rivals and path.name == "pomona":
+                    told.append(f"no dense {kind} path ran, so nothing is known against one")
+                if not rivals:
+                    continue
+                best = min(rivals, key=lambda path: path.timing.median if path.timing else math.inf)
+                assert best.timing is not None and path.timing is not None
+                ratio = best.timing.median / path.timing.median
+                if ratio >= 1:
+                    told.append(f"{path.name} is {ratio:.2f}x as fast as the fastest dense {kind} path, {best.name}")
+                else:
+                    told.append(f"dense {kind} wins: {best.name} is {1 / ratio:.2f}x as fast as {path.name}")
         slower = [layer for layer in self.layers if layer.is_faster_dense]
         if slower:
             names = ", ".join(layer.name for layer in slower[:5]) + ", ..." * (len(slower) > 5)
@@ -284,7 +291,7 @@ class BenchResult:
         return [
             path
             for path in self.paths
-            if path.name != "pomona" and path.is_int8 == is_int8 and path.timing is not None and not path.is_wrong
+            if not path.is_mine and path.is_int8 == is_int8 and path.timing is not None and not path.is_wrong
         ]
 
     def __str__(self) -> str:
@@ -416,7 +423,8 @@ def bench(
         seconds: for each path, and three rounds at least.
         paths: which, of :data:`pomona.runtime.paths.PATHS`. One whose packages are missing is told so in the result.
         data: .npz file of ``x``, float32 [n, ...], and ``y``, integers [n], or the folder of a run's data: also measure
-            accuracy, and take the batch that is timed and that calibrates int8 from there.
+            accuracy, and take the batch that is timed and that calibrates int8, and int16 if the file has no ranges,
+            from there.
 
     Raises:
         ValueError: the model, the shapes or the data cannot be used, or the model computes what the runtime cannot.
@@ -520,12 +528,17 @@ def _arrays(shapes: Sequence[tuple[int, ...]], data: _Data | None) -> Arrays:
     return [np.resize(data[0], shapes[0])]
 
 
-def write_network(path: str, module: nn.Module, examples: Sequence[Tensor]) -> None:
-    """What the module computes, and its tensors, as a file."""
+def write_network(
+    path: str, module: nn.Module, examples: Sequence[Tensor], *, calibrate: Sequence[Tensor] = ()
+) -> None:
+    """What the module computes, and its tensors, as a file; with the ranges of values on these samples, if any."""
     from pomona import container
+    from pomona.runtime.ranges import with_ranges
     from pomona.runtime.trace import trace
 
     graph, tensors = trace(module, examples, folded=False)
+    if calibrate:
+        graph = with_ranges(graph, tensors, *(x.numpy() for x in calibrate))
     stored = {name: container.Stored("F32", tensor) for name, tensor in tensors.items()}
     container.write(path, stored, {}, graph.to_json())
 

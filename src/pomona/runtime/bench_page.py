@@ -41,7 +41,7 @@ def _path_bars(result: BenchResult) -> list[_Bar]:
     bars = []
     for path in result.paths:
         if path.timing and not path.is_wrong:
-            kind = "mine" if path.name == "pomona" else "int8" if path.is_int8 else "dense"
+            kind = "mine" if path.is_mine else "int8" if path.is_int8 else "dense"
             bars.append(_Bar(path.name, path.timing.median, kind))
     return bars
 

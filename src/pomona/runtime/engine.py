@@ -10,6 +10,17 @@ weights as given; activations in one arena that is used again and again.
 Deviations from float32 arithmetic one operation after the other: sums are in another order and products are fused with
 them; the error is that of a float32 dot product in any order. ``gelu`` is within 2e-7 of the true value for |x| <= 1,
 relative to |x| beyond.
+
+With ``precision="int16"`` the arithmetic is 16-bit fixed point. A value v of range r, the largest magnitude it had on
+some samples, is kept as an int16 q with v = u q, u = 4 r / 32767 (the 4 is POMONA_HEADROOM: what exceeds four times the
+range is cut off; units are larger where the rules of ``pomona_net.h`` say so). A weight w is kept as
+W = round(2^15 w u_in / u_out), in several equal parts where that is 2^15 or more, and a layer is
+
+    q_out = bias + sum over its weights of floor(W q_in / 2^15 + 1/2)
+
+so that an output of n weights whose magnitudes sum to S is off by at most (n + 1) / 2 u_out (products and bias),
+S / 2 u_in (the input) and n 2^-16 |q_in| u_out (weights). Everything else, and layers of one position, is computed in
+float32 and rounded once. Results are the same bits on every machine, but for what goes through float32.
 """
 
 from __future__ import annotations
@@ -17,7 +28,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +39,7 @@ from pomona.runtime.reference import check_inputs
 from pomona.sparse import Sparse
 
 Array = NDArray[np.float32]
+Precision: TypeAlias = Literal["float32", "int16"]
 
 _COUNT_PADDING, _CEIL = 1, 2
 _FORMS = {"scale": "vector", "conv": "kernel"}
@@ -84,7 +96,13 @@ class _Graph(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = (("max_bytes", _int64), ("micro_batch", _int32), ("dense", _int32))
+    _fields_ = (
+        ("max_bytes", _int64),
+        ("micro_batch", _int32),
+        ("dense", _int32),
+        ("ranges", _pointer),
+        ("num_ranges", _int32),
+    )
 
 
 class _About(ctypes.Structure):
@@ -118,6 +136,7 @@ class Engine:
         dense: True runs all layers as if they had no zeros, False skips zeros everywhere; None chooses for each layer.
         micro_batch: samples that go through the network together; 0 chooses as many as the cache holds.
         max_bytes: of weights and of activations; ValueError above.
+        precision: of values and weights; "int16" is faster by up to two times and needs ``graph.ranges``.
 
     Raises:
         RuntimeError: the core is not available (:func:`pomona.library.why_not`).
@@ -135,11 +154,13 @@ class Engine:
         dense: bool | None = None,
         micro_batch: int = 0,
         max_bytes: int = 1 << 34,
+        precision: Precision = "float32",
     ) -> None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         if micro_batch < 0:
             raise ValueError(f"micro_batch must be at least 0, got {micro_batch}")
+        check_precision(precision, graph)
         self._handle = None
         self._library = _declare(library.load())
         self.graph = graph
@@ -162,7 +183,10 @@ class Engine:
             len(matrices),
             len(outputs),
         )
-        options = _Options(max_bytes, micro_batch, _DENSE[dense])
+        ranges = np.asarray(graph.ranges if precision == "int16" else [], np.float32)
+        options = _Options(
+            max_bytes, micro_batch, _DENSE[dense], ranges.ctypes.data if len(ranges) else None, len(ranges)
+        )
         handle, bad_node = _pointer(), _int32(-1)
         status = self._library.pomona_net_new(
             ctypes.byref(described), ctypes.byref(options), ctypes.byref(handle), ctypes.byref(bad_node)
@@ -207,6 +231,17 @@ class Engine:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self._library.pomona_net_free(self._handle)
+
+
+def check_precision(precision: str, graph: Graph) -> None:
+    """ValueError if a network cannot be computed in it."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if precision == "int16" and graph.ranges is None:
+        raise ValueError(
+            'precision="int16" needs the ranges of values, which the graph does not have; export the model with '
+            "calibrate=samples, or take Network.calibrated(samples)"
+        )
 
 
 class _Builder:

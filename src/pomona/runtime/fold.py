@@ -34,6 +34,7 @@ def fold(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, 
         The graph and its tensors; those that were made have names with an ``@``.
     """
     made: dict[str, Tensor] = {**tensors}
+    ranges = None if graph.ranges is None else list(graph.ranges)
     nodes = list(graph.nodes)
     first = graph.num_inputs
     alias = list(range(graph.num_values))
@@ -47,13 +48,19 @@ def fold(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, 
         if node.op == "scale" and before.op in ("conv", "linear", "scale"):
             nodes[place] = _scaled(before, node, made)
             alias[first + i] = node.operands[0]
+            if ranges is not None:
+                ranges[node.operands[0]] = ranges[first + i]
         elif node.op == "conv" and _is_padding(before, made) and node.dilation == (1, 1):
             nodes[i] = _padded(before, node, made)
-    return prune_graph(graph.inputs, nodes, [alias[v] for v in graph.outputs], made)
+    return prune_graph(graph.inputs, nodes, [alias[v] for v in graph.outputs], made, ranges)
 
 
 def prune_graph(
-    inputs: tuple[tuple[int, ...], ...], nodes: list[Node], outputs: list[int], tensors: Mapping[str, Tensor]
+    inputs: tuple[tuple[int, ...], ...],
+    nodes: list[Node],
+    outputs: list[int],
+    tensors: Mapping[str, Tensor],
+    ranges: list[float] | None = None,
 ) -> tuple[Graph, dict[str, Tensor]]:
     """A graph of the nodes that the outputs depend on, renumbered, and of the tensors that they need."""
     first = len(inputs)
@@ -64,7 +71,8 @@ def prune_graph(
     kept = [i for i in range(len(nodes)) if first + i in needed]
     number = {**{v: v for v in range(first)}, **{first + i: first + n for n, i in enumerate(kept)}}
     renumbered = (replace(nodes[i], operands=tuple(number[v] for v in nodes[i].operands)) for i in kept)
-    graph = Graph(inputs, tuple(renumbered), tuple(number[v] for v in outputs))
+    left = None if ranges is None else (*ranges[:first], *(ranges[first + i] for i in kept))
+    graph = Graph(inputs, tuple(renumbered), tuple(number[v] for v in outputs), left)
     return graph, {name: tensors[name] for name in graph.names()}
 
 

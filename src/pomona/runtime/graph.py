@@ -27,8 +27,9 @@ As JSON, which is how a graph travels in a file::
      "nodes": [["conv", [0], {"weight": "conv1.weight", "bias": "conv1.bias", "padding": [2, 2]}], ["relu", [1]]],
      "outputs": [2]}
 
-What equals its default is left out. :meth:`Graph.from_json` and :meth:`Graph.shapes` believe nothing: a graph of a
-hostile file is an error and never a crash, and the memory it takes is bounded.
+What equals its default is left out. A fourth list may be there, ``"ranges"``: the largest magnitude of every value,
+which fixed-point arithmetic needs (:mod:`pomona.runtime.ranges`). :meth:`Graph.from_json` and :meth:`Graph.shapes`
+believe nothing: a graph of a hostile file is an error and never a crash, and the memory it takes is bounded.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ _MAX_INT = 2**31 - 1  # what the core's int32 holds
 _MAX_NODES = 1 << 16
 _MAX_OPERANDS = 1 << 12  # of one node; also of inputs and outputs
 _MAX_NAME = 1 << 12
+_MAX_RANGE = 1e18  # as the core's
 _MAX_WINDOW = 1 << 16  # elements of a kernel, without its channels
 MAX_BYTES = 1 << 34
 """Values of one sample may take this much memory together, as float32."""
@@ -225,6 +227,7 @@ class Graph:
         inputs: shapes of one sample.
         nodes: in order of execution; each takes values that are there before it.
         outputs: values.
+        ranges: the largest magnitude of every value, of float32, or None.
 
     Example:
         >>> Graph(inputs=((4,),), nodes=(Node("relu", (0,)),), outputs=(1,)).to_json()
@@ -234,8 +237,15 @@ class Graph:
     inputs: tuple[Shape, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
+    ranges: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.ranges is not None:
+            if len(self.ranges) != self.num_values:
+                raise ValueError(f"there must be {self.num_values} ranges, one for each value; got {len(self.ranges)}")
+            for value, most in enumerate(self.ranges):
+                if not 0.0 <= most <= _MAX_RANGE:
+                    raise ValueError(f"the range of value {value} must be in [0, {_MAX_RANGE:g}], got {most}")
         for i, shape in enumerate(self.inputs):
             if not 1 <= len(shape) <= 3 or not all(1 <= size <= _MAX_INT for size in shape):
                 raise ValueError(f"input {i} must have 1 to 3 dimensions of at least 1, got {_short(list(shape))}")
@@ -265,11 +275,12 @@ class Graph:
 
     def to_json(self) -> dict[str, Any]:
         """What ``json.dumps`` takes; see the head of this file."""
-        return {
+        graph: dict[str, Any] = {
             "inputs": [list(shape) for shape in self.inputs],
             "nodes": [node.to_json() for node in self.nodes],
             "outputs": list(self.outputs),
         }
+        return graph if self.ranges is None else graph | {"ranges": list(self.ranges)}
 
     @classmethod
     def from_json(cls, data: Any) -> Graph:
@@ -278,7 +289,7 @@ class Graph:
         Raises:
             ValueError: it is not a graph; says where and why.
         """
-        if not isinstance(data, dict) or set(data) != {"inputs", "nodes", "outputs"}:
+        if not isinstance(data, dict) or set(data) - {"ranges"} != {"inputs", "nodes", "outputs"}:
             raise ValueError(f"a graph is a JSON object of inputs, nodes and outputs, got {_short(data)}")
         for what, limit in (("inputs", _MAX_OPERANDS), ("nodes", _MAX_NODES)):
             if not isinstance(data[what], list) or len(data[what]) > limit:
@@ -290,7 +301,12 @@ class Graph:
                 nodes.append(Node.from_json(node))
             except ValueError as error:
                 raise ValueError(f"node {i}: {error}") from None
-        return cls(inputs, tuple(nodes), _ints("outputs", data["outputs"], 0))
+        ranges = None
+        if "ranges" in data:
+            if not isinstance(data["ranges"], list) or len(data["ranges"]) > _MAX_NODES + _MAX_OPERANDS:
+                raise ValueError(f"ranges must be a list, one for each value; got {_short(data['ranges'])}")
+            ranges = tuple(_number(f"the range of value {i}", most) for i, most in enumerate(data["ranges"]))
+        return cls(inputs, tuple(nodes), _ints("outputs", data["outputs"], 0), ranges)
 
     def shapes(self, tensors: Mapping[str, HasShape], *, max_bytes: int = MAX_BYTES) -> list[Shape]:
         """The shape of every value, after checking that all operations fit them and their tensors.

@@ -47,8 +47,18 @@ Open = Callable[[Case, int], Run]  # the case, and the number of threads
 
 
 def open_pomona(case: Case, threads: int) -> Run:
-    network = runtime.load(case.file, threads=threads)
+    return _run_network(runtime.load(case.file, threads=threads))
 
+
+def open_pomona_int16(case: Case, threads: int) -> Run:
+    """In fixed point, with the ranges in the file, or else those of the inputs of the case."""
+    network = runtime.load(case.file, threads=threads)
+    if network.graph.ranges is not None:
+        return _run_network(runtime.load(case.file, threads=threads, precision="int16"))
+    return _run_network(network.calibrated(*case.read_inputs()))
+
+
+def _run_network(network: runtime.Network) -> Run:
     def run(inputs: Arrays) -> Arrays:
         outputs = network.run(*inputs)
         return outputs if isinstance(outputs, list) else [outputs]
@@ -187,6 +197,7 @@ def _request(path: str, threads: int) -> Run:
 
 PATHS: dict[str, Open] = {
     "pomona": open_pomona,
+    "pomona int16": open_pomona_int16,
     "torch": open_eager,
     "torch.compile": open_compiled,
     "onnxruntime": open_onnxruntime,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -17,12 +18,17 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any
 
+import torch
+
 from pomona.zoo.checkpoint import write_atomically
+from pomona.zoo.models import MODELS, build_model
 from pomona.zoo.pictures import draw_comparison, times
 from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
@@ -42,14 +48,21 @@ class Job:
         overrides: ``key=value`` each.
         folder: where it goes.
         base: folder of the dense network that it starts from, if its recipe has one.
+        start: file of the dense network that it starts from, in place of what its recipe says.
     """
 
     recipe: str
     overrides: tuple[str, ...]
     folder: Path
     base: Path | None
+    start: Path | None = None
 
-    def command(self, data_dir: str | None, threads: int) -> list[str]:
+    def load(self) -> Recipe:
+        """The recipe as the run has it."""
+        recipe = load_recipe(self.recipe, self.overrides)
+        return replace(recipe, base=None) if self.start else recipe
+
+    def command(self, data_dir: str | None, threads: int, *, device: str = "cpu", compiled: bool = False) -> list[str]:
         """What a user would type."""
         words = [sys.executable, "-m", "pomona", "train", self.recipe, "--no-pictures"]
         words += ["--threads", str(threads), "--out", str(self.folder)]
@@ -58,36 +71,88 @@ class Job:
         return [
             *words,
             *(["--base", str(self.base)] if self.base else []),
+            *(["--start", str(self.start.resolve())] if self.start else []),
+            *(["--device", device] if device != "cpu" else []),
+            *(["--compile"] if compiled else []),
             *(["--data-dir", str(Path(data_dir).resolve())] if data_dir else []),
         ]
 
 
 def plan(
-    recipes: Sequence[str], compressions: Sequence[float], seeds: Sequence[int], overrides: Sequence[str], out: Path
+    recipes: Sequence[str],
+    compressions: Sequence[float],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    start: Path | None = None,
+    dense: str | None = None,
+    narrow: bool = False,
 ) -> list[Job]:
     """All runs, compression by compression, so that a comparison that was cut short compares equals.
 
+    Args:
+        recipes: files or names.
+        compressions: each recipe is run at each.
+        seeds: and with each of these.
+        overrides: ``key=value`` each, of all recipes.
+        out: folder of all runs.
+        start: file with the dense network that all start from, in place of what their recipes say.
+        dense: recipe that is run at compression 1.
+        narrow: run ``dense`` also with narrower models, for each compression the one nearest in weights.
+
     Raises:
-        RecipeError: a recipe cannot be read, or two runs would share a folder.
+        RecipeError: a recipe cannot be read, two runs would share a folder, or there is no narrower model.
     """
+    if narrow and (start or not dense):
+        raise RecipeError("--narrow is the recipe of --dense on narrower networks, which cannot begin with --start")
     for override in overrides:
         if override.partition("=")[0].strip() in ("seed", "method.compression", "method.sparsity"):
             raise RecipeError(f"--set {override}: seed and compression differ from run to run; leave it out")
     jobs: dict[Path, Job] = {}
+
+    def add(name: str, suffix: str, asked: float, compression: float, seed: int, *more: str) -> None:
+        changes = (*overrides, *more, f"method.compression={compression:g}", f"seed={seed}")
+        recipe = load_recipe(name, changes)
+        folder = out / f"{Path(name).stem}{suffix}-{asked:g}x-seed{seed}"
+        if folder in jobs:
+            raise RecipeError(
+                f"two runs would share the folder {folder}; name each recipe, compression and "
+                f"seed once, and files of recipes differently"
+            )
+        base = out / f"base-{base_key(recipe)}" if recipe.base and not start else None
+        jobs[folder] = Job(name, changes, folder, base, start)
+
     for seed in seeds:
+        if dense:
+            add(dense, "", 1, 1, seed)
         for compression in compressions:
             for name in recipes:
-                changes = (*overrides, f"method.compression={compression:g}", f"seed={seed}")
-                recipe = load_recipe(name, changes)
-                folder = out / f"{Path(name).stem}-{compression:g}x-seed{seed}"
-                if folder in jobs:
-                    raise RecipeError(
-                        f"two runs would share the folder {folder}; name each recipe, compression and "
-                        f"seed once, and files of recipes differently"
-                    )
-                base = out / f"base-{base_key(recipe)}" if recipe.base else None
-                jobs[folder] = Job(name, changes, folder, base)
+                add(name, "", compression, compression, seed)
+            if dense and narrow:
+                model = narrower(load_recipe(dense, overrides), compression)
+                add(dense, "-narrow", compression, 1, seed, f"model={model}")
     return list(jobs.values())
+
+
+def narrower(recipe: Recipe, compression: float) -> str:
+    """The zoo's narrower form of the recipe's model whose weights are nearest to those of the pruned model."""
+    names = [name for name in MODELS if _family(name) == recipe.model != name]
+    if not names:
+        known = ", ".join(dict.fromkeys(_family(name) for name in MODELS if _family(name) != name))
+        raise RecipeError(f"--narrow: the zoo has no narrower form of {recipe.model}, only of {known}")
+    wanted = math.log(num_weights(recipe, recipe.model) / compression)
+    return min(names, key=lambda name: abs(math.log(num_weights(recipe, name)) - wanted))
+
+
+def num_weights(recipe: Recipe, model: str) -> int:
+    """In the recipe's scope, of a model."""
+    return sum(p.numel() for p in recipe.make_scope().select(build_model(model, seed=0)).inside.values())
+
+
+def _family(model: str) -> str:
+    """The model that a narrower one is a form of."""
+    return re.sub(r"-w\d+$", "", model)
 
 
 def base_key(recipe: Recipe) -> str:
@@ -102,13 +167,14 @@ def check_equal_cost(jobs: Sequence[Job], out: Path) -> None:
     Raises:
         RecipeError: they differ in model, data, validation, scope or total epochs.
     """
-    recipes = {job.folder.name: load_recipe(job.recipe, job.overrides) for job in jobs}
+    recipes = {job.folder.name: job.load() for job in jobs}
     for folder, result in _finished(out):
         recipes.setdefault(folder.string, recipe_from_dict(result["recipe"]))
     for what in ("model", "data", "validation", "epochs", "scope"):
         name_of: dict[str, str] = {}
         for name, recipe in recipes.items():
-            name_of.setdefault(json.dumps(getattr(recipe, what), sort_keys=True), name)
+            value = _family(recipe.model) if what == "model" else getattr(recipe, what)
+            name_of.setdefault(json.dumps(value, sort_keys=True), name)
         if len(name_of) > 1:
             told = ", ".join(f"{value} in {name}" for value, name in name_of.items())
             total = " in all stages together" if what == "epochs" else ""
@@ -116,9 +182,16 @@ def check_equal_cost(jobs: Sequence[Job], out: Path) -> None:
 
 
 def run_jobs(
-    jobs: Sequence[Job], *, data_dir: str | None, threads: int, at_once: int, progress: Progress
+    jobs: Sequence[Job],
+    *,
+    data_dir: str | None,
+    threads: int,
+    at_once: int,
+    progress: Progress,
+    devices: Sequence[str] = ("cpu",),
+    compiled: bool = False,
 ) -> dict[Path, str]:
-    """Run all that has no result yet; the dense networks first, each once.
+    """Run all that has no result yet; the dense networks first, each once. Runs at once take the devices in turn.
 
     Returns:
         folder -> what went wrong, for those that failed; their output is in ``logs`` beside their folders.
@@ -130,15 +203,25 @@ def run_jobs(
     started, stop = time.monotonic(), Event()
     running: set[subprocess.Popen[bytes]] = set()
     starting = Lock()  # so that a stop either comes before a start or reaches what was started
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in islice(cycle(devices), at_once):
+        free.put(device)
 
     def execute(job: Job) -> None:
+        device = free.get()
+        try:
+            execute_on(device, job)
+        finally:
+            free.put(device)
+
+    def execute_on(device: str, job: Job) -> None:
         log = job.folder.parent / "logs" / f"{job.folder.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with starting, log.open("ab") as file:
             if stop.is_set():
                 return
             process = subprocess.Popen(
-                job.command(data_dir, threads),
+                job.command(data_dir, threads, device=device, compiled=compiled),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -182,10 +265,13 @@ def run_jobs(
 
 
 def _is_done(job: Job) -> bool:
-    if not (job.folder / "result.json").exists():
+    if not all((job.folder / name).exists() for name in ("result.json", "model.pt")):  # written in this order
         return False
-    there = json.loads((job.folder / "run.json").read_text())["recipe"]
-    different = differences(there, load_recipe(job.recipe, job.overrides).to_dict())
+    manifest = json.loads((job.folder / "run.json").read_text())
+    different = differences(manifest["recipe"], job.load().to_dict())
+    begun, begins = (manifest.get("base") or {}).get("name"), job.start or job.base
+    if not different and begun != (begins and begins.name):
+        different = f"it began with {begun} there and begins with {begins and begins.name} here"
     if different:
         raise FolderError(
             f"{job.folder} belongs to another run: {different}. Name another folder with --out, or delete it"
@@ -201,22 +287,36 @@ def _outcome(folder: Path) -> str:
 def _finished(out: Path) -> Iterator[tuple[re.Match[str], dict[str, Any]]]:
     for path in sorted(out.glob("*/result.json")):
         folder = _FOLDER.fullmatch(path.parent.name)
-        if folder:
+        if folder and (path.parent / "model.pt").exists():
             yield folder, json.loads(path.read_text())
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
-    """What the finished runs in ``out`` came to, one entry each; ``name`` is that of the recipe."""
+    """What the finished runs in ``out`` came to, one entry each; ``name`` is that of the recipe.
+
+    Zeros are counted in the files of the weights.
+
+    Raises:
+        ValueError: a file has others than its run had.
+    """
     found = []
     for folder, result in _finished(out):
         recipe = recipe_from_dict(result["recipe"])
+        report, path = result["report"], out / folder.string / "model.pt"
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        nonzero = sum(int(weights[layer["name"]].count_nonzero()) for layer in report["layers"])
+        if nonzero != report["nonzero"]:
+            raise ValueError(f"{path} has {nonzero:,} non-zero weights, its run ended with {report['nonzero']:,}")
+        reached = report["compression"]
+        if _family(recipe.model) != recipe.model and reached is not None:
+            reached *= num_weights(recipe, _family(recipe.model)) / report["total"]
         found.append(
             {
                 "name": folder["name"],
                 "asked": float(folder["asked"]),
                 "seed": result["seed"],
-                "compression": result["report"]["compression"],
-                "nonzero": result["report"]["nonzero"],
+                "compression": reached,
+                "nonzero": nonzero,
                 "base": result["accuracy"]["base"],
                 "before_cut": result["accuracy"]["before_cut"],
                 "accuracy": result["accuracy"]["final"],

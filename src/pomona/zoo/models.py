@@ -6,6 +6,9 @@ References:
     2015 (arXiv:1506.02626): the forms below, which later pruning papers share.
     Simonyan and Zisserman, Very deep convolutional networks for large-scale image recognition, 2014 (arXiv:1409.1556).
     He, Zhang, Ren and Sun, Deep residual learning for image recognition, 2015 (arXiv:1512.03385), section 4.2.
+    Huang, Liu, van der Maaten and Weinberger, Densely connected convolutional networks, 2016 (arXiv:1608.06993).
+    Ding, Ding, Zhou, Guo, Han and Liu, Global sparse momentum SGD for pruning very deep neural networks, 2019
+    (arXiv:1909.12778): the form of the residual network with convolutions as shortcuts, and of the dense one.
     Zagoruyko and Komodakis, Wide residual networks, 2016 (arXiv:1605.07146).
     Chao, Wang, Xing and Cheng, Directional pruning of deep neural networks, 2020 (arXiv:2006.09358), and its code:
     the forms of VGG16 and of the wide network below.
@@ -132,6 +135,115 @@ class VGG16(Network):
         return self.fc3(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
+class VGG16BN(Network):
+    """Thirteen convolutions with batch norms and without biases, one dense layer: 14,715,584 kernel weights.
+
+    Args:
+        width: channels of the first convolutions; the others have up to eight times as many.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        features: list[nn.Module] = []
+        channels = 3
+        for planes, depth in ((width, 2), (2 * width, 2), (4 * width, 3), (8 * width, 3), (8 * width, 3)):
+            for _ in range(depth):
+                conv = nn.Conv2d(channels, planes, 3, padding=1, bias=False)
+                features += [conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)]
+                channels = planes
+            features += [nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*features)
+        self.linear = nn.Linear(channels, 10)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Normal kernels of variance ``2 / fan_in``, zero bias."""
+        for layer in _layers(self):
+            _normal(layer, layer.weight[0].numel(), generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, 3, 32, 32] -> [n, 10], logits
+        return self.linear(self.features(x).flatten(1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+class AlexNet(Network):
+    """Five convolutions, a large one first, and one dense layer: 2,471,104 kernel weights.
+
+    The form for CIFAR that is common with PyTorch (github.com/bearpaw/pytorch-classification). Which one papers mean by
+    the name, they seldom tell.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 11, stride=4, padding=5)
+        self.conv2 = nn.Conv2d(64, 192, 5, padding=2)
+        self.conv3 = nn.Conv2d(192, 384, 3, padding=1)
+        self.conv4 = nn.Conv2d(384, 256, 3, padding=1)
+        self.conv5 = nn.Conv2d(256, 256, 3, padding=1)
+        self.linear = nn.Linear(256, 10)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """As torch does it."""
+        for layer in _layers(self):
+            _uniform(layer, generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, 3, 32, 32] -> [n, 10], logits
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv4(F.relu(self.conv3(x))))
+        x = F.max_pool2d(F.relu(self.conv5(x)), 2)
+        return self.linear(x.flatten(1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+class _DenseLayer(nn.Module):
+    """Norm, ReLU and a convolution; passes its input on together with what it makes of it."""
+
+    def __init__(self, width: int, growth: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(F.relu(self.bn(x)))], dim=1)
+
+
+class _Transition(nn.Module):
+    """Norm, ReLU and a convolution of 1x1 that keeps the width, then half the pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
+
+
+class DenseNet40(Network):
+    """Three blocks of twelve layers that add 12 channels each, no bottlenecks: 1,001,616 kernel weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        growth, num_layers, width = 12, 12, 16
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        blocks: list[nn.Module] = []
+        for block in range(3):
+            blocks += [_DenseLayer(width + growth * i, growth) for i in range(num_layers)]
+            width += growth * num_layers
+            blocks += [_Transition(width)] if block < 2 else []
+        self.blocks = nn.Sequential(*blocks)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.linear = nn.Linear(width, 10)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Xavier-uniform kernels, zero bias, as in GSM's experiments."""
+        for layer in _layers(self):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, 3, 32, 32] -> [n, 10], logits
+        x = F.relu(self.bn1(self.blocks(self.conv1(x)))).mean(dim=(2, 3))
+        return self.linear(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
 class _WideBlock(nn.Module):
     """Norm and ReLU come first; the shortcut takes the input as it is."""
 
@@ -178,43 +290,56 @@ class WideResNet(Network):
 
 
 class _Block(nn.Module):
-    """Norm and ReLU come last; where the shape changes, the shortcut drops pixels and adds channels of zeros."""
+    """Norm and ReLU come last.
 
-    def __init__(self, width: int, planes: int, stride: int) -> None:
+    Where the shape changes, the shortcut drops pixels and adds channels of zeros (option A of the paper), or is a
+    convolution of 1x1 with a norm (``projects``, option B).
+    """
+
+    def __init__(self, width: int, planes: int, stride: int, *, projects: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, planes, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut: nn.Sequential | None = None
+        if projects and (stride, width) != (1, planes):
+            conv = nn.Conv2d(width, planes, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if out.shape != x.shape:
-            half = (out.shape[1] - x.shape[1]) // 2
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif out.shape != x.shape:
+            more = out.shape[1] - x.shape[1]
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, more // 2, more - more // 2))
         return F.relu(out + x)
 
 
 class ResNet(Network):
-    """The CIFAR form of He et al. with shortcuts of option A, which have no parameters.
+    """The CIFAR form of He et al. with shortcuts of option A, which have no parameters, or of option B.
 
     Names of parameters are those of the pretrained models that are often used with it
     (github.com/akamaster/pytorch_resnet_cifar10), so that their state dicts load.
 
     Args:
-        depth: number of layers with kernels, 6 n + 2; the paper has 20, 32, 44, 56.
+        depth: number of layers with kernels, 6 n + 2, shortcuts not counted; the paper has 20, 32, 44, 56.
+        width: channels of the first of three stages; each other has twice as many as the one before.
+        projects: whether the shortcuts are of option B.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, width: int = 16, projects: bool = False) -> None:
         super().__init__()
         num_blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(_Block, 16, 16, num_blocks, stride=1)
-        self.layer2 = _stage(_Block, 16, 32, num_blocks, stride=2)
-        self.layer3 = _stage(_Block, 32, 64, num_blocks, stride=2)
-        self.linear = nn.Linear(64, 10)
+        block = partial(_Block, projects=projects)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(block, width, width, num_blocks, stride=1)
+        self.layer2 = _stage(block, width, 2 * width, num_blocks, stride=2)
+        self.layer3 = _stage(block, 2 * width, 4 * width, num_blocks, stride=2)
+        self.linear = nn.Linear(4 * width, 10)
 
     def reset(self, generator: torch.Generator) -> None:
         """Normal kernels of variance ``2 / fan_in``, zero bias."""
@@ -307,6 +432,13 @@ MODELS: dict[str, Callable[[], Network]] = {
     "wrn-28-10": WideResNet,
     "gpt-tiny": Transformer,
     **{f"resnet-{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56)},
+    "resnet-56b": partial(ResNet, 56, projects=True),
+    "densenet-40": DenseNet40,
+    "vgg16-bn": VGG16BN,
+    "alexnet-cifar": AlexNet,
+    # "-w5" has a width of 5: dense networks of about as many weights as a pruned one.
+    **{f"resnet-{depth}-w{width}": partial(ResNet, depth, width=width) for depth in (20, 56) for width in (5, 4, 3, 2)},
+    **{f"vgg16-bn-w{width}": partial(VGG16BN, width) for width in (20, 14, 9, 6)},
 }
 
 

@@ -19,6 +19,8 @@ _NUM_LAST = 10  # epochs in the table of the last ones
 _CAPTIONS = {
     "layers": "Each bar is the share of its weights that a layer keeps, the dashed line the share of all layers "
     "together: a bar that ends to the right of it was spared, one that ends to the left gave more than its part.",
+    "history": "Had the network been cut at the end of an epoch, each layer would have kept this share of its weights. "
+    "Where lines still move, layers are still trading weights with each other.",
     "training": "Where the two curves have met, the cut loses nothing: the weights it would remove no longer matter.",
     "magnitudes": "Colour counts the weights of each magnitude, epoch by epoch. Those that no gradient feeds fade and "
     "part from the others. Where the cut, the orange line, runs through the upper hump, more weights took turns in "
@@ -223,7 +225,7 @@ def _key(key: str) -> str:
 
 def _environment(result: Result) -> str:
     seconds = result.get("seconds")
-    facts = {key: result.get(key) for key in ("seed", "pomona", "torch", "threads", "commit")}
+    facts = {key: result.get(key) for key in ("seed", "pomona", "torch", "threads", "device", "commit")}
     told = {key: str(value) for key, value in facts.items() if value is not None}
     return pairs(told | ({"duration": _duration(seconds)} if seconds is not None else {}))
 

@@ -1,4 +1,4 @@
-"""Three pictures of one run: where the survivors are, how the accuracies meet, how the magnitudes part.
+"""Four pictures of one run: where the survivors are, and were, how accuracies meet, how the magnitudes part.
 
 `rows` are the parsed lines of a run's metrics.jsonl, one per epoch; `result` is its result.json. A key may be
 missing or null in both, as it is in a run that has not finished: each function draws what exists, and returns
@@ -20,16 +20,19 @@ Result = dict[str, Any]
 
 # From the palette of Okabe and Ito, whose colours stay apart in every common form of colour blindness.
 _BLUE, _VERMILLION, _GREY, _FAINT, _INK = "#0072B2", "#D55E00", "#8a8a8a", "#e4e4e4", "#222222"
+_PALE = "#c8c8c8"
 _COLOURS = (_BLUE, _VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _WIDTH, _DPI = 7.0, 200  # inches and dots per inch: 1400 px, of which a phone still shows the letters
+_MOST_NAMED = 8  # layers in the legend of their history
 _LEAST_ERROR = 0.01  # percent; 100 % accuracy has no logarithm
 
 
 def draw_all(rows: Sequence[Row], result: Result, folder: Path) -> list[Path]:
-    """Draw layers.png, training.png and magnitudes.png into `folder`; returns those there was data for."""
+    """Draw layers.png, history.png, training.png and magnitudes.png into `folder`; returns those there was data for."""
     caption = caption_of(result)
     drawn = (
         draw_layers(result, folder / "layers.png"),
+        draw_history(rows, folder / "history.png", caption=caption),
         draw_training(rows, folder / "training.png", caption=caption),
         draw_magnitudes(rows, folder / "magnitudes.png", caption=caption),
     )
@@ -75,6 +78,45 @@ def draw_layers(result: Result, path: Path) -> Path | None:
     ax.set_xlabel("weights kept (% of the layer" + (", logarithmic)" if is_log else ")"))
     _quiet(ax)
     ax.tick_params(axis="y", length=0, labelsize=size)
+    return _save(figure, path)
+
+
+def draw_history(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path | None:
+    """Draw for each layer the share of its weights that a cut would have kept, epoch by epoch of pruning.
+
+    Of many layers the four that end densest and the four that end sparsest have a colour and a name.
+    """
+    seen = [row for row in rows if row.get("stage") == "prune" and row.get("density_if_cut")]
+    if len(seen) < 2:
+        return None
+    curves = {name: [100 * row["density_if_cut"].get(name, math.nan) for row in seen] for name in _layers_of(seen)}
+    by_end = sorted(curves, key=lambda name: -curves[name][-1])
+    named = by_end if len(by_end) <= _MOST_NAMED else [*by_end[: _MOST_NAMED // 2], *by_end[-_MOST_NAMED // 2 :]]
+    positive = [share for curve in curves.values() for share in curve if share > 0] or [100.0]
+    is_log = max(positive) > 10 * min(positive)
+    lowest = 10 ** math.floor(math.log10(0.8 * min(positive))) if is_log else 0.0  # 0 has no logarithm
+
+    figure = _figure(4.4 + 0.1 * len(named), "What a cut would have kept of each layer", caption)
+    ax = figure.add_subplot()
+    epochs = [row["epoch"] for row in seen]
+    for name in [*(name for name in by_end if name not in named), *named]:
+        shares = [max(share, lowest) for share in curves[name]]
+        if name not in named:
+            ax.plot(epochs, shares, color=_PALE, linewidth=1)
+            continue
+        colour, dash = _COLOURS[named.index(name) % len(_COLOURS)], "--" if named.index(name) >= len(_COLOURS) else "-"
+        label = f"{_shortened(name)} (last {curves[name][-1]:.3g} %)".replace("$", r"\$")
+        ax.plot(epochs, shares, color=colour, linewidth=1.6, linestyle=dash, label=label)
+    if is_log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda share, _: f"{share:g}")
+    ax.set_ylim(lowest, 110 if is_log else None)
+    ax.set_xlim(epochs[0], epochs[-1])
+    ax.set_xlabel("epoch of pruning")
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    ax.set_ylabel("weights kept (% of the layer" + (", logarithmic)" if is_log else ")"))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8.5, borderaxespad=0)
+    _quiet(ax)
     return _save(figure, path)
 
 
@@ -203,6 +245,10 @@ def times(total: int, kept: int) -> str:
         return "all cut"
     ratio = total / kept
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:,.1f}x" if ratio < 1000 else f"{ratio:,.0f}x"
+
+
+def _layers_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["density_if_cut"]))
 
 
 def _epochs(rows: Sequence[Row]) -> list[int]:

@@ -36,7 +36,15 @@ class _Model:
 
 
 def train_progressive(
-    recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress: Progress, base: Path | None = None
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    *,
+    threads: int,
+    progress: Progress,
+    base: Path | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Train a recipe with ``[progressive]``; arguments, files and errors as of ``train``.
 
@@ -50,9 +58,9 @@ def train_progressive(
     """
     plan = recipe.progressive
     assert plan is not None
-    with claim(folder, identity_of("progressive", recipe, data, threads)):
+    with claim(folder, identity_of("progressive", recipe, data, threads, device, compiled)):
         single = replace(recipe, progressive=None, expected=None, validation=plan.validation)
-        how: dict[str, Any] = {"threads": threads, "progress": progress}
+        how: dict[str, Any] = {"threads": threads, "progress": progress, "device": device, "compiled": compiled}
         start = train_base(single, data, base or folder / "dense", **how)
         assert start.accuracy is not None
         dense = _Model(start, start.accuracy, 1.0, "dense", {})

@@ -77,6 +77,8 @@ class Stage:
         lr: learning rate after the warm-up.
         lr_drops: epochs after which the rate is multiplied by ``lr_drop``; increasing, in [1, epochs - 1].
         lr_drop: the factor.
+        lr_fall: first and last epoch of a straight fall from ``lr`` to ``lr * lr_drop``, epoch by epoch, in place of
+            ``lr_drops``; two numbers in [0, epochs], the first below the second.
         lr_restart: epochs after which the rate starts again at ``lr``, over and over, ``lr_drops`` counting from
             each start (ADMM's authors do so at each of its iterations); in [0, epochs], 0: never.
         warmup_epochs: length of the warm-up; in [0, epochs].
@@ -91,6 +93,7 @@ class Stage:
     lr: Annotated[float, Interval(0, ends="()")]
     lr_drops: tuple[int, ...] = ()
     lr_drop: Annotated[float, Interval(0, 1, "(]")] = 0.1
+    lr_fall: tuple[int, ...] | None = None
     lr_restart: int = 0
     warmup_epochs: int = 0
     optimizer: str = "sgd"
@@ -109,6 +112,12 @@ class Stage:
         if any(epoch >= later for epoch, later in pairwise((0, *self.lr_drops, end))):
             allowed, together = f"strictly increasing, in [1, {end - 1}]", "lr_restart" if self.lr_restart else "epochs"
             raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}; set it together with {together}")
+        if self.lr_fall is not None:
+            if self.lr_drops or self.lr_restart:
+                raise RecipeError("lr_fall takes the place of lr_drops and lr_restart; leave these out")
+            if len(self.lr_fall) != 2 or not 0 <= self.lr_fall[0] < self.lr_fall[1] <= self.epochs:
+                allowed = f"two epochs in [0, {self.epochs}], the first below the second"
+                raise RecipeError(f"lr_fall must be {allowed}, got {list(self.lr_fall)}; set it together with epochs")
         if self.momentum > 0 and self.optimizer != "sgd":
             raise RecipeError(f"momentum must be 0 with {self.optimizer}, which has its own, got {self.momentum:g}")
         if self.nesterov and self.momentum == 0:
@@ -123,6 +132,10 @@ class Stage:
         """
         warmup = self.warmup_epochs * steps_per_epoch
         lr = self.lr * step / warmup if step < warmup else self.lr
+        if self.lr_fall:
+            first, last = self.lr_fall
+            fallen = min(1.0, max(0.0, (step // steps_per_epoch - first) / (last - first)))
+            return lr * (1 - fallen * (1 - self.lr_drop))
         since = step % (self.lr_restart * steps_per_epoch) if self.lr_restart else step
         num_drops = sum(since >= epoch * steps_per_epoch for epoch in self.lr_drops)
         return lr * self.lr_drop**num_drops
@@ -529,6 +542,10 @@ def _shorten(stage: dict[str, Any], length: float) -> None:
         if stage.get(key):
             stage[key] = max(1, round(stage[key] * length))
     end = stage.get("lr_restart") or stage["epochs"]
+    if stage.get("lr_fall"):
+        last = max(1, round(stage["lr_fall"][-1] * length))
+        stage["lr_fall"] = [min(last - 1, round(stage["lr_fall"][0] * length)), last]
+        return
     drops = sorted({max(1, round(epoch * length)) for epoch in stage.get("lr_drops", [])})
     stage["lr_drops"] = [epoch for epoch in drops if epoch < end]
 

@@ -35,7 +35,9 @@ from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import Recipe, Stage
 
 _CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
-_EVAL_BATCH = 1000  # labels at a time
+_LOCK_SECONDS = 0.3  # to wait for those who only ask whether a process is running
+_EVAL_BATCH = 1000  # labels at a time, or fewer where their inputs are
+_EVAL_VALUES = 800_000  # of inputs at a time: what is computed from more leaves the cache
 _HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
 
 Memory = dict[str, Any]  # what one phase leaves to the next: tensors and plain values
@@ -56,10 +58,11 @@ class Learner:
     model: nn.Module
     optimizer: Optimizer
     pruner: Pruner | None
+    forward: Callable[[Tensor], Tensor]  # the model, or its compiled form
+    loss_sum: Tensor  # of the epoch so far
+    num_right: Tensor
     step: int = 0
     seconds: float = 0.0
-    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the epoch so far
-    num_right: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -78,7 +81,8 @@ class Learner:
         if self.pruner:
             self.pruner.load_state_dict(state["pruner"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.loss_sum, self.num_right = state["loss_sum"], state["num_right"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.num_right.copy_(state["num_right"])
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,12 @@ class Run:
 
     Args:
         recipe: what to do.
-        data: with what.
+        data: with what; training is on the device that holds it.
         folder: holds ``metrics.jsonl`` and the checkpoints; made if missing.
         phases: in order.
         progress: where to tell of it.
         lock: what keeps other processes out of the folder as long as it is open.
+        compiled: whether forward and backward passes of training go through ``torch.compile``.
     """
 
     recipe: Recipe
@@ -121,6 +126,7 @@ class Run:
     phases: Sequence[Phase]
     progress: Progress
     lock: TextIO
+    compiled: bool = False
     memory: Memory = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     was_finished: bool = False  # already when it was opened
@@ -134,6 +140,10 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         return num_steps_per_epoch(self.recipe, self.data)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.train_labels.device
 
     def go(self) -> Memory:
         """Train what is left."""
@@ -165,6 +175,7 @@ class Run:
             if position == 0:
                 order = self._order(phase, epoch)
             start = position * self.recipe.batch_size
+            torch.manual_seed(self._seed(phase, learner.step))  # for dropout
             self._step(phase.stage, learner, order[start : start + self.recipe.batch_size])
             learner.seconds = time.monotonic() - clock
             if self.progress.is_due:
@@ -179,9 +190,12 @@ class Run:
         self._save(index + 1, None)
 
     def _begin(self, phase: Phase) -> Learner:
-        model = phase.start(self.recipe, self.memory).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = phase.start(self.recipe, self.memory).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = _make_optimizer(model, phase.stage)
-        return Learner(model, optimizer, phase.attach(self.recipe, model, optimizer, self.steps_per_epoch))
+        pruner = phase.attach(self.recipe, model, optimizer, self.steps_per_epoch)
+        forward = torch.compile(model) if self.compiled else model
+        loss_sum = torch.zeros((), device=self.device)
+        return Learner(model, optimizer, pruner, forward, loss_sum, torch.zeros_like(loss_sum, dtype=torch.int64))
 
     def _announce(self, phase: Phase) -> None:
         stage = phase.stage
@@ -191,8 +205,11 @@ class Run:
         )
 
     def _order(self, phase: Phase, epoch: int) -> Tensor:
-        seed = (self.recipe.seed * 1_000 + phase.order) * 1_000_000 + epoch
-        return self.data.order(torch.Generator().manual_seed(seed))
+        return self.data.order(torch.Generator().manual_seed(self._seed(phase, epoch))).to(self.device)
+
+    def _seed(self, phase: Phase, number: int) -> int:
+        """Of an epoch or a step of a phase."""
+        return (self.recipe.seed * 1_000 + phase.order) * 1_000_000 + number
 
     def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
         lr = stage.learning_rate(learner.step, self.steps_per_epoch)
@@ -200,8 +217,8 @@ class Run:
             group["lr"] = lr * group["lr_factor"]
         inputs, labels = self.data.batch(batch)
         learner.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = learner.model(inputs)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = learner.forward(inputs)
         loss = cross_entropy(logits.float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         learner.optimizer.step()
@@ -237,14 +254,14 @@ class Run:
         if is_tested:
             row["test_accuracy"], row["test_loss"] = self.evaluate(learner.model)
         if learner.pruner and not learner.pruner.is_hardened:
-            row |= learner.pruner.metrics()
+            row |= learner.pruner.metrics() | {"density_if_cut": learner.pruner.density_if_cut()}
             if is_tested:
                 row |= self._cut_now(learner.model, learner.pruner)
         row["seconds"] = round(learner.seconds, 3)
         self.rows.append(row)
         self._append(row)
         if is_tested:
-            self.progress.line(_describe(row, phase.stage.epochs))
+            self.progress.line(describe(row, phase.stage.epochs))
         learner.loss_sum.zero_()
         learner.num_right.zero_()
         if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
@@ -267,7 +284,6 @@ class Run:
                 "accuracy_if_cut": accuracy,
                 "loss_if_cut": loss,
                 "largest_cut": cut.largest_cut,
-                "kept": {layer.name: layer.nonzero for layer in cut.layers},
                 "histogram": histogram,
             }
 
@@ -276,7 +292,7 @@ class Run:
             (row for row in reversed(self.rows) if row["stage"] == phase.name), {"stage": phase.name, "epoch": 0}
         )
         left = learner.seconds / learner.step * (num_steps - learner.step)
-        return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {_describe(row, phase.stage.epochs)}"
+        return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {describe(row, phase.stage.epochs)}"
 
     def _save(self, index: int, learner: Learner | None) -> None:
         """A checkpoint inside phase ``index``, or before its first step."""
@@ -342,7 +358,8 @@ def evaluate(model: nn.Module, data: Dataset) -> Tested:
     """On the test set, in float32; leaves the model in training mode."""
     model.eval()
     right, loss = 0, 0.0
-    examples = max(1, _EVAL_BATCH // data.test_labels[0].numel())
+    most = _EVAL_BATCH // data.test_labels[0].numel(), _EVAL_VALUES // data.test_inputs[0].numel()
+    examples = max(1, min(most))
     with torch.no_grad():
         for start in range(0, len(data.test_labels), examples):
             labels = data.test_labels[start : start + examples]
@@ -414,10 +431,11 @@ _COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
 }
 
 
-_UNTOLD = {"stage", "epoch", "step", "seconds", "kept", "histogram"}
+_UNTOLD = {"stage", "epoch", "step", "seconds", "density_if_cut", "histogram"}
 
 
-def _describe(row: Mapping[str, Any], epochs: int) -> str:
+def describe(row: Mapping[str, Any], epochs: int) -> str:
+    """A row of metrics as a line."""
     known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
     known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_UNTOLD}]
     return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
@@ -471,6 +489,8 @@ def open_run(
     threads: int,
     progress: Progress,
     base: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> Run:
     """Claim the folder for this run, or find that it is already its own; ``base`` names a network to start from."""
     if recipe.validation:
@@ -478,7 +498,9 @@ def open_run(
     steps_per_epoch = num_steps_per_epoch(recipe, data)
     check(recipe, steps_per_epoch)
     torch.set_num_threads(threads)
-    lock = claim(folder, identity_of(command, recipe, data, threads) | ({"base": dict(base)} if base else {}))
+    data_there = data.to(usable(device))
+    more: dict[str, Any] = {"base": dict(base)} if base else {}
+    lock = claim(folder, identity_of(command, recipe, data, threads, device, compiled) | more)
     title = f"dense {recipe.model}" if command == "base" else f"{recipe.title} ({recipe.source})"
     progress.line(f"{title}, seed {recipe.seed}, {threads} thread{'s' * (threads > 1)}")
     progress.line(f"data: {data.description}")
@@ -486,12 +508,33 @@ def open_run(
     diagnosis = diagnose(recipe, steps_per_epoch) if command != "base" else None
     if diagnosis is not None:
         progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
-    return Run(recipe, data, folder, phases, progress, lock)
+    return Run(recipe, data_there, folder, phases, progress, lock, compiled)
 
 
-def identity_of(command: str, recipe: Recipe, data: Dataset, threads: int) -> dict[str, Any]:
-    """What makes a run repeatable bit for bit, for its manifest."""
+def usable(device: str) -> torch.device:
+    """The device of this name, made ready to give the same bits again.
+
+    Raises:
+        ValueError: this torch has no such device here.
+    """
+    try:
+        found = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device must be cpu, or another that torch can use here, got {device!r}: {reason}") from None
+    if found.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    return found
+
+
+def identity_of(
+    command: str, recipe: Recipe, data: Dataset, threads: int, device: str = "cpu", compiled: bool = False
+) -> dict[str, Any]:
+    """What makes a run repeatable bit for bit, for its manifest; of a device its kind."""
+    kind = device.partition(":")[0]
+    special = {"device": kind if kind != "cpu" else None, "compiled": compiled or None}
     return {
+        **{key: value for key, value in special.items() if value},
         "command": command,
         "recipe": base_of(recipe) if command == "base" else recipe.to_dict(),
         "data": data.description,
@@ -547,12 +590,33 @@ def _lock(manifest: Path) -> TextIO:
     if sys.platform != "win32":
         import fcntl
 
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise FolderError(f"another process is running in {manifest.parent}; wait for it or end it") from None
+        until = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    lock.close()
+                    raise FolderError(
+                        f"another process is running in {manifest.parent}; wait for it or end it"
+                    ) from None
+            time.sleep(0.02)
     return lock
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is training in the folder; on Windows always True, for that cannot be told there."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    with (folder / "run.json").open() as manifest:  # closing it gives the lock back
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -84,7 +84,16 @@ def _kernels(model: nn.Module) -> dict[str, nn.Parameter]:
     return Scope().select(model).inside
 
 
-def train_tickets(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress: Progress) -> dict[str, Any]:
+def train_tickets(
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    *,
+    threads: int,
+    progress: Progress,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> dict[str, Any]:
     """Compare the tickets of the recipe's method and of magnitude; arguments, files and errors as of ``train``.
 
     Returns:
@@ -93,7 +102,8 @@ def train_tickets(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, 
     total = sum(p.numel() for p in _kernels(build_model(recipe.model, seed=recipe.seed)).values())
     if recipe.make_method(num_steps_per_epoch(recipe, data)).budget(total, 0) == total:
         raise ValueError("method.compression must leave out at least one weight, or there is no ticket to train")
-    run = open_run("ticket", recipe, data, folder, ticket_phases(recipe), threads=threads, progress=progress)
+    how: dict[str, Any] = {"threads": threads, "progress": progress, "device": device, "compiled": compiled}
+    run = open_run("ticket", recipe, data, folder, ticket_phases(recipe), **how)
     memory = run.go()
     both = sum(int((a & memory["masks"]["magnitude"][name]).sum()) for name, a in memory["masks"]["method"].items())
     return conclude(run, threads, {"tickets": memory["tickets"], "shared_by_both_masks": both})

@@ -25,7 +25,19 @@ from pomona.zoo.page import write_page
 from pomona.zoo.pictures import draw_all
 from pomona.zoo.progress import Progress
 from pomona.zoo.recipe import Recipe
-from pomona.zoo.run import FolderError, Learner, Memory, Phase, Run, Tested, diagnose, open_run, read_rows
+from pomona.zoo.run import (
+    FolderError,
+    Learner,
+    Memory,
+    Phase,
+    Run,
+    Tested,
+    diagnose,
+    evaluate,
+    open_run,
+    read_rows,
+    usable,
+)
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,14 @@ def hold_zeros(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per
     return hold(model, optimizer, scope=recipe.make_scope())
 
 
+def weights_of(learner: Learner) -> dict[str, Tensor]:
+    """On the CPU."""
+    return {name: tensor.cpu() for name, tensor in learner.model.state_dict().items()}
+
+
 def finish_base(run: Run, learner: Learner) -> None:
     """Keep the dense network."""
-    run.memory["model"] = learner.model.state_dict()
+    run.memory["model"] = weights_of(learner)
     _remember(run.memory, base=run.evaluate(learner.model))
 
 
@@ -88,7 +105,7 @@ def _finish_prune(run: Run, learner: Learner) -> None:
 
     report = learner.pruner.harden(evaluate=evaluate)
     learner.pruner.verify()
-    run.memory["model"] = learner.model.state_dict()
+    run.memory["model"] = weights_of(learner)
     _remember(run.memory, before_cut=tested[0], after_cut=tested[1])
     run.memory["report"] = report.to_dict()
     run.memory["table"] = str(report)
@@ -98,7 +115,7 @@ def _finish_prune(run: Run, learner: Learner) -> None:
 def _finish_retrain(run: Run, learner: Learner) -> None:
     assert learner.pruner is not None
     learner.pruner.verify()
-    run.memory["model"] = learner.model.state_dict()
+    run.memory["model"] = weights_of(learner)
     _remember(run.memory, retrained=run.evaluate(learner.model))
 
 
@@ -128,16 +145,63 @@ def _from(base: Base) -> Callable[[Recipe, Memory], nn.Module]:
     return start
 
 
-def train_base(recipe: Recipe, data: Dataset, folder: Path, *, threads: int, progress: Progress) -> Base:
+def train_base(
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    *,
+    threads: int,
+    progress: Progress,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Base:
     """Only the dense network of a recipe, for several runs to start from; arguments and errors as of ``train``.
 
     A run from it ends with the same bits as one that trains its own.
     """
     if recipe.base is None:
         raise ValueError(f"{recipe.title!r} has no [base] stage, it prunes from the initial weights")
-    run = open_run("base", recipe, data, folder, train_phases(recipe)[:1], threads=threads, progress=progress)
+    phases = train_phases(recipe)[:1]
+    how: dict[str, Any] = {"threads": threads, "progress": progress, "device": device, "compiled": compiled}
+    run = open_run("base", recipe, data, folder, phases, **how)
     memory = run.go()
     return make_base(memory["model"], memory["accuracy"]["base"], folder.name, loss=memory["loss"]["base"])
+
+
+def read_base(path: Path, recipe: Recipe, data: Dataset, *, device: str = "cpu") -> Base:
+    """A network to start from, out of a file that ``torch.save`` wrote, tested on the data.
+
+    Args:
+        path: a state dict, or a dict with one under ``state_dict``; names may begin with ``module.``. Weights only:
+            nothing that the file asks to run is run.
+        recipe: whose model it must fit.
+        data: with the test set, or what ``recipe.validation`` puts in its place.
+        device: where to test.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load documents no closed list
+        raise ValueError(f"{path} holds no weights that can be read safely: {type(error).__name__}: {error}") from None
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} must hold a state dict, names and tensors, by itself or under 'state_dict'")
+    model = build_model(recipe.model, seed=recipe.seed)
+    try:
+        model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model {recipe.model}: {error}") from None
+    data = data.hold_out(recipe.validation) if recipe.validation else data
+    model = model.to(usable(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    accuracy, loss = evaluate(model, data.to(usable(device)))
+    return make_base(model.cpu().state_dict(), accuracy, path.name, loss=loss)
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU what it calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def make_base(model: Mapping[str, Tensor], accuracy: float | None, name: str, *, loss: float | None = None) -> Base:
@@ -157,6 +221,8 @@ def train(
     progress: Progress,
     base: Base | None = None,
     pictures: bool = True,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Train and prune by a recipe; a folder with an unfinished run of it is resumed.
 
@@ -169,6 +235,8 @@ def train(
         progress: where to tell of it.
         base: a network to start from in place of the recipe's ``base`` stage.
         pictures: whether to draw them, and write the page.
+        device: where to train, as torch names it; the data lie there too.
+        compiled: whether forward and backward passes of training go through ``torch.compile``.
 
     Returns:
         The content of ``result.json``.
@@ -179,7 +247,8 @@ def train(
     """
     phases = train_phases(recipe, base)
     identity = base.identity if base else None
-    run = open_run("train", recipe, data, folder, phases, threads=threads, progress=progress, base=identity)
+    how: dict[str, Any] = {"threads": threads, "progress": progress, "device": device, "compiled": compiled}
+    run = open_run("train", recipe, data, folder, phases, base=identity, **how)
     run.go()
     return conclude(run, threads, {"base": dict(base.identity)} if base else {}, pictures=pictures)
 
@@ -215,6 +284,7 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "threads": threads,
+        "device": device_name(run.device),
         "commit": ", ".join(filter(None, memory["commits"])) or None,
         "seconds": sum(memory["seconds"].values()),
         "method": memory["method"],

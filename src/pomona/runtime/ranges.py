@@ -1,0 +1,46 @@
+"""The ranges of a network's values, which arithmetic in 16-bit fixed point needs; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pomona import library
+from pomona.runtime import reference
+from pomona.runtime.engine import Engine
+from pomona.runtime.graph import Graph
+from pomona.sparse import Sparse
+
+
+def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inputs: NDArray[Any]) -> Graph:
+    """The same graph with the largest magnitude that each value has on these samples.
+
+    A few dozen typical samples are enough: four times what they reach is kept free (``POMONA_HEADROOM`` of
+    ``core/include/pomona_net.h``), and what goes beyond is cut off. Samples go through one by one, so that memory is
+    that of all values of one sample.
+
+    Args:
+        graph: what is computed.
+        tensors: its weights by name, float32.
+        inputs: one for each of ``graph.inputs``, with the batch in front.
+
+    Raises:
+        ValueError: there is no sample, shapes do not fit, or a value is not finite or beyond 1e18.
+    """
+    batch = reference.check_inputs(graph, inputs)
+    if not batch:
+        raise ValueError("ranges are measured on samples, got a batch of 0")
+    every = replace(graph, outputs=tuple(range(graph.num_values)), ranges=None)
+    run = Engine(every, tensors) if library.is_available() else lambda *x: reference.run(every, tensors, *x)
+    most = np.zeros(graph.num_values)
+    for sample in range(batch):
+        values = run(*(np.asarray(x[sample : sample + 1], np.float32) for x in inputs))
+        most = np.maximum(most, [np.abs(value).max() for value in values])
+        if not np.isfinite(most).all():
+            first = int(np.flatnonzero(~np.isfinite(most))[0])
+            raise ValueError(f"value {first} of sample {sample} is not finite, so it has no range")
+    return replace(graph, ranges=tuple(float(np.float32(m)) for m in most))
