@@ -65,7 +65,22 @@ METHODS = [
     Case("weightmom", pomona.WeightMom(sparsity=0.75, every=2, window=3, patience=2), ALL),
     Case("magnitude, one-shot", pomona.Magnitude(sparsity=0.75, begin=9), ALL),
     Case("magnitude, gradual", pomona.Magnitude(sparsity=pomona.Cubic(0.0, 0.75, steps=12), every=3), ALL),
+    Case(
+        "magnitude, 1:2",
+        pomona.Magnitude(pomona.Cubic(0.0, 0.5, steps=12), every=3, granularity="1:2"),
+        ("momentum",),
+        budget=36,
+    ),
+    Case("admm, channels", pomona.ADMM(0.4, rho=0.1, every=6, granularity="channel"), ("momentum",), budget=None),
+    Case("gsm, 1:2", pomona.GSM(0.5, granularity="1:2"), ("momentum",), budget=36),
+    Case("weightmom, blocks", pomona.WeightMom(0.75, every=2, window=3, patience=2, granularity=(1, 2)), ("momentum",)),
     Case("magnitude, erk", pomona.Magnitude(sparsity=0.75, allocation="erk"), ("momentum",)),
+    Case(
+        "rigl, 1:2",
+        pomona.RigL(0.5, every=4, end=16, allocation="uniform", granularity="1:2"),
+        ("momentum",),
+        budget=36,
+    ),
     Case("rigl", pomona.RigL(sparsity=0.75, every=4, end=16), ALL),
     Case("taylor, of docs/writing-a-method.md", Taylor(sparsity=0.75, at=9), ALL),
     Case(

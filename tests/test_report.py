@@ -223,6 +223,7 @@ def test_a_report_as_json_by_hand() -> None:
         "density": 0.5,
         "compression": 2.0,
         "dead_channels": 0,
+        "granularity": "weight",
         "largest_cut": 0.125,
         "smallest_kept": 2.0,
         "accuracy_before": 98.5,

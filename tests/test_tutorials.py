@@ -16,7 +16,7 @@ PAGES = sorted(path.name for path in FOLDER.glob("*.md") if BLOCK.search(path.re
 
 # What makes a tutorial short enough for the default suite: (as it stands, instead).
 SHORTER = {
-    "cifar.md": [("num_images, epochs = 10_000, 12\n", "num_images, epochs = 256, 4\n")],
+    "cifar.md": [("num_images, epochs = 10_000, 12\n", "num_images, epochs = 128, 4\n")],
     "transformer.md": [
         ("num_held_out, num_sentences, epochs = 300, 1_000, 6\n", "num_held_out, num_sentences, epochs = 8, 16, 1\n")
     ],

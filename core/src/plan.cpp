@@ -17,7 +17,7 @@ constexpr int64_t kAlign = kMaxLanes<T>;  // numbers: one cache line
 template <typename T>
 constexpr int64_t kSlack = 2 * kMaxTile<T> + 256;  // numbers that vectors may read beyond a value
 template <typename T>
-constexpr int64_t kTile = 384 / sizeof(T);  // positions that go together at most
+constexpr int64_t kTile = std::is_same_v<T, float> ? 96 : 256;  // positions that go together at most
 template <typename T>
 constexpr int64_t kCache = (1 << 15) / sizeof(T);  // numbers of a first-level cache: what a tile reads again and again
 constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay

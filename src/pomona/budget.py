@@ -7,8 +7,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from torch import Tensor
+from torch import Size, Tensor
 
+from pomona.granularity import (
+    Block,
+    Channel,
+    Granularity,
+    NOfM,
+    check_fits,
+    check_shapes,
+    fold,
+    parse,
+    top_channels,
+    top_n_of_m,
+    unfold,
+)
 from pomona.schedule import check_value
 from pomona.score import Score
 from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
@@ -95,8 +108,9 @@ def top_k(
     *,
     of: Sequence[Weight] | None = None,
     min_density: float = 0.0,
+    granularity: Granularity = "weight",
 ) -> list[Tensor]:
-    """Keep the ``k`` largest scores in all, dealt to the layers by ``allocation``.
+    """Keep the ``k`` largest scores in all, dealt to the layers by ``allocation``, in groups of ``granularity``.
 
     Args:
         scores: as of ``select``.
@@ -106,23 +120,71 @@ def top_k(
             ``k`` suffices.
         of: as of ``select``.
         min_density: as of ``select``.
+        granularity: what goes together, see :mod:`pomona.granularity`. Blocks: the best ``k // (R C)`` blocks,
+            ranked, dealt and floored as weights are. Channels: as many as fit into ``k`` weights; with an allocation
+            by layer, into each layer's share. n:m: the ``n`` best of every ``m`` stay whatever ``k`` is, and what is
+            left of ``k`` goes to the best of all others. So ``k = n N / m`` is n:m itself, and with a larger ``k``
+            groups are on their way there, from ``m`` to ``n``.
 
     Returns:
-        Boolean masks. Exactly ``k`` are kept, or fewer where scores are zero.
+        Boolean masks. Exactly ``k`` are kept; fewer where scores are zero, or where the next block or channel would
+        be too large.
     """
     check_allocation(allocation)
+    kind = parse(granularity)
+    shapes = _shapes(scores, of)
+    names = [f"score {i}" for i in range(len(scores))] if of is None else [w.name for w in of]
+    check_shapes(kind, dict(zip(names, shapes, strict=True)))
+    if isinstance(kind, NOfM):
+        return _n_of_m(scores, k, allocation, kind, of)
+    if isinstance(kind, Block):
+        folded = [fold(s, kind, None if of is None else of[i]) for i, s in enumerate(scores)]
+        ranked, blocks = [score for score, _ in folded], [w for _, w in folded if w is not None]
+        masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, of=blocks or None, min_density=min_density)
+        return [unfold(mask, kind) for mask in masks]
+    if allocation != "global":
+        return top_k_each(scores, deal(allocation, shapes, k), of=of, granularity=granularity)
+    if isinstance(kind, Channel):
+        return top_channels(scores, k, kind, of, _channel_floors(shapes, kind, min_density))
+    return global_top_k(scores, k, of=of, min_density=min_density)
+
+
+def _shapes(scores: Sequence[Score | Tensor], of: Sequence[Weight] | None) -> list[Size]:
+    """Of the whole tensors."""
+    return [score.shape for score in scores] if of is None else [w.shape for w in of]
+
+
+def _n_of_m(
+    scores: Sequence[Score | Tensor], k: int, allocation: Allocation, kind: NOfM, of: Sequence[Weight] | None
+) -> list[Tensor]:
+    sizes = [math.prod(shape) for shape in _shapes(scores, of)]
+    left = k - sum(sizes) // kind.m * kind.n
+    if left < 0:
+        raise ValueError(f"k must be >= {k - left}, which granularity='{kind}' keeps of {sum(sizes)} scores, got {k}")
+    asked = [score if isinstance(score, Score) else Score(score) for score in scores]
+    masks = [top_n_of_m(score.tensor(), kind) for score in asked]
+    if left == 0:
+        return masks
+    others = [score.tensor().masked_fill_(mask, 0.0) for score, mask in zip(asked, masks, strict=True)]
     if allocation == "global":
-        return global_top_k(scores, k, of=of, min_density=min_density)
-    counts = deal(allocation, [score.shape for score in scores] if of is None else [w.shape for w in of], k)
-    return top_k_each(scores, counts, of=of)
+        more = global_top_k(others, left, of=of)
+    else:
+        shares = deal(allocation, [(size // kind.m, kind.m - kind.n) for size in sizes], left)
+        more = top_k_each(others, shares, of=of)
+    return [mask.logical_or_(one) for mask, one in zip(masks, more, strict=True)]
 
 
 def top_k_each(
-    scores: Sequence[Score | Tensor], counts: Sequence[int], *, of: Sequence[Weight] | None = None
+    scores: Sequence[Score | Tensor],
+    counts: Sequence[int],
+    *,
+    of: Sequence[Weight] | None = None,
+    granularity: Granularity = "weight",
 ) -> list[Tensor]:
-    """Of each tensor keep as many of the largest scores as its count says."""
+    """Of each tensor keep as many of the largest scores as its count says, in groups of ``granularity``."""
     alone = [None] * len(scores) if of is None else [[w] for w in of]
-    return [global_top_k([s], count, of=w)[0] for s, count, w in zip(scores, counts, alone, strict=True)]
+    places = zip(scores, counts, alone, strict=True)
+    return [top_k([s], count, of=w, granularity=granularity)[0] for s, count, w in places]
 
 
 def check_allocation(allocation: str) -> None:
@@ -191,11 +253,63 @@ def _shares(rates: Sequence[int], sizes: Sequence[int], k: int) -> list[float]:
     return shares
 
 
-def tell_share(total: int, kept: int, density: float, allocation: Allocation) -> str:
+def tell_share(
+    total: int, kept: int, density: float, allocation: Allocation, granularity: Granularity = "weight"
+) -> str:
     """One clause for ``Method.why``: how a layer came to keep ``kept`` of ``total`` by an allocation."""
+    if granularity_decides(total, kept, granularity):
+        return f"{granularity}, as every layer"
     if kept == 0:
         return f"emptied by allocation={allocation!r}"
     return f"{kept / total / density:.2g}x the network's share, by allocation={allocation!r}"
+
+
+def check_budget(
+    weights: Sequence[Weight],
+    k: int,
+    allocation: Allocation,
+    *,
+    min_density: float = 0.0,
+    granularity: Granularity = "weight",
+) -> None:
+    """ValueError unless the weights fall into groups of ``granularity`` and ``k`` is enough for the layers' floors.
+
+    All ranks must call it where weights are sharded.
+    """
+    check_fits(weights, granularity)
+    kind = parse(granularity)
+    shapes = [w.shape for w in weights]
+    if allocation == "global" and not isinstance(kind, Channel):
+        sizes = [w.numel // kind.size(w.shape) for w in weights]
+        check_floors(sizes, k // kind.size(shapes[0]), min_density)
+    if not isinstance(kind, Channel):
+        return
+    if allocation == "global":
+        floors = _channel_floors(shapes, kind, min_density)
+        needed = sum(floor * kind.size(shape) for floor, shape in zip(floors, shapes, strict=True))
+        if needed > k:
+            raise ValueError(
+                f"min_density={min_density:g} alone keeps {sum(floors)} {kind}s of {needed} weights, more than the "
+                f"budget of {k}; lower min_density or the sparsity"
+            )
+        return
+    for w, share in zip(weights, deal(allocation, shapes, k), strict=True):
+        if share < kind.size(w.shape):
+            raise ValueError(
+                f"allocation={allocation!r} leaves {w.name} {tuple(w.shape)} {share} weights, and a {kind} of it has "
+                f"{kind.size(w.shape)}; lower the sparsity, take allocation='global', or leave the layer dense: "
+                f"Scope(exclude=[{w.name!r}])"
+            )
+
+
+def _channel_floors(shapes: Sequence[Sequence[int]], kind: Channel, min_density: float) -> list[int]:
+    return [math.ceil(round(min_density * shape[kind.dim], 6)) for shape in shapes]
+
+
+def granularity_decides(total: int, kept: int, granularity: Granularity) -> bool:
+    """Whether a layer keeps what n:m leaves every layer."""
+    kind = parse(granularity)
+    return isinstance(kind, NOfM) and kept * kind.m == total * kind.n
 
 
 def check_min_density(min_density: float) -> None:

@@ -10,20 +10,22 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from pomona import core
-from pomona.method import Weight
+from pomona.method import Method, Weight
 from pomona.selection import CPUSelection, JoinedSelection, Selection
 
 _ALL = -1  # ties
 
 
-def check_fused(optimizer: Optimizer, weights: Sequence[Weight]) -> None:
+def check_fused(optimizer: Optimizer, method: Method, weights: Sequence[Weight]) -> None:
     """ValueError, with the reason and the way out, if ``fused_step_`` cannot work."""
-    reason = _why_not(optimizer, weights)
+    reason = _why_not(optimizer, method, weights)
     if reason:
         raise ValueError(f"fused=True {reason}; leave it out: the numbers are the same, at up to 1.5 times the cost")
 
 
-def _why_not(optimizer: Optimizer, weights: Sequence[Weight]) -> str:
+def _why_not(optimizer: Optimizer, method: Method, weights: Sequence[Weight]) -> str:
+    if method.granularity != "weight":
+        return f"drops the gradients of single weights, and granularity={method.granularity!r} those of groups"
     if not core.is_available():
         return f"needs the compiled core: {core.why_not()}"
     if type(optimizer) is not SGD:

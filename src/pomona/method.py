@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from pomona.diagnosis import Diagnosis
 from pomona.distributed import Shard, local
+from pomona.granularity import Granularity
 from pomona.selection import Selection
 
 
@@ -84,9 +85,14 @@ class Weight:
 
 
 class Method(ABC):
-    """A way to prune. Subclasses are frozen dataclasses, one paper and one file each."""
+    """A way to prune. Subclasses are frozen dataclasses, one paper and one file each.
+
+    Attributes:
+        granularity: what goes together, see :mod:`pomona.granularity`; a method that can choose has a field of it.
+    """
 
     __slots__ = ()
+    granularity: Granularity = "weight"
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""

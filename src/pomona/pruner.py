@@ -31,6 +31,7 @@ from pomona.distributed import (
     working_on,
 )
 from pomona.fused import check_fused, fused_step_
+from pomona.granularity import violations
 from pomona.harden import count_revived, largest_among, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
 from pomona.ops import all_finite
@@ -146,7 +147,7 @@ class Pruner:
             self._state = {w.name: method.init(w) for w in weights}
         self._check_shapes(weights)
         if fused:
-            check_fused(optimizer, weights)
+            check_fused(optimizer, method, weights)
         self._in_step: list[Weight] | None = None
         self._masked = (0, 0)  # id and version of the first gradient of the step under way
         self._is_trying = False
@@ -577,6 +578,8 @@ class Pruner:
     def verify(self, *copies: nn.Module) -> Report:
         """Prove the contract after ``harden()``: every zero is zero, and no more weights are left than the budget.
 
+        The zeros must also lie as the method's ``granularity`` says: at most n of every m, whole blocks or channels.
+
         On several ranks it must be called on all; they must also agree on the step, and copies of a weight be equal.
 
         Args:
@@ -599,6 +602,7 @@ class Pruner:
             wrong.append(f"{num_survivors} weights survived, more than the budget of {budget}")
         if report.nonzero > num_survivors:
             wrong.append(f"{report.nonzero} weights are not zero, but only {num_survivors} survived the cut")
+        wrong += violations(self.method.granularity, self._pruned, self._shards)
         wrong += self._disagreements()
         if wrong:
             raise RuntimeError("the sparsity contract is broken: " + "; ".join(wrong))
@@ -645,6 +649,7 @@ class Pruner:
         return Report(
             layers=layers,
             outside=self._outside,
+            granularity=str(self.method.granularity),
             accuracy_before=before,
             accuracy_after=after,
             metrics=self.metrics(),

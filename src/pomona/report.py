@@ -58,6 +58,7 @@ class Report:
     Attributes:
         layers: one entry for each tensor in scope.
         outside: name -> why it is not pruned.
+        granularity: what the method cuts together, see :mod:`pomona.granularity`; ``Pruner.verify`` proves it.
         accuracy_before: what the caller's ``evaluate`` gave before the cut, if it was given.
         accuracy_after: the same after it.
         metrics: the method's own numbers, such as GSM's ``decay_exponent``.
@@ -67,6 +68,7 @@ class Report:
 
     layers: tuple[LayerReport, ...]
     outside: Mapping[str, str] = field(default_factory=dict)
+    granularity: str = "weight"
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -124,6 +126,7 @@ class Report:
             "density": self.density,
             "compression": self.compression if self.nonzero else None,
             "dead_channels": self.dead_channels,
+            "granularity": self.granularity,
             "largest_cut": self.largest_cut,
             "smallest_kept": self.smallest_kept,
             "accuracy_before": self.accuracy_before,
@@ -172,6 +175,8 @@ class Report:
             yield f"accuracy {self.accuracy_before:.2f} before the cut, {self.accuracy_after:.2f} after ({gap:+.2f})"
         if self.largest_cut is not None and self.smallest_kept is not None:
             yield f"largest weight cut {self.largest_cut:.2g}, smallest kept {self.smallest_kept:.2g}"
+        if self.granularity != "weight":
+            yield f"granularity {self.granularity}"
         for name, value in self.metrics.items():
             yield f"{name.replace('_', ' ')} {value:,.6g}"
         if self.num_skipped:

@@ -200,6 +200,28 @@ class JoinedSelection:
         return [found[place] for place in range(len(found))]
 
 
+@dataclass(frozen=True, slots=True)
+class MaskSelection:
+    """A selection by its masks, of groups of scores.
+
+    Attributes:
+        kept: the masks, or this rank's part of them.
+        counts: how many each tensor keeps on all ranks together.
+        num_infinite: not looked at.
+    """
+
+    kept: list[Tensor]
+    counts: list[int]
+    num_infinite: int = 0
+
+    def masks(self) -> list[Tensor]:
+        return self.kept
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor, mask in zip(tensors, self.kept, strict=True):
+            tensor.mul_(mask)
+
+
 def select_largest(scores: Sequence[Score], k: int) -> CPUSelection | DeviceSelection:
     """The ``k`` largest, ties by position: the earlier tensor, then the smaller flat index, stays. Never a zero.
 

@@ -29,8 +29,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import pomona
 from pomona import distributed, selection
-from pomona.budget import select
+from pomona.budget import select, top_k
 from pomona.distributed import local, shards_of
+from pomona.granularity import check_fits, violations
 from pomona.method import Weight
 from pomona.score import Score
 from pomona.selection import NonFiniteError, kth_largest
@@ -95,6 +96,31 @@ def selects_as_a_full_sort(
         for name, value in changed.items():
             patch.setattr(selection, name, value)
         _select(mesh, placements, arrays, factors, k, dtype)
+
+
+def groups_as_on_one_process(layout: str, arrays: list[np.ndarray], k: int, granularity: str, allocation: str) -> str:
+    """The masks of this rank's blocks are parts of those of the whole; or why these groups cannot be had."""
+    shape, placements = LAYOUTS[layout]
+    mesh = mesh_of(shape)
+    if not is_on(mesh):
+        return "not there"
+    ws = [torch.from_numpy(a).float() for a in arrays]
+    tensors = [lay_out(w, mesh, placements) for w in ws]
+    weights = weights_of(tensors)
+    try:
+        check_fits(weights, granularity)
+    except ValueError as error:
+        return str(error)
+    how: Any = {"allocation": allocation, "granularity": granularity, "min_density": 0.1}
+    masks = top_k([Score(local(t)) for t in tensors], k, of=weights, **how)
+    for got, mask, like in zip(masks, top_k([Score(w) for w in ws], k, **how), tensors, strict=True):
+        assert torch.equal(got, part(mask, like)), (got, mask)
+    # What is whole on all ranks together is no violation; what one rank changes is, and all tell the same.
+    shards = {w.name: w.shard for w in weights if w.shard is not None}
+    pruned = {w.name: ~mask for w, mask in zip(weights, masks, strict=True)}
+    if allocation == "global" and k * 2 == sum(w.numel() for w in ws):
+        assert violations(granularity, pruned, shards) == []
+    return "as one"
 
 
 def on_a_device(scores: Sequence[Score]) -> bool:
@@ -214,6 +240,11 @@ WAYS = {
 def has_plain_layers(way: str) -> bool:
     """Whether what is in scope is what the contract table prunes."""
     return WAYS[way].build is net and WAYS[way].scope == pomona.Scope()
+
+
+def keeps_pairs_of_inputs(way: str) -> bool:
+    """Whether two neighbouring inputs of a layer are on one rank, in all layers."""
+    return has_plain_layers(way) and WAYS[way].share is not split_columns
 
 
 def data_of(way: Way, num: int, seed: int = 0) -> list[Any]:

@@ -51,6 +51,36 @@ def test_uneven_and_empty_blocks_and_mass_ties_are_chosen_as_by_a_full_sort(worl
         world.run(checks.selects_as_a_full_sort, layout, drawn, [None] * 3, k, torch.float32, changed)
 
 
+@pytest.mark.parametrize("granularity", ["2:4", "1x4", "2x1", "channel", "input channel"])
+def test_ranks_keep_the_groups_that_one_process_does_or_say_why_not(world: World, granularity: str) -> None:
+    generator = np.random.default_rng(0)
+    ws = [generator.standard_normal(shape) * scale for shape, scale in [((12, 8), 1), ((4, 16, 3), 2), ((2, 4), 0.1)]]
+    tied = [np.round(w) for w in ws]
+    refused = []
+    for layout in checks.LAYOUTS:
+        for drawn, k, allocation in [(ws, 148, "global"), (tied, 148, "global"), (ws, 200, "uniform")]:
+            told = world.run(checks.groups_as_on_one_process, layout, drawn, k, granularity, allocation)
+            here = {one for one in told if one != "not there"}
+            assert len(here) == 1  # all ranks alike
+            refused += [layout] if here != {"as one"} else []
+            if here != {"as one"}:
+                assert "that lie on two ranks; shard it along another dimension" in here.pop()
+    torn = {
+        "2:4": {"columns over 2", "rows and columns", "columns and rows", "columns, two copies"},
+        "1x4": {"columns over 2", "rows and columns", "columns and rows", "columns, two copies"},
+        "2x1": {
+            "rows over 2",
+            "rows over 3",
+            "rows over 4",
+            "rows and columns",
+            "columns and rows",
+            "rows twice",
+            "rows, two copies",
+        },
+    }
+    assert set(refused) == torn.get(granularity, set())
+
+
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 def test_every_method_prunes_as_on_one_process(world: World, case: Case) -> None:
     world.run(checks.prunes_as_on_one_process, "fsdp over 2", case.name, 14, case.budget)
@@ -67,6 +97,8 @@ def test_however_a_model_is_shared_it_is_pruned_as_on_one_process(world: World, 
 def test_however_a_model_is_shared_every_method_prunes_as_on_one_process(world: World, way: str, case: Case) -> None:
     if case.name == "admm by layer" and not checks.has_plain_layers(way):
         pytest.skip("its densities are for the layers of another network")
+    if case.method.granularity in ("1:2", "1x2") and not checks.keeps_pairs_of_inputs(way):
+        pytest.skip("its groups lie on two ranks, or the network has none")
     world.run(checks.prunes_as_on_one_process, way, case.name, 9, None)
 
 
@@ -102,7 +134,7 @@ def test_what_would_prune_wrongly_is_refused_on_all_ranks(world: World) -> None:
         "scattered": "0.weight is placed as (_StridedShard(dim=0, sf=2),) so that a rank's block is not one block of",
         "two meshes": "2.weight is on DeviceMesh((dp=3)",
         "gradient": "the gradient of 0.weight is placed as (Partial(sum),) and the weight as (Shard(dim=0),)",
-        "methods": "the ranks do not prune alike: this one has GSM(sparsity=0.5, min_density=0.0001) for 2 tensors",
+        "methods": "this one has GSM(sparsity=0.5, min_density=0.0001, granularity='weight') for 2 tensors",
         "fsdp1": "use its successor, torch.distributed.fsdp.fully_shard",
         "deepspeed": "DeepSpeedEngine is of DeepSpeed, which flattens the weights",
     }

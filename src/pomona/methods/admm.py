@@ -12,14 +12,15 @@ from torch import Tensor
 from pomona.budget import (
     Allocation,
     check_allocation,
-    check_floors,
+    check_budget,
     check_min_density,
     deal,
-    global_top_k,
     num_kept,
     tell_share,
+    top_k,
     top_k_each,
 )
+from pomona.granularity import Granularity, canonical, check_fits, check_granularity, parse
 from pomona.method import Method, Weight
 from pomona.ops import count, drop_gradients_, drop_weights_, total
 from pomona.schedule import Schedule, Value, check_count, check_value, value_at
@@ -73,6 +74,9 @@ class ADMM(Method):
         hold_zeros: masked ADMM, for the second and later rounds: weights that are exactly zero before the first step
             stay so.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
+        granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
+            ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
+            :mod:`pomona.granularity`. Paper: single weights.
 
     Example:
         >>> model = nn.Linear(100, 10)
@@ -92,6 +96,7 @@ class ADMM(Method):
     allocation: Allocation = "global"
     hold_zeros: bool = False
     min_density: float = 1e-4
+    granularity: Granularity = "weight"
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.densities is None):
@@ -118,16 +123,21 @@ class ADMM(Method):
         if not isinstance(self.hold_zeros, bool):
             raise TypeError(f"hold_zeros must be True or False, got {self.hold_zeros!r}")
         check_min_density(self.min_density)
+        object.__setattr__(self, "granularity", canonical(self.granularity))
+        check_granularity(self.granularity, self.sparsity, self.allocation)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         if self.densities is not None:
             _check_patterns(self.densities, [w.name for w in weights])
+        check_fits(weights, self.granularity)
         counts = self._counts(weights)
         if counts is None:
-            check_floors([w.numel for w in weights], self._k(weights), self.min_density)
+            check_budget(
+                weights, self._k(weights), "global", min_density=self.min_density, granularity=self.granularity
+            )
             return
         for w, most in zip(weights, counts, strict=True):
-            if most == 0 < w.numel:
+            if most < parse(self.granularity).size(w.shape) and w.numel:
                 raise ValueError(
                     f"{self} keeps none of the {w.numel} weights of {w.name}; keep more of it, or leave it "
                     f"dense: Scope(exclude=[{w.name!r}])"
@@ -177,10 +187,12 @@ class ADMM(Method):
 
     def _keep(self, weights: Sequence[Weight], scores: Sequence[Score]) -> list[Tensor]:
         """Where the projection is not zero."""
-        counts = self._counts(weights)
-        if counts is None:
-            return global_top_k(scores, self._k(weights), of=weights, min_density=self.min_density)
-        return top_k_each(scores, counts, of=weights)
+        if self.densities is not None:
+            counts = self._counts(weights)
+            assert counts is not None  # by densities
+            return top_k_each(scores, counts, of=weights, granularity=self.granularity)
+        k = self._k(weights)
+        return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density, granularity=self.granularity)
 
     def _counts(self, weights: Sequence[Weight]) -> list[int] | None:
         """The paper's l_i; None if all layers share one count."""
@@ -220,7 +232,7 @@ class ADMM(Method):
             return "its share by densities"
         if self.allocation == "global" and 0 < kept == math.ceil(round(self.min_density * total, 6)):
             return f"held at the floor min_density={self.min_density:g}"
-        return tell_share(total, kept, density, self.allocation)
+        return tell_share(total, kept, density, self.allocation, self.granularity)
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
         """How near ADMM is to done, over the layers that must shrink; nothing before the first step.

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import check_floors, check_min_density, num_kept, select
+from pomona.budget import check_budget, check_min_density, granularity_decides, num_kept, select, top_k
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
+from pomona.granularity import Granularity, canonical, check_granularity
 from pomona.method import Method, Weight
-from pomona.ops import all_finite
+from pomona.ops import all_finite, count
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score, magnitude, saliency
-from pomona.selection import NonFiniteError, Selection
+from pomona.selection import MaskSelection, NonFiniteError, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,10 @@ class GSM(Method):
         min_density: least share that stays of each layer, in [0, 1]; of a layer of n weights at least
             ``ceil(min_density n)`` are active at each step (fewer where scores are zero) and survive the cut. Paper:
             none (0).
+        granularity: what is active, and survives, together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity``
+            must then end at ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input
+            channel"``; see :mod:`pomona.granularity`. All but the first take masks of a byte a weight at each step,
+            for which a GPU's host waits. Paper: single weights.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -71,10 +76,13 @@ class GSM(Method):
 
     sparsity: Value
     min_density: float = 1e-4
+    granularity: Granularity = "weight"
 
     def __post_init__(self) -> None:
         check_value("sparsity", self.sparsity, low=0.0, high=1.0)
         check_min_density(self.min_density)
+        object.__setattr__(self, "granularity", canonical(self.granularity))
+        check_granularity(self.granularity, self.sparsity)
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         name = type(optimizer).__name__
@@ -102,8 +110,8 @@ class GSM(Method):
                 )
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
-        sizes = [w.numel for w in weights]
-        check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
+        k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
+        check_budget(weights, k, "global", min_density=self.min_density, granularity=self.granularity)
         self._warn_of_rounding(weights)
 
     def _warn_of_rounding(self, weights: Sequence[Weight]) -> None:
@@ -125,13 +133,13 @@ class GSM(Method):
         }
 
     def checks_gradients(self, step: int) -> bool:
-        return value_at(self.sparsity, step) > 0.0
+        return value_at(self.sparsity, step) > 0.0 and self.granularity == "weight"
 
     def before_step(self, weights: Sequence[Weight], step: int) -> Selection | None:
         b = self._active(weights, value_at(self.sparsity, step))
         counts = b.counts if b else [w.numel for w in weights]
-        for w, count in zip(weights, counts, strict=True):
-            w.state["active"].fill_(count)
+        for w, num in zip(weights, counts, strict=True):
+            w.state["active"].fill_(num)
             if w.moves:
                 w.state["exponent"].add_(decay_per_step(w.lr, w.group))
         return b
@@ -151,12 +159,17 @@ class GSM(Method):
 
     def _select(self, weights: Sequence[Weight], scores: Sequence[Score], sparsity: float) -> Selection:
         k = num_kept(sparsity, sum(w.numel for w in weights))
-        return select(scores, k, of=weights, min_density=self.min_density)
+        if self.granularity == "weight":
+            return select(scores, k, of=weights, min_density=self.min_density)
+        masks = top_k(scores, k, of=weights, min_density=self.min_density, granularity=self.granularity)
+        return MaskSelection(masks, count(masks, of=weights))
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)
 
     def why(self, total: int, kept: int, density: float) -> str:
+        if granularity_decides(total, kept, self.granularity):
+            return f"{self.granularity}, as every layer"
         if kept == 0:
             return "emptied: none of its weights is above the one cut on |w| for all layers"
         if self.min_density > 0.0 and kept == math.ceil(round(self.min_density * total, 6)):

@@ -9,7 +9,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import Allocation, check_allocation, check_floors, check_min_density, num_kept, tell_share, top_k
+from pomona.budget import Allocation, check_allocation, check_budget, check_min_density, num_kept, tell_share, top_k
+from pomona.granularity import Granularity, canonical, check_granularity
 from pomona.method import Method, Weight
 from pomona.ops import (
     drop_buffers_,
@@ -52,6 +53,9 @@ class Magnitude(Method):
         allocation: ``"global"``: one ranking of all layers together; ``"uniform"``: the same sparsity in each layer;
             ``"erk"``: by the Erdos-Renyi kernel rule, :func:`pomona.budget.erk`. Paper: ``"uniform"``.
         min_density: least share that stays of each layer when all are ranked together, in [0, 1]. Paper: none.
+        granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
+            ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
+            :mod:`pomona.granularity`. Paper: single weights.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -70,6 +74,7 @@ class Magnitude(Method):
     begin: int = 1
     allocation: Allocation = "global"
     min_density: float = 1e-4
+    granularity: Granularity = "weight"
 
     def __post_init__(self) -> None:
         check_value("sparsity", self.sparsity, low=0.0, high=1.0)
@@ -78,11 +83,12 @@ class Magnitude(Method):
         check_count("begin", self.begin)
         check_allocation(self.allocation)
         check_min_density(self.min_density)
+        object.__setattr__(self, "granularity", canonical(self.granularity))
+        check_granularity(self.granularity, self.sparsity, self.allocation)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
-        sizes = [w.numel for w in weights]
-        if self.allocation == "global":
-            check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
+        k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
+        check_budget(weights, k, self.allocation, min_density=self.min_density, granularity=self.granularity)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
@@ -104,7 +110,7 @@ class Magnitude(Method):
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         scores = magnitudes_among(weights, masks_of(weights))  # m |w|
         k = self.budget(sum(w.numel for w in weights), step)
-        return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density)
+        return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density, granularity=self.granularity)
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)
@@ -113,7 +119,7 @@ class Magnitude(Method):
         floor = math.ceil(round(self.min_density * total, 6))
         if self.allocation == "global" and 0 < kept == floor:
             return f"held at the floor min_density={self.min_density:g}"
-        return tell_share(total, kept, density, self.allocation)
+        return tell_share(total, kept, density, self.allocation, self.granularity)
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
         return {"sparsity": sparsity_of(weights)}

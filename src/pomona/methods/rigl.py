@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from pomona.budget import global_top_k, num_kept, tell_share, top_k
+from pomona.budget import check_budget, num_kept, tell_share, top_k
+from pomona.granularity import (
+    Granularity,
+    NOfM,
+    canonical,
+    check_granularity,
+    num_in_groups,
+    parse,
+    top_n_of_m,
+)
 from pomona.method import Method, Weight
 from pomona.ops import (
     among,
@@ -23,7 +32,7 @@ from pomona.ops import (
     sparsity_of,
 )
 from pomona.schedule import Every, Schedule, check_count, check_value
-from pomona.score import magnitude
+from pomona.score import Score, magnitude
 
 Distribution: TypeAlias = Literal["uniform", "erk"]  # WHERE the budget goes, layer by layer
 
@@ -64,6 +73,10 @@ class RigL(Method):
         allocation: ``"erk"``: small layers denser, by the Erdos-Renyi kernel rule, :func:`pomona.budget.erk`;
             ``"uniform"``: the same sparsity in each layer. Paper: both.
         seed: of the random masks, >= 0.
+        granularity: what is dropped and grown together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must
+            then be ``1 - n/m`` and the allocation ``"uniform"``; each group grows as many as it dropped), a block such
+            as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see :mod:`pomona.granularity`. Paper:
+            single weights.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -82,23 +95,26 @@ class RigL(Method):
     drop: float = 0.3
     allocation: Distribution = "erk"
     seed: int = 0
+    granularity: Granularity = "weight"
 
     def __post_init__(self) -> None:
         check_settings(self.sparsity, self.every, self.end, self.drop, self.allocation, self.seed)
+        object.__setattr__(self, "granularity", canonical(self.granularity))
+        check_granularity(self.granularity, self.sparsity, self.allocation)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
-        check_layers(weights, self.sparsity)
+        check_layers(weights, self.sparsity, self.allocation, self.granularity)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
 
     def before_step(self, weights: Sequence[Weight], step: int) -> None:
         if step == 1:
-            draw_masks_(weights, self.sparsity, self.allocation, self.seed)
+            draw_masks_(weights, self)
         elif Every(self.every, start=self.every, end=self.end)(step):
             for w in weights:
                 if w.moves:
-                    drop_and_grow_(w, self._fraction(step), growth=w.grad.abs())
+                    drop_and_grow_(w, self._fraction(step), w.grad.abs(), self.granularity)
         drop_gradients_(weights, masks_of(weights))
 
     def _fraction(self, step: int) -> float:
@@ -111,7 +127,7 @@ class RigL(Method):
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         if step == 0:
-            return magnitude_masks(weights, self.sparsity, self.allocation)
+            return magnitude_masks(weights, self)
         return masks_of(weights)
 
     def budget(self, total: int, step: int) -> int:
@@ -121,33 +137,57 @@ class RigL(Method):
         return tell_unchanged(self.every, self.drop, step)
 
     def why(self, total: int, kept: int, density: float) -> str:
-        return tell_share(total, kept, density, self.allocation)
+        return tell_share(total, kept, density, self.allocation, self.granularity)
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
         return {"sparsity": sparsity_of(weights)}
 
 
-def drop_and_grow_(w: Weight, fraction: float, growth: Tensor) -> None:
+class _Settings(Protocol):
+    """What decides how many weights each layer keeps, and in which groups."""
+
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def allocation(self) -> Distribution: ...
+    @property
+    def granularity(self) -> Granularity: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def drop_and_grow_(w: Weight, fraction: float, growth: Tensor, granularity: Granularity = "weight") -> None:
     """Replace ``fraction`` of the active weights: the smallest go, and the largest in ``growth`` come at zero."""
+    kind = parse(granularity)
     active = w.state["mask"]
     (num_active,) = count([active], of=[w])
-    num = math.floor(round(fraction * num_active, 6))
-    (remaining,) = global_top_k([among(magnitude(w.value).tensor(), active)], num_active - num, of=[w])
-    (grown,) = global_top_k([among(growth, ~remaining)], num, of=[w])
+    size = kind.size(w.shape)
+    num = math.floor(round(fraction * (num_active // size), 6)) * size
+    if isinstance(kind, NOfM):
+        (remaining,) = top_k([among(magnitude(w.value).tensor(), active)], num_active - num, of=[w])
+        grown = top_n_of_m(among(growth.float(), ~remaining), kind, kind.n - num_in_groups(remaining, kind))
+    else:
+        scores = [among(magnitude(w.value).tensor(), active)]
+        (remaining,) = top_k(scores, num_active - num, of=[w], granularity=granularity)
+        (grown,) = top_k([among(growth, ~remaining)], num, of=[w], granularity=granularity)
     set_mask_(w, remaining | grown)
 
 
-def draw_masks_(weights: Sequence[Weight], sparsity: float, allocation: Distribution, seed: int) -> None:
+def draw_masks_(weights: Sequence[Weight], method: _Settings) -> None:
     """Random masks, of exactly as many weights in each layer as the allocation gives it."""
-    scores = list(random_scores(weights, seed, step=1))
-    masks = top_k(scores, budget_of(weights, sparsity), allocation, of=weights)
-    for w, mask in zip(weights, masks, strict=True):
+    scores = list(random_scores(weights, method.seed, step=1))
+    for w, mask in zip(weights, _top_k(weights, scores, method), strict=True):
         set_mask_(w, mask)
 
 
-def magnitude_masks(weights: Sequence[Weight], sparsity: float, allocation: Distribution) -> list[Tensor]:
+def magnitude_masks(weights: Sequence[Weight], method: _Settings) -> list[Tensor]:
     """What a cut would keep before the first step, when no masks are drawn yet."""
-    return top_k([magnitude(w.value) for w in weights], budget_of(weights, sparsity), allocation, of=weights)
+    return _top_k(weights, [magnitude(w.value) for w in weights], method)
+
+
+def _top_k(weights: Sequence[Weight], scores: Sequence[Score | Tensor], method: _Settings) -> list[Tensor]:
+    k = budget_of(weights, method.sparsity)
+    return top_k(scores, k, method.allocation, of=weights, granularity=method.granularity)
 
 
 def set_mask_(w: Weight, mask: Tensor) -> None:
@@ -169,10 +209,16 @@ def budget_of(weights: Sequence[Weight], sparsity: float) -> int:
     return num_kept(sparsity, sum(w.numel for w in weights))
 
 
-def check_layers(weights: Sequence[Weight], sparsity: float) -> None:
+def check_layers(
+    weights: Sequence[Weight], sparsity: float, allocation: Distribution, granularity: Granularity
+) -> None:
     k = budget_of(weights, sparsity)
-    if k < len(weights):
-        raise ValueError(f"sparsity={sparsity:g} leaves {k} weights for {len(weights)} layers; lower the sparsity")
+    if k < sum(parse(granularity).size(w.shape) for w in weights):
+        what = "" if granularity == "weight" else f", one {granularity} each"
+        raise ValueError(
+            f"sparsity={sparsity:g} leaves {k} weights for {len(weights)} layers{what}; lower the sparsity"
+        )
+    check_budget(weights, k, allocation, granularity=granularity)
 
 
 def check_settings(

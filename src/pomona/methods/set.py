@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pomona.budget import num_kept, tell_share
+from pomona.granularity import Granularity, canonical, check_granularity
 from pomona.method import Method, Weight
 from pomona.methods.rigl import (
     Distribution,
@@ -56,6 +57,10 @@ class SET(Method):
         allocation: ``"erk"``: small layers denser, the paper's rule for dense layers, :func:`pomona.budget.erk`;
             ``"uniform"``: the same sparsity in each layer.
         seed: of masks and growth, >= 0.
+        granularity: what is dropped and grown together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must
+            then be ``1 - n/m`` and the allocation ``"uniform"``; each group grows as many as it dropped), a block such
+            as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see :mod:`pomona.granularity`. Paper:
+            single weights.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -74,23 +79,26 @@ class SET(Method):
     drop: float = 0.3
     allocation: Distribution = "erk"
     seed: int = 0
+    granularity: Granularity = "weight"
 
     def __post_init__(self) -> None:
         check_settings(self.sparsity, self.every, self.end, self.drop, self.allocation, self.seed)
+        object.__setattr__(self, "granularity", canonical(self.granularity))
+        check_granularity(self.granularity, self.sparsity, self.allocation)
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
-        check_layers(weights, self.sparsity)
+        check_layers(weights, self.sparsity, self.allocation, self.granularity)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
 
     def before_step(self, weights: Sequence[Weight], step: int) -> None:
         if step == 1:
-            draw_masks_(weights, self.sparsity, self.allocation, self.seed)
+            draw_masks_(weights, self)
         elif Every(self.every, start=self.every, end=self.end)(step):
             for w, growth in zip(weights, random_scores(weights, self.seed, step), strict=True):
                 if w.moves:
-                    drop_and_grow_(w, self.drop, growth)
+                    drop_and_grow_(w, self.drop, growth, self.granularity)
         drop_gradients_(weights, masks_of(weights))
 
     def after_step(self, weights: Sequence[Weight], step: int) -> None:
@@ -98,7 +106,7 @@ class SET(Method):
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         if step == 0:
-            return magnitude_masks(weights, self.sparsity, self.allocation)
+            return magnitude_masks(weights, self)
         return masks_of(weights)
 
     def budget(self, total: int, step: int) -> int:
@@ -108,7 +116,7 @@ class SET(Method):
         return tell_unchanged(self.every, self.drop, step)
 
     def why(self, total: int, kept: int, density: float) -> str:
-        return tell_share(total, kept, density, self.allocation)
+        return tell_share(total, kept, density, self.allocation, self.granularity)
 
     def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
         return {"sparsity": sparsity_of(weights)}

@@ -10,7 +10,16 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pomona.budget import check_floors, check_min_density, global_top_k, num_kept, top_k_each
+from pomona.budget import (
+    check_budget,
+    check_floors,
+    check_min_density,
+    granularity_decides,
+    num_kept,
+    top_k,
+    top_k_each,
+)
+from pomona.granularity import Granularity, canonical, check_granularity
 from pomona.method import Method, Weight
 from pomona.ops import among, count, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of, total
 from pomona.schedule import Value, check_count, check_never_falls, check_value, highest, value_at
@@ -75,6 +84,9 @@ class WeightMom(Method):
             that early and small layers are spared. ``"none"``: 1.
         min_density: least share that stays of each layer, in [0, 1]: the ``ceil(min_density n)`` largest :math:`m` of
             a layer of n weights are never counted as low. Paper: unknown.
+        granularity: what goes together, by a target only: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity``
+            must then end at ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input
+            channel"``; see :mod:`pomona.granularity`. Paper: single weights.
 
     Example:
         >>> model = nn.Linear(10, 10)
@@ -100,6 +112,7 @@ class WeightMom(Method):
     patience: int = 10
     importance: Importance = "sparsity"
     min_density: float = 0.01
+    granularity: Granularity = "weight"
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.threshold is None):
@@ -124,11 +137,19 @@ class WeightMom(Method):
         if self.importance not in get_args(Importance):
             raise ValueError(f"importance must be one of {', '.join(get_args(Importance))}, got {self.importance!r}")
         check_min_density(self.min_density)
+        object.__setattr__(self, "granularity", canonical(self.granularity))
+        if self.sparsity is not None:
+            check_granularity(self.granularity, self.sparsity)
+        elif self.granularity != "weight":
+            raise ValueError(
+                f"granularity={self.granularity!r} needs a budget, which threshold={self.threshold} is not; give "
+                f"sparsity in its place"
+            )
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         if self.sparsity is not None:
-            sizes = [w.numel for w in weights]
-            check_floors(sizes, num_kept(highest(self.sparsity), sum(sizes)), self.min_density)
+            k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
+            check_budget(weights, k, "global", min_density=self.min_density, granularity=self.granularity)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {
@@ -164,7 +185,7 @@ class WeightMom(Method):
         sizes = [w.numel for w in weights]
         if self.sparsity is not None:
             k = num_kept(value_at(self.sparsity, step), sum(sizes))
-            return global_top_k(scores, k, of=weights, min_density=self.min_density)
+            return top_k(scores, k, of=weights, min_density=self.min_density, granularity=self.granularity)
         assert self.threshold is not None  # one of the two is given
         floors = check_floors(sizes, sum(sizes), self.min_density)
         spared = top_k_each(scores, floors, of=weights)
@@ -214,6 +235,8 @@ class WeightMom(Method):
         )
 
     def why(self, total: int, kept: int, density: float) -> str:
+        if granularity_decides(total, kept, self.granularity):
+            return f"{self.granularity}, as every layer"
         if kept == 0:
             return "emptied: the running mean of |w| of all its weights stayed low"
         if self.min_density > 0.0 and [kept] == check_floors([total], total, self.min_density):
