@@ -7,7 +7,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-install test-oldest test-newest bench fuzz web sanitize format clean
+.PHONY: demo test test-slow test-install test-oldest test-newest docs docs-serve bench fuzz web sanitize format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
@@ -36,6 +36,12 @@ test-oldest test-newest: test-%:  ## make PYTHON=python3.10 test-oldest; make PY
 	  $(PINS) -e '.[zoo,onnx,shrink]' safetensors pyyaml pytest hypothesis pytest-xdist
 	build/$*/bin/python -m pytest -n 2 --ignore=src/pomona/integrations \
 	  $(foreach name,accelerate examples integrations lightning logging peft transformers,--ignore=tests/test_$(name).py)
+
+docs: $(VENV)/.test  ## the site, into build/site; open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
+docs-serve: $(VENV)/.test  ## the site on http://localhost:8000, built anew at every change
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve
 
 bench: $(VENV)/.test  ## half an hour on a quiet machine: what pruning costs, into bench/results/speed
 	for what in step cut growth scale memory; do $(VENV)/bin/python bench/speed.py $$what || exit 1; done

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import pomona
+from tests.documented import Taylor
 from tests.problems import NUM_WEIGHTS, Batch, batches, bits, loss_of, net, train
 
 STEPS = 20
@@ -81,6 +82,7 @@ METHODS = [
         budget=36,
     ),
     Case("rigl", pomona.RigL(sparsity=0.75, every=4, end=16), ALL),
+    Case("taylor, of docs/writing-a-method.md", Taylor(sparsity=0.75, at=9), ALL),
     Case(
         "set", pomona.SET(sparsity=0.75, every=4, seed=1), ALL
     ),  # seed 0 grows behind a dead unit: no gradient, still zero

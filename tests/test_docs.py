@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -17,9 +19,12 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relativ
 @each_page
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch.compile
 def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.parent.name == "tutorials":
+        pytest.skip("in test_tutorials.py")
     monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}  # of the whole page, which is read from top to bottom
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-        exec(code, {})
+        exec(compile(code, page.name, "exec", dont_inherit=True), names)
 
 
 @each_page
@@ -34,3 +39,14 @@ def test_every_method_has_a_page_with_the_same_sections(name: str) -> None:
     for heading in ("## When it shines", "## When not", "## What matters", "## Cost"):
         assert heading in text, heading
     assert "```python" in text
+
+
+def test_lines_and_seconds_are_those_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    first = importlib.import_module("first")
+    text = (ROOT / "docs/tutorials/first-sparse-model.md").read_text(encoding="utf-8")
+    rows = json.loads(first.RESULT.read_text(encoding="utf-8"))["rows"]
+    assert first.table(rows) in text
+    for row in rows:
+        lines = first.WAYS[row["way"]][1].strip()
+        assert row["lines"] == first.added(lines) and (lines == "run(10)" or lines in text)

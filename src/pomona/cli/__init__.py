@@ -14,14 +14,19 @@ from pomona.cli import bench, compare, diagnose, env, export, recipes, report, s
 _COMMANDS = (train, watch, compare, sweep, ticket, valley, diagnose, report, export, bench, recipes, env)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="pomona", description="Prune a neural network while it trains.")
-    parser.add_argument("--version", action="version", version=f"pomona {pomona.__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    top = argparse.ArgumentParser(prog="pomona", description="Prune a neural network while it trains.")
+    top.add_argument("--version", action="version", version=f"pomona {pomona.__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_to(commands)
-    options = parser.parse_args(arguments)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
+    options = parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_, **__: print(f"WARNING: {message}", file=sys.stderr, flush=True)
     try:
         status: int = options.run(options)
