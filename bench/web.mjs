@@ -38,6 +38,7 @@ for (const name of names) {
   const x = new Float32Array(new Uint8Array(readFileSync(join(folder, `${name}.input`))).buffer);
   const auto = await Network.from(file);
   const dense = await Network.from(file, { dense: "always" });
+  const fixed = await Network.from(file, { precision: "int16" });
   const session = await ort.InferenceSession.create(join(folder, `${name}.onnx`), {
     executionProviders: ["wasm"],
     graphOptimizationLevel: "all",
@@ -48,6 +49,7 @@ for (const name of names) {
   const candidates = {
     sparse: () => auto.run(x),
     dense: () => dense.run(x),
+    int16: () => fixed.run(x),
     onnxruntime: async () => Object.values(await session.run({ [input]: tensor }))[0].data,
   };
   const results = {};
@@ -55,7 +57,7 @@ for (const name of names) {
   const largest = results.onnxruntime.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
   const error = (key) =>
     results[key].reduce((most, value, i) => Math.max(most, Math.abs(value - results.onnxruntime[i])), 0) / largest;
-  const errors = { sparse: error("sparse"), dense: error("dense") };
+  const errors = { sparse: error("sparse"), dense: error("dense"), int16: error("int16") };
 
   const repeats = {};
   for (const [key, run] of Object.entries(candidates)) {
