@@ -283,7 +283,8 @@ int Layers<T>::add_weights(const Net& net, Step<T>* step) {
   step->num_rows = matrix.rows;
   const float unit = unit_of(net, step->out), factor = unit_of(net, step->in[0]) / unit;
   if constexpr (!std::is_same_v<T, float>) {
-    if (step->residual >= 0 && unit_of(net, step->residual) != unit)
+    step->scales_residual = step->residual >= 0 && unit_of(net, step->residual) != unit;
+    if (step->scales_residual)
       step->residual_factor = Twice::of(weight_of<T>(1.0f, unit_of(net, step->residual) / unit));
   }
   const float* const bias = net.bias(node);
