@@ -23,7 +23,6 @@ constexpr int kMaxTile = kMaxVectors * kMaxLanes<T>;  // positions
 struct Twice {
   int32_t both = 0;
   static Twice of(int16_t x) { return {static_cast<int32_t>(static_cast<uint16_t>(x) * 0x10001u)}; }
-  int16_t value() const { return static_cast<int16_t>(both); }
 };
 
 template <typename T>
