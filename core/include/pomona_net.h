@@ -92,10 +92,10 @@ enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 };
  *   max_pool, flatten: it is the operand's.
  * To a layer belongs the add behind it, where nothing else reads the layer and the other operand, the residual, is there
  * already; and the relu or clip behind that, or behind the layer, likewise. Then u is the unit of the last of these. A
- * weight is kept as that many equal W = round(2^15 (w / parts) (u_in / u)), a bias as round(bias / u). Added up, from the
- * bias on, are floor(W q_in / 2^15 + 1 / 2), in the order of the columns, and then the residual; each sum is cut off at the
- * ends of int16. A residual of another unit u_r is floor(R q_r / 2^15 + 1 / 2), R = min(round(2^15 u_r / u), 32767).
- * Bounds of a clip are rounded to units.
+ * weight is kept as that many equal W = round(2^15 (w / parts) (u_in / u)), a bias as round(bias / u), both within
+ * [-32767, 32767]. Added up, from the bias on, are floor(W q_in / 2^15 + 1 / 2), in the order of the columns, and then the
+ * residual; each sum is cut off at the ends of int16. A residual of another unit u_r is floor(R q_r / 2^15 + 1 / 2), where
+ * R = min(round(2^15 u_r / u), 32767). Bounds of a clip are rounded to units.
  * Everything else is computed in float32 and rounded once, to q = round(v / u), cut off, 0 for a NaN. So are inputs; and
  * layers of one position, but not where samples go together, or where a convolution needs room around that position.
  * round is to the nearest, and to the even one of two. */

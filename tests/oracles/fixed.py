@@ -85,6 +85,10 @@ def _cut(q: Array) -> Integers:
     return np.clip(q, -32768, 32767).astype(np.int64)
 
 
+def _magnitude_cut(x: Array) -> Integers:
+    return np.clip(np.rint(x), -32767, 32767).astype(np.int64)
+
+
 def _times(factor: int, q: Integers) -> Integers:
     return (factor * q + (1 << 14)) >> 15
 
@@ -123,12 +127,12 @@ def _layer(
         q, shape = q.transpose(0, 2, 1)[..., None], (shape[1], shape[0], 1)
     weight = weight.reshape((*weight.shape, 1, 1)[:4])
     nums = parts(weight, unit_in, unit)
-    whole = np.rint(weight / nums.astype(F) * (unit_in / unit) * F(32768)).astype(np.int64)
+    whole = _magnitude_cut(weight / nums.astype(F) * (unit_in / unit) * F(32768))
     (ph, pw), (sh, sw), (dh, dw) = node.padding, node.stride, node.dilation
     padded = np.pad(q, ((0, 0), (0, 0), (ph, ph), (pw, pw)))
     sums = np.zeros((len(q), *shape), np.int64)
     if node.bias:
-        sums += np.rint(tensors[node.bias] / unit).astype(np.int64)[:, None, None]
+        sums += _magnitude_cut(tensors[node.bias] / unit)[:, None, None]
     out_each, channels = weight.shape[0] // node.groups, weight.shape[1]
     for o, c, i, j in np.argwhere(weight):
         bottom, right = i * dh + (shape[1] - 1) * sh + 1, j * dw + (shape[2] - 1) * sw + 1
