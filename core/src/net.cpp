@@ -170,15 +170,15 @@ float largest_of(const std::vector<float>& values) {
 }
 
 // The least unit, of this and some larger ones, with which few of the weights exceed 1 and are kept in parts: at most one
-// more in kMorePart.
-float raise_for(const std::vector<float>& weights, float unit_in, float unit) {
+// more in kMorePart of those that are not zero, however they are stored.
+float raise_for(const Matrix& matrix, float unit_in, float unit) {
   constexpr int64_t kMorePart = 16, kMostParts = 16;
   constexpr float kStep = 1.25f;
-  unit = std::max(unit, largest_of(weights) * unit_in / kMostParts);
+  unit = std::max(unit, largest_of(matrix.values) * unit_in / kMostParts);
   for (;; unit *= kStep) {
     int64_t more = 0;
-    for (const float weight : weights) more += num_parts(weight * (unit_in / unit)) - 1;
-    if (more * kMorePart <= static_cast<int64_t>(weights.size())) return unit;
+    for (const float weight : matrix.values) more += num_parts(weight * (unit_in / unit)) - 1;
+    if (more * kMorePart <= matrix.num_nonzero) return unit;
   }
 }
 
@@ -195,7 +195,7 @@ int find_units(const float* ranges, Net* net) {
       switch (node.attributes.op) {
         case POMONA_CONV:
         case POMONA_LINEAR:
-          unit = raise_for(net->weight(node)->values, of(0), unit);
+          unit = raise_for(*net->weight(node), of(0), unit);
           if (const Matrix* const bias = net->bias_of(node)) unit = std::max(unit, largest_of(bias->values) / kSteps);
           break;
         case POMONA_RELU:

@@ -23,7 +23,6 @@ constexpr int kMaxTile = kMaxVectors * kMaxLanes<T>;  // positions
 struct Twice {
   int32_t both = 0;
   static Twice of(int16_t x) { return {static_cast<int32_t>(static_cast<uint16_t>(x) * 0x10001u)}; }
-  int16_t value() const { return static_cast<int16_t>(both); }
 };
 
 template <typename T>
@@ -43,7 +42,8 @@ template <typename T>
 struct Epilogue {
   const T* bias = nullptr;           // a row each, or null
   const T* residual = nullptr;       // at the place of the output, or null
-  Twice residual_factor;             // of int16: what a residual is multiplied by, or 0 for 1
+  bool scales_residual = false;      // of int16: by
+  Twice residual_factor;
   const Bits<T>* mask = nullptr;     // a position each: all bits where it is of an image, none between; or null
   int32_t act = -1;                  // POMONA_RELU, POMONA_CLIP, or -1
   T low = 0, high = 0;

@@ -240,17 +240,17 @@ int Layers<T>::use_strided(const Net& net, Step<T>* step, std::vector<int64_t>* 
   return POMONA_OK;
 }
 
-// A float as so many units, and a weight as a multiple of 2^-15 of what makes units of the one those of the other.
-template <typename T>
-T number_of(float value, float unit) {
-  if constexpr (std::is_same_v<T, float>) return value;
-  else return value == value ? static_cast<int16_t>(__builtin_rintf(std::clamp(value / unit, -32767.0f, 32767.0f))) : 0;
+// The nearest whole number, but not -2^15, of which a product with itself would not fit; a NaN becomes 0.
+int16_t rounded(float x) {
+  return x == x ? static_cast<int16_t>(__builtin_rintf(std::clamp(x, -32767.0f, 32767.0f))) : int16_t{0};
 }
 template <typename T>
-T weight_of(float value, float factor) {
+T bias_of(float value, float unit) {
   if constexpr (std::is_same_v<T, float>) return value;
-  else return number_of<T>(value * factor, 1.0f / 32768.0f);
+  else return rounded(value / unit);
 }
+// What units of an input, or of a residual, are multiplied by for those of the result.
+Twice factor_of(float value, float quotient_of_units) { return Twice::of(rounded(value * quotient_of_units * 32768.0f)); }
 // As how many equal ones a weight is kept: what is 1 and more does not fit into an int16.
 template <typename T>
 int32_t parts_of(float value, float factor) {
@@ -260,7 +260,7 @@ int32_t parts_of(float value, float factor) {
 template <typename T>
 Factor<T> part_of(float value, float factor) {
   if constexpr (std::is_same_v<T, float>) return value;
-  else return Twice::of(weight_of<T>(value / static_cast<float>(parts_of<T>(value, factor)), factor));
+  else return factor_of(value / static_cast<float>(parts_of<T>(value, factor)), factor);
 }
 
 template <typename T>
@@ -283,8 +283,8 @@ int Layers<T>::add_weights(const Net& net, Step<T>* step) {
   step->num_rows = matrix.rows;
   const float unit = unit_of(net, step->out), factor = unit_of(net, step->in[0]) / unit;
   if constexpr (!std::is_same_v<T, float>) {
-    if (step->residual >= 0 && unit_of(net, step->residual) != unit)
-      step->residual_factor = Twice::of(weight_of<T>(1.0f, unit_of(net, step->residual) / unit));
+    step->scales_residual = step->residual >= 0 && unit_of(net, step->residual) != unit;
+    if (step->scales_residual) step->residual_factor = factor_of(1.0f, unit_of(net, step->residual) / unit);
   }
   const float* const bias = net.bias(node);
   step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
@@ -292,7 +292,7 @@ int Layers<T>::add_weights(const Net& net, Step<T>* step) {
     step->vector_bias = bias;
   } else if (bias != nullptr) {
     if (!budget_.take(matrix.rows, sizeof(T))) return POMONA_BAD_SIZE;
-    for (int64_t row = 0; row < matrix.rows; ++row) step->bias.push_back(number_of<T>(bias[row], unit));
+    for (int64_t row = 0; row < matrix.rows; ++row) step->bias.push_back(bias_of<T>(bias[row], unit));
   }
   // Offset of each tap within a channel.
   if (!budget_.take(taps, kBytesOfTap)) return POMONA_BAD_SIZE;

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona.runtime.graph import Graph, Node
+from pomona.runtime import reference
+from pomona.runtime.graph import Graph, Node, Shape
 
 Array = NDArray[Any]
+Integers = NDArray[np.int64]
 F = np.float32
-STEPS, HEADROOM = F(32767), F(4)
+STEPS, HEADROOM, MOST_WEIGHT = F(32767), F(4), F(32767) / F(32768)
 
 
 def units(graph: Graph, tensors: Mapping[str, Array]) -> list[np.float32]:
@@ -27,7 +30,7 @@ def units(graph: Graph, tensors: Mapping[str, Array]) -> list[np.float32]:
             if node.op in ("conv", "linear"):
                 weight = tensors[node.weight or ""]
                 unit = max(unit, np.abs(weight).max(initial=0) * operands[0] / F(16))
-                while 16 * (parts(weight, operands[0], unit) - 1).sum() > weight.size:
+                while 16 * (parts(weight, operands[0], unit) - 1).sum() > (weight != 0).sum():
                     unit *= F(1.25)
                 if node.bias:
                     unit = max(unit, np.abs(tensors[node.bias]).max() / STEPS)
@@ -35,60 +38,111 @@ def units(graph: Graph, tensors: Mapping[str, Array]) -> list[np.float32]:
                 unit = max(unit, *operands)
             elif node.op in ("max_pool", "flatten"):
                 unit = operands[0]
-        found.append(F(unit))
+        found.append(F(min(unit, F(1e18))))
     return found
 
 
-def parts(weight: Array, unit_in: np.float32, unit: np.float32) -> NDArray[np.int64]:
+def parts(weight: Array, unit_in: np.float32, unit: np.float32) -> Integers:
     size = np.abs(weight * (unit_in / unit))
-    return np.where(size > STEPS / F(32768), 1 + np.floor(size / (STEPS / F(32768))), 1).astype(np.int64)
+    return np.where(size > MOST_WEIGHT, 1 + np.floor(size / MOST_WEIGHT), 1).astype(np.int64)
 
 
-def to_units(x: Array, unit: np.float32) -> NDArray[np.int64]:
-    return np.clip(np.rint(x * (F(1) / unit)), -32768, 32767).astype(np.int64)
-
-
-def run(graph: Graph, tensors: Mapping[str, Array], x: Array) -> Array:
-    """The output of a chain of conv, relu and max_pool, nothing cut off on the way; x is (N, C, H, W)."""
-    unit = units(graph, tensors)
-    values = [to_units(x, unit[0])]
-    for i, node in enumerate(graph.nodes, start=1):
-        q = [values[v] for v in node.operands]
-        if node.op == "conv":
-            values.append(_conv(node, tensors, q[0], unit[node.operands[0]], unit[i]))
-        elif node.op == "relu":
-            assert unit[i] == unit[node.operands[0]]
-            values.append(np.maximum(q[0], 0))
+def run(graph: Graph, tensors: Mapping[str, Array], *inputs: Array) -> list[Array]:
+    """The outputs of a network of conv, linear, relu, clip, add, max_pool, flatten and concat, whose layers have many
+    positions; each input is (N, *shape). What goes through float32 may differ by a unit from the engine's."""
+    unit, shapes = units(graph, tensors), graph.shapes(tensors)
+    q: dict[int, Integers] = {v: to_units(x, unit[v]) for v, x in enumerate(inputs)}
+    done: set[int] = set()  # with the layer before
+    for i, node in enumerate(graph.nodes):
+        value = graph.num_inputs + i
+        if value in done:
+            continue
+        if node.op in ("conv", "linear"):
+            chain, residual, act = _fused(graph, value, q)
+            done.update(chain)
+            value = chain[-1]
+            q[value] = _layer(node, tensors, q[node.operands[0]], unit[node.operands[0]], unit[value], shapes[value])
+            if residual is not None:
+                q[value] = _cut(q[value] + _rescaled(q[residual], unit[residual], unit[value]))
+            if act is not None:
+                low, high = (0.0, math.inf) if act.op == "relu" else (act.low, act.high)
+                q[value] = np.clip(q[value], *to_units(np.array([low, high], F), unit[value]))
         elif node.op == "max_pool":
-            values.append(_max_pool(node, q[0]))
-        else:
-            raise NotImplementedError(node.op)
-    return values[graph.outputs[0]].astype(F) * unit[graph.outputs[0]]
+            q[value] = _max_pool(node, q[node.operands[0]])
+        elif node.op == "flatten":
+            q[value] = q[node.operands[0]].reshape(len(inputs[0]), -1)
+        else:  # in float32
+            x = [q[v].astype(F) * unit[v] for v in node.operands]
+            q[value] = to_units(reference._RUN[node.op](node, x, None, None), unit[value])
+    return [q[v].astype(F) * unit[v] for v in graph.outputs]
 
 
-def _conv(node: Node, tensors: Mapping[str, Array], q: Array, unit_in: np.float32, unit: np.float32) -> Array:
+def to_units(x: Array, unit: np.float32) -> Integers:
+    return _cut(np.nan_to_num(np.rint(x * (F(1) / unit)), nan=0.0, posinf=32767, neginf=-32768).astype(np.float64))
+
+
+def _cut(q: Array) -> Integers:
+    return np.clip(q, -32768, 32767).astype(np.int64)
+
+
+def _magnitude_cut(x: Array) -> Integers:
+    return np.clip(np.rint(x), -32767, 32767).astype(np.int64)
+
+
+def _times(factor: int, q: Integers) -> Integers:
+    return (factor * q + (1 << 14)) >> 15
+
+
+def _rescaled(q: Integers, unit_from: np.float32, unit: np.float32) -> Integers:
+    return q if unit_from == unit else _times(min(32767, int(np.rint(F(32768) * (unit_from / unit)))), q)
+
+
+def _fused(graph: Graph, layer: int, known: Mapping[int, Integers]) -> tuple[list[int], int | None, Node | None]:
+    """A layer with the sum and the activation that belong to it, that sum's other operand, and that activation."""
+
+    def only_user(value: int) -> int | None:
+        users = [graph.num_inputs + i for i, node in enumerate(graph.nodes) for v in node.operands if v == value]
+        return users[0] if len(users) == 1 and value not in graph.outputs else None
+
+    chain, residual, act = [layer], None, None
+    user = only_user(layer)
+    if user is not None and graph.nodes[user - graph.num_inputs].op == "add":
+        a, b = graph.nodes[user - graph.num_inputs].operands
+        other = b if a == layer else a
+        if other in known:
+            chain.append(user)
+            residual, user = other, only_user(user)
+    if user is not None and graph.nodes[user - graph.num_inputs].op in ("relu", "clip"):
+        chain.append(user)
+        act = graph.nodes[user - graph.num_inputs]
+    return chain, residual, act
+
+
+def _layer(
+    node: Node, tensors: Mapping[str, Array], q: Integers, unit_in: np.float32, unit: np.float32, shape: Shape
+) -> Integers:
+    """Products one after the other, in ascending order of columns."""
     weight = tensors[node.weight or ""]
-    out, _, kh, kw = weight.shape
-    (ph, pw), (sh, sw) = node.padding, node.stride
-    padded = np.pad(q, ((0, 0), (0, 0), (ph, ph), (pw, pw)))
-    h, w = (padded.shape[2] - kh) // sh + 1, (padded.shape[3] - kw) // sw + 1
-    sums = np.zeros((len(q), out, h, w), np.int64)
+    if node.op == "linear":  # as a convolution over positions
+        q, shape = q.transpose(0, 2, 1)[..., None], (shape[1], shape[0], 1)
+    weight = weight.reshape((*weight.shape, 1, 1)[:4])
     nums = parts(weight, unit_in, unit)
-    whole = np.rint(weight / nums.astype(F) * (unit_in / unit) * F(32768)).astype(np.int64)
-    for o, c, y, x in np.argwhere(weight):
-        num, value = int(nums[o, c, y, x]), int(whole[o, c, y, x])
-        under = padded[:, c, y : y + (h - 1) * sh + 1 : sh, x : x + (w - 1) * sw + 1 : sw]
-        sums[:, o] += num * ((value * under + (1 << 14)) >> 15)
+    whole = _magnitude_cut(weight / nums.astype(F) * (unit_in / unit) * F(32768))
+    (ph, pw), (sh, sw), (dh, dw) = node.padding, node.stride, node.dilation
+    padded = np.pad(q, ((0, 0), (0, 0), (ph, ph), (pw, pw)))
+    sums = np.zeros((len(q), *shape), np.int64)
     if node.bias:
-        sums += np.rint(tensors[node.bias] / unit).astype(np.int64)[:, None, None]
-    assert np.abs(sums).max() < 32768  # nothing is cut off
-    return sums
+        sums += _magnitude_cut(tensors[node.bias] / unit)[:, None, None]
+    out_each, channels = weight.shape[0] // node.groups, weight.shape[1]
+    for o, c, i, j in np.argwhere(weight):
+        bottom, right = i * dh + (shape[1] - 1) * sh + 1, j * dw + (shape[2] - 1) * sw + 1
+        under = padded[:, o // out_each * channels + c, i * dh : bottom : sh, j * dw : right : sw]
+        for _ in range(nums[o, c, i, j]):
+            sums[:, o] = _cut(sums[:, o] + _times(int(whole[o, c, i, j]), under))
+    return sums[..., 0].transpose(0, 2, 1) if node.op == "linear" else sums
 
 
-def _max_pool(node: Node, q: Array) -> Array:
-    (kh, kw), (sh, sw) = node.kernel, node.stride
-    h, w = (q.shape[2] - kh) // sh + 1, (q.shape[3] - kw) // sw + 1
-    ends = (h - 1) * sh + 1, (w - 1) * sw + 1
-    return np.maximum.reduce(
-        [q[:, :, y : y + ends[0] : sh, x : x + ends[1] : sw] for y in range(kh) for x in range(kw)]
-    )
+def _max_pool(node: Node, q: Integers) -> Integers:
+    out, reach = reference._pool_sizes(q, node)
+    padded = reference._padded(q, node, -32768, reach=reach)
+    return np.maximum.reduce(reference._taps(padded, node, node.kernel, out))
