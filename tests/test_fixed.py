@@ -129,10 +129,12 @@ def test_a_layer_is_within_the_stated_bound(isa: None, data: st.DataObject) -> N
     x = draw.random.standard_normal((draw.choice([1, 3, 40]), positions, features)).astype(np.float32)
     tensors = dense_tensors(draw)
     graph = with_ranges(Graph(((positions, features),), (node,), (1,)), tensors, x)
-    unit_in, unit = (float(u) for u in fixed.units(graph, tensors))
+    unit_in, unit = fixed.units(graph)
     exact = reference.run(graph, tensors, x, dtype=np.float64)[0]
     weight = tensors[node.weight or ""].astype(np.float64)
-    parts = fixed.parts(weight.astype(np.float32), np.float32(unit_in), np.float32(unit))
+    bias = tensors[node.bias] if node.bias else np.zeros(0, np.float32)
+    unit *= np.float32(2 ** fixed.num_doublings(weight.astype(np.float32), bias, unit_in, unit))
+    parts = fixed.parts(weight.astype(np.float32), unit_in, unit)
     num = (parts * (weight != 0)).sum(1)  # products of a row
     most = np.abs(x).max() / unit_in
     bound = (num + 1) / 2 * unit + np.abs(weight).sum(1) / 2 * unit_in + num * 2.0**-16 * most * unit

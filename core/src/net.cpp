@@ -163,26 +163,7 @@ int infer(const Net& net, const Node& node, Shape* out) {
 
 int64_t bytes_each(const Net& net) { return net.units.empty() ? sizeof(float) : sizeof(int16_t); }
 
-float largest_of(const std::vector<float>& values) {
-  float most = 0.0f;
-  for (const float value : values) most = std::max(most, value < 0.0f ? -value : value);  // a NaN is none
-  return most;
-}
-
-// The least unit, of this and some larger ones, with which few of the weights exceed 1 and are kept in parts: at most one
-// more in kMorePart of those that are not zero, however they are stored.
-float raise_for(const Matrix& matrix, float unit_in, float unit) {
-  constexpr int64_t kMorePart = 16, kMostParts = 16;
-  constexpr float kStep = 1.25f;
-  unit = std::max(unit, largest_of(matrix.values) * unit_in / kMostParts);
-  for (;; unit *= kStep) {
-    int64_t more = 0;
-    for (const float weight : matrix.values) more += num_parts(weight * (unit_in / unit)) - 1;
-    if (more * kMorePart <= matrix.num_nonzero) return unit;
-  }
-}
-
-// Units of int16: so large that the range fits, and what is computed on the way to the value; see pomona_net.h.
+// Units of int16: so large that the range fits, and those of what is added to it or taken over; see pomona_net.h.
 int find_units(const float* ranges, Net* net) {
   constexpr float kSteps = 32767.0f, kLeast = 1e-18f, kMost = 1e18f;  // so that quotients of units are numbers
   for (size_t value = 0; value < net->shapes.size(); ++value) {
@@ -193,11 +174,6 @@ int find_units(const float* ranges, Net* net) {
       const Node& node = net->nodes[value - net->inputs.size()];
       const auto of = [&](size_t i) { return net->units[static_cast<size_t>(node.operands[i])]; };
       switch (node.attributes.op) {
-        case POMONA_CONV:
-        case POMONA_LINEAR:
-          unit = raise_for(*net->weight(node), of(0), unit);
-          if (const Matrix* const bias = net->bias_of(node)) unit = std::max(unit, largest_of(bias->values) / kSteps);
-          break;
         case POMONA_RELU:
         case POMONA_CLIP: unit = std::max(unit, of(0)); break;
         case POMONA_ADD: unit = std::max(unit, std::max(of(0), of(1))); break;

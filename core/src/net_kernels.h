@@ -42,6 +42,7 @@ template <typename T>
 struct Epilogue {
   const T* bias = nullptr;           // a row each, or null
   const T* residual = nullptr;       // at the place of the output, or null
+  int32_t num_doublings = 0;         // of int16: before anything else
   bool scales_residual = false;      // of int16: by
   Twice residual_factor;
   const Bits<T>* mask = nullptr;     // a position each: all bits where it is of an image, none between; or null

@@ -23,6 +23,7 @@ constexpr int64_t kCache = (1 << 15) / sizeof(T);  // numbers of a first-level c
 constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay
 constexpr int64_t kLeastEntries = 10;           // of a row in one block
 constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
+constexpr int32_t kMostParts = 16;              // that a weight is kept as, in int16
 constexpr int64_t kBytesOfTap = 64;             // while a layer is planned: its places, images and pieces
 constexpr int64_t kBytesOfValue = 128;          // while a network is planned
 
@@ -255,12 +256,33 @@ Twice factor_of(float value, float quotient_of_units) { return Twice::of(rounded
 template <typename T>
 int32_t parts_of(float value, float factor) {
   if constexpr (std::is_same_v<T, float>) return 1;
-  else return num_parts(value * factor);
+  constexpr float kMost = 32767.0f / 32768.0f;
+  const float weight = value * factor, magnitude = weight < 0.0f ? -weight : weight;
+  if (!(magnitude > kMost)) return 1;  // a NaN too
+  return magnitude / kMost < kMostParts ? 1 + static_cast<int32_t>(magnitude / kMost) : kMostParts;
 }
 template <typename T>
 Factor<T> part_of(float value, float factor) {
   if constexpr (std::is_same_v<T, float>) return value;
   else return factor_of(value / static_cast<float>(parts_of<T>(value, factor)), factor);
+}
+
+// How often the unit of a result is doubled for that of the sums it is made of, so that few weights are kept in parts. (If
+// instead the result had the larger unit, units would grow from layer to layer.)
+int32_t num_doublings(const Matrix& matrix, const float* bias, float factor, float unit) {
+  constexpr int64_t kMorePart = 16;  // one more of so many
+  constexpr int32_t kMost = 15;
+  float largest = 0.0f, largest_bias = 0.0f;  // a NaN is none
+  for (const float value : matrix.values) largest = std::max(largest, value < 0.0f ? -value : value);
+  for (int64_t row = 0; bias != nullptr && row < matrix.rows; ++row)
+    largest_bias = std::max(largest_bias, bias[row] < 0.0f ? -bias[row] : bias[row]);
+  for (int32_t num = 0; num < kMost; ++num, factor *= 0.5f, unit *= 2.0f) {
+    if (!(largest_bias / unit <= 32767.0f) || !(largest * factor < kMostParts * (32767.0f / 32768.0f))) continue;
+    int64_t more = 0;
+    for (const float value : matrix.values) more += parts_of<int16_t>(value, factor) - 1;
+    if (more * kMorePart <= matrix.num_nonzero) return num;
+  }
+  return kMost;
 }
 
 template <typename T>
@@ -281,12 +303,14 @@ int Layers<T>::add_weights(const Net& net, Step<T>* step) {
   const int64_t groups = is_conv ? a.groups : 1, channels = x.c / groups, rows_each = matrix.rows / groups;
   const int64_t taps = is_conv ? int64_t{a.kernel[0]} * a.kernel[1] : 1;
   step->num_rows = matrix.rows;
-  const float unit = unit_of(net, step->out), factor = unit_of(net, step->in[0]) / unit;
+  const float* const bias = net.bias(node);
+  float unit = unit_of(net, step->out), factor = unit_of(net, step->in[0]) / unit;
   if constexpr (!std::is_same_v<T, float>) {
     step->scales_residual = step->residual >= 0 && unit_of(net, step->residual) != unit;
     if (step->scales_residual) step->residual_factor = factor_of(1.0f, unit_of(net, step->residual) / unit);
+    step->num_doublings = num_doublings(matrix, bias, factor, unit);
+    for (int32_t i = 0; i < step->num_doublings; ++i) unit *= 2.0f, factor *= 0.5f;
   }
-  const float* const bias = net.bias(node);
   step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
   if (step->is_vector) {
     step->vector_bias = bias;

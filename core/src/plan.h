@@ -53,14 +53,6 @@ struct Shape {
   }
 };
 
-// As how many equal weights in fixed point one is kept: what is 1 and more does not fit into an int16.
-inline int32_t num_parts(float weight) {
-  constexpr float kMost = 32767.0f / 32768.0f, kParts = 1024.0f;
-  const float magnitude = weight < 0.0f ? -weight : weight;
-  if (!(magnitude > kMost)) return 1;  // a NaN too
-  return 1 + static_cast<int32_t>(std::min(magnitude / kMost, kParts));
-}
-
 struct Matrix {
   std::vector<float> values;
   std::vector<int32_t> columns;
@@ -165,6 +157,7 @@ struct Step {
   int32_t act = -1;
   float low = 0.0f, high = 0.0f;
   Units units;  // of operands and result
+  int32_t num_doublings = 0;     // of sums, whose unit is that much larger
   bool scales_residual = false;  // it is of another unit
   Twice residual_factor;
   bool shares = false;  // the result takes the place of an operand

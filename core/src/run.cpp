@@ -374,6 +374,7 @@ Tile<T> Layers<T>::tile_of(const Net& net, const Step<T>& step, const T* x, int6
   tile.row_stride = layouts_[static_cast<size_t>(step.out)].channel_stride;
   tile.epilogue.bias = step.bias.empty() ? nullptr : step.bias.data();
   tile.epilogue.residual = step.residual < 0 ? nullptr : at(step.residual) + position;
+  tile.epilogue.num_doublings = step.num_doublings;
   tile.epilogue.scales_residual = step.scales_residual;
   tile.epilogue.residual_factor = step.residual_factor;
   tile.epilogue.mask = step.mask == nullptr ? nullptr : step.mask + position;

@@ -18,7 +18,7 @@ F = np.float32
 STEPS, HEADROOM, MOST_WEIGHT = F(32767), F(4), F(32767) / F(32768)
 
 
-def units(graph: Graph, tensors: Mapping[str, Array]) -> list[np.float32]:
+def units(graph: Graph) -> list[np.float32]:
     """Of every value."""
     assert graph.ranges is not None
     found: list[np.float32] = []
@@ -27,19 +27,22 @@ def units(graph: Graph, tensors: Mapping[str, Array]) -> list[np.float32]:
         if value >= graph.num_inputs:
             node = graph.nodes[value - graph.num_inputs]
             operands = [found[v] for v in node.operands]
-            if node.op in ("conv", "linear"):
-                weight = tensors[node.weight or ""]
-                unit = max(unit, np.abs(weight).max(initial=0) * operands[0] / F(16))
-                while 16 * (parts(weight, operands[0], unit) - 1).sum() > (weight != 0).sum():
-                    unit *= F(1.25)
-                if node.bias:
-                    unit = max(unit, np.abs(tensors[node.bias]).max() / STEPS)
-            elif node.op in ("relu", "clip", "add", "concat"):
+            if node.op in ("relu", "clip", "add", "concat"):
                 unit = max(unit, *operands)
             elif node.op in ("max_pool", "flatten"):
                 unit = operands[0]
         found.append(F(min(unit, F(1e18))))
     return found
+
+
+def num_doublings(weight: Array, bias: Array, unit_in: np.float32, unit: np.float32) -> int:
+    for num in range(15):
+        nums = parts(weight, unit_in, unit)
+        few = 16 * (nums - 1).sum() <= (weight != 0).sum() and nums.max(initial=1) <= 16
+        if few and np.abs(bias).max(initial=0) <= STEPS * unit:
+            return num
+        unit *= F(2)
+    return 15
 
 
 def parts(weight: Array, unit_in: np.float32, unit: np.float32) -> Integers:
@@ -50,7 +53,7 @@ def parts(weight: Array, unit_in: np.float32, unit: np.float32) -> Integers:
 def run(graph: Graph, tensors: Mapping[str, Array], *inputs: Array) -> list[Array]:
     """The outputs of a network of conv, linear, relu, clip, add, max_pool, flatten and concat, whose layers have many
     positions; each input is (N, *shape). What goes through float32 may differ by a unit from the engine's."""
-    unit, shapes = units(graph, tensors), graph.shapes(tensors)
+    unit, shapes = units(graph), graph.shapes(tensors)
     q: dict[int, Integers] = {v: to_units(x, unit[v]) for v, x in enumerate(inputs)}
     done: set[int] = set()  # with the layer before
     for i, node in enumerate(graph.nodes):
@@ -126,7 +129,10 @@ def _layer(
     if node.op == "linear":  # as a convolution over positions
         q, shape = q.transpose(0, 2, 1)[..., None], (shape[1], shape[0], 1)
     weight = weight.reshape((*weight.shape, 1, 1)[:4])
-    nums = parts(weight, unit_in, unit)
+    bias = tensors[node.bias] if node.bias else np.zeros(0, F)
+    doublings = num_doublings(weight, bias, unit_in, unit)
+    unit *= F(2**doublings)
+    nums = np.minimum(parts(weight, unit_in, unit), 16)
     whole = _magnitude_cut(weight / nums.astype(F) * (unit_in / unit) * F(32768))
     (ph, pw), (sh, sw), (dh, dw) = node.padding, node.stride, node.dilation
     padded = np.pad(q, ((0, 0), (0, 0), (ph, ph), (pw, pw)))
@@ -139,6 +145,8 @@ def _layer(
         under = padded[:, o // out_each * channels + c, i * dh : bottom : sh, j * dw : right : sw]
         for _ in range(nums[o, c, i, j]):
             sums[:, o] = _cut(sums[:, o] + _times(int(whole[o, c, i, j]), under))
+    for _ in range(doublings):
+        sums = _cut(2 * sums)
     return sums[..., 0].transpose(0, 2, 1) if node.op == "linear" else sums
 
 
