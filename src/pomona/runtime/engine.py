@@ -13,9 +13,9 @@ relative to |x| beyond.
 
 With ``precision="int16"`` the arithmetic is 16-bit fixed point. A value v of range r, the largest magnitude it had on
 some samples, is kept as an int16 q with v = u q, u = 4 r / 32767 (the 4 is POMONA_HEADROOM: what exceeds four times the
-range is cut off; units are larger where the rules of ``pomona_net.h`` say so). Sums of a layer have the unit s = 2^d u_out,
-mostly with d = 0, 1 or 2; a weight w is kept as W = round(2^15 w u_in / s), in several equal parts where that is 2^15 or
-more (each counts as a weight), and a layer is
+range is cut off; units are larger where the rules of ``pomona_net.h`` say so). Sums of a layer have the unit
+s = 2^d u_out, mostly with d = 0, 1 or 2; a weight w is kept as W = round(2^15 w u_in / s), in several equal parts where
+that is 2^15 or more (each counts as a weight), and a layer is
 
     q_out = 2^d (bias + sum over its weights of floor(W q_in / 2^15 + 1/2))
 
