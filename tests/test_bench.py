@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import textwrap
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -185,6 +186,12 @@ def test_a_path_that_fails_does_not_end_the_others(tiny: str, monkeypatch: pytes
     assert result.path("onnxruntime").why_not == "torch.onnx cannot export it: no such operation"
     assert "no dense float32 path ran" in result.verdict()[0]
     assert "torch.onnx cannot export it" in str(result)
+
+
+def test_without_onnx_it_says_what_to_install(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
+    result = bench(tiny, inputs=[(1, 3, 8, 8)], seconds=0.01, paths=["onnxruntime"])
+    assert "pip install 'pomona[bench]'" in str(result.path("onnxruntime").why_not)
 
 
 def fail(*_: object) -> None:

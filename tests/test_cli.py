@@ -6,6 +6,8 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 import pomona
+from pomona.cli import main
 from pomona.zoo.data import DATA
 from pomona.zoo.progress import Progress, duration
 from pomona.zoo.recipe import builtin_recipes, load_recipe
@@ -464,3 +467,16 @@ def test_an_error_on_a_terminal_clears_the_live_line(
     with files_limited_to(200_000):  # too little for the checkpoint
         assert command_line(run_of(digits, tmp_path / "run"), terminal).status == 2
     assert terminal.lines()[-1] == ""
+
+
+def test_without_torch_it_says_so() -> None:
+    code = "import sys; sys.modules['torch'] = None; from pomona.cli import main; sys.exit(main(['env']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pomona: error: the command line needs torch, which is not installed")
+    assert "Traceback" not in done.stderr
+
+
+def test_env_is_a_table_of_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    assert all(line[13] == " " and line[14] != " " for line in capsys.readouterr().out.splitlines())

@@ -122,6 +122,11 @@ def test_a_scalar_has_no_channels() -> None:
 # a model
 
 
+def test_a_state_dict_is_no_model() -> None:
+    with pytest.raises(TypeError, match="got OrderedDict; load a state dict into its model first"):
+        report(small_model().state_dict())  # type: ignore[arg-type]
+
+
 def test_a_model_is_counted_from_its_tensors() -> None:
     found = report(small_model())
     assert [layer.name for layer in found.layers] == ["0.weight", "1.weight"]

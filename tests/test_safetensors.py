@@ -123,3 +123,8 @@ def test_dtypes_have_the_sizes_that_safetensors_gives_them(tmp_path: Path) -> No
         ours.write(tmp_path / "x", ours.pack({"a": (dtype, np.zeros(3, kind))}, {}))
         with safetensors.safe_open(tmp_path / "x", "pt") as file:
             assert file.get_slice("a").get_dtype() == dtype and file.get_tensor("a").shape == (3,)
+
+
+def test_a_missing_folder_is_named_not_a_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere'"):
+        ours.write(tmp_path / "nowhere" / "x.safetensors", b"")

@@ -265,6 +265,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "random": (Lambda(lambda x: x + torch.rand(4)), (4,), "random"),
     "constant": (Lambda(lambda x: torch.ones(3)), (4,), "an output"),
     "branch": (Lambda(lambda x: x if x.sum() > 0 else -x), (4,), "torch.export could not trace"),
+    "misfit": (nn.Linear(20, 3), (21,), r"an example of shape \(1, 21\)"),
     "view": (Lambda(mutated_view), IMAGE, "a view is read later"),
     "pixel": (Lambda(lambda x: x[:, :, None, None]), (4,), "one pixel"),
     "transposed": (nn.ConvTranspose2d(4, 4, 2), IMAGE, "transpose"),

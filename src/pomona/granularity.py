@@ -16,7 +16,7 @@ together, and ``granularity=`` says how:
 
 A weight of shape ``(outputs, inputs, *kernel)``, as of ``Linear`` and ``Conv``, is seen as one matrix of outputs and
 inputs for each place of the kernel, so that groups run along the input channels and never from one place of a kernel
-into the next. That is where the 2:4 format of :mod:`pomona.export` has them, and GPU kernels on channels_last layers.
+into the next. That is where the 2:4 format of ``pomona.export`` has them, and GPU kernels on channels_last layers.
 
 **The score of a block or a channel** is the root of the mean of its squared scores. Of all ways to keep so many blocks,
 the best by this score changes the weights least; the mean lets channels of different layers be compared.

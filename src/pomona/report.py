@@ -274,6 +274,11 @@ def report(model: nn.Module, scope: Scope | None = None) -> Report:
         >>> report(model).sparsity, report(model).dead_channels
         (0.75, 1)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"report() counts the weights of a torch.nn.Module, got {type(model).__name__}; load a state dict into its"
+            " model first, or save it and ask `pomona report FILE`"
+        )
     reshard(model)
     selection = (scope or Scope()).select(model)
     values = {name: local(p) for name, p in selection.inside.items()}

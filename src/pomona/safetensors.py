@@ -6,6 +6,7 @@ is a `FormatError`, and costs no more memory and time than its own size and `max
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -208,6 +209,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file so that it appears whole or not at all."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(data)

@@ -9,24 +9,30 @@ import warnings
 from collections.abc import Sequence
 
 import pomona
-from pomona.cli import bench, compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley, watch
-
-_COMMANDS = (train, watch, compare, sweep, ticket, valley, diagnose, report, export, bench, recipes, env)
 
 
 def parser() -> argparse.ArgumentParser:
     """Of all commands."""
+    from pomona.cli import bench, compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley, watch
+
     top = argparse.ArgumentParser(prog="pomona", description="Prune a neural network while it trains.")
     top.add_argument("--version", action="version", version=f"pomona {pomona.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in _COMMANDS:
+    for command in (train, watch, compare, sweep, ticket, valley, diagnose, report, export, bench, recipes, env):
         command.add_to(commands)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
-    options = parser().parse_args(arguments)
+    try:
+        options = parser().parse_args(arguments)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        way_out = "pip install torch; without it the library runs networks: pomona.runtime"
+        print(f"pomona: error: the command line needs torch, which is not installed ({way_out})", file=sys.stderr)
+        return 2
     warnings.showwarning = lambda message, *_, **__: print(f"WARNING: {message}", file=sys.stderr, flush=True)
     try:
         status: int = options.run(options)

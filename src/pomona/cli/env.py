@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     }
     rows |= {f"extra {name}": _extra(name, packages) for name, packages in _EXTRAS.items()}
     for name, value in rows.items():
-        print(f"{name:12}{value}")
+        print(f"{name:14}{value}")
     return 0
 
 

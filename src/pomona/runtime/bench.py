@@ -7,6 +7,7 @@ disturbs another. They take turns, round by round, so that whatever else the mac
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -458,8 +459,10 @@ def bench(
             write_network(case.file, module, examples)
         unfit = None
         try:
+            if importlib.util.find_spec("onnx") is None:
+                raise ImportError("the package onnx is missing: pip install 'pomona[bench]'")
             export_onnx(module, examples, case.onnx)
-        except Exception as error:  # torch documents no closed list; a missing package is among them
+        except Exception as error:  # torch documents no closed list
             unfit = f"torch.onnx cannot export it: {str(error).partition(chr(10))[0]}"
         measured = _measure(case, right, threads, seconds, names, known, unfit)
         layers = _layers(case, threads)

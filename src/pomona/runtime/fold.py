@@ -23,7 +23,7 @@ def fold(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, 
     """The same network with every ``scale`` folded into the layer before it, where that has no other reader.
 
     A layer is ``conv``, ``linear`` or another ``scale``: (w, b) then (s, t) becomes (s w, s b + t), computed in float64
-    and rounded once; a zero stays a zero. A ``conv`` that does nothing but pad (:func:`pad_weight`) goes into the
+    and rounded once; a zero stays a zero. A ``conv`` that does nothing but pad (``pad_weight``) goes into the
     convolution behind it, whose kernel grows by zeros. What no output depends on is dropped.
 
     Args:

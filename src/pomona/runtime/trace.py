@@ -75,7 +75,10 @@ def trace(
             program = torch.export.export(model, inputs, strict=False)
         except Exception as error:  # torch documents no closed list
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise UnsupportedError(f"torch.export could not trace the model ({reason}); {_WAY_OUT}") from error
+            shapes = ", ".join(str(tuple(x.shape)) for x in examples)
+            raise UnsupportedError(
+                f"torch.export could not trace the model for an example of shape {shapes} ({reason}); {_WAY_OUT}"
+            ) from error
         graph, tensors = _Tracer(program).run()
     return fold(graph, tensors) if folded else (graph, tensors)  # type: ignore[return-value]  # dense stays dense
 
