@@ -40,10 +40,10 @@ struct Entry {
 // What happens to sums before they are stored: plus a residual, through an activation, and zero between the images.
 template <typename T>
 struct Epilogue {
-  const T* bias = nullptr;       // a row each, or null
-  const T* residual = nullptr;   // at the place of the output, or null
-  bool scales_residual = false;  // of int16: by
-  Twice residual_factor;
+  const T* bias = nullptr;        // a row each, or null
+  const T* residual = nullptr;    // at the place of the output, or null
+  bool scales_residual = false;   // of int16: it is of another unit,
+  Twice residual_factor;          // and multiplied by this
   const Bits<T>* mask = nullptr;  // a position each: all bits where it is of an image, none between; or null
   int32_t act = -1;               // POMONA_RELU, POMONA_CLIP, or -1
   T low = 0, high = 0;

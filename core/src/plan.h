@@ -166,7 +166,7 @@ struct Step {
   int32_t act = -1;
   float low = 0.0f, high = 0.0f;
   Units units;                   // of operands and result
-  bool scales_residual = false;  // it is of another unit
+  bool scales_residual = false;  // see Epilogue
   Twice residual_factor;
   bool shares = false;  // the result takes the place of an operand
 
