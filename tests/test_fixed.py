@@ -180,6 +180,8 @@ def test_ranges_are_the_largest_magnitudes() -> None:
     assert Graph.from_json(found.to_json()) == found
     with pytest.raises(ValueError, match="batch of 0"):
         with_ranges(graph, {"w": w}, np.zeros((0, 2), np.float32))
+    with pytest.raises(ValueError, match="input 0 is zero in all samples"):
+        with_ranges(graph, {"w": w}, np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match="value 0 of sample 1 is not finite"):
         with_ranges(graph, {"w": w}, np.array([[1.0, 2.0], [np.inf, 0.5]], np.float32))
 

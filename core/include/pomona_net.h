@@ -83,37 +83,46 @@ typedef struct {
 enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 };
 
 /* With `ranges` a network computes in 16-bit fixed point instead of float32, in half the memory. A value v is then kept
- * as an int16 q, v = u q. Its unit u = POMONA_HEADROOM range / 32767, 1e-18 at least, is raised in the order of the nodes,
- * to 1e18 at most, all of it in float32:
+ * as an int16 q, v = u q. Its unit u = POMONA_HEADROOM range / 32767, 1e-18 at least, is raised in the order of the
+ * nodes, to 1e18 at most, all of it in float32:
+ *
  *   relu, clip, add, concat: to the largest unit of the operands;
+ *
  *   max_pool, flatten: it is the operand's.
- * To a layer belongs the add behind it, where nothing else reads the layer and the other operand, the residual, is there
- * already; and the relu or clip behind that, or behind the layer, likewise. Then u is the unit of the last of these.
- * Products are summed in units s = 2^d u, with the least d <= 15 for which few weights are kept in parts: a weight is kept
- * as parts equal ones, parts = 1 + floor(|w| (u_in / s) / m) if |w| (u_in / s) > m = 32767 / 32768, else 1, none as more than
- * 16, sum(parts - 1) <= (number of weights that are not zero) / 16, and max|bias| <= 32767 s. A part is W = round(2^15 (w /
- * parts) (u_in / s)), a bias round(bias / s), both within [-32767, 32767]. Added up, from the bias on, are floor(W q_in /
- * 2^15 + 1 / 2), in the order of the columns; the sum is doubled d times; then comes the residual. Each sum is cut off at the
- * ends of int16. A residual of another unit u_r is floor(R q_r / 2^15 + 1 / 2), where R = min(round(2^15 u_r / u), 32767).
- * Bounds of a clip are rounded to units.
- * Everything else is computed in float32 and rounded once, to q = round(v / u), cut off, 0 for a NaN. So are inputs; and
- * layers of one position, but not where samples go together, or where a convolution needs room around that position.
- * round is to the nearest, and to the even one of two. */
+ *
+ * To a layer belongs the add behind it, where nothing else reads the layer and the other operand, the residual, is
+ * there already; and the relu or clip behind that, or behind the layer, likewise. Then u is the unit of the last of
+ * these. Its products are summed in units s = 2^d u, with the least d <= 15 for which few weights are kept in parts:
+ *
+ *   parts = 1 + floor(|w| (u_in / s) / m) if |w| (u_in / s) > m, and else 1, with m = 32767 / 32768, is at most 16 for
+ *   each weight, sum(parts - 1) is at most a sixteenth of the number of weights that are not zero, and max|bias| is at
+ *   most 32767 s.
+ *
+ * A weight is kept as that many (16 at most) equal W = round(2^15 (w / parts) (u_in / s)), a bias as round(bias / s),
+ * both within [-32767, 32767]. Added up, from the bias on, are floor(W q_in / 2^15 + 1 / 2), in the order of the
+ * columns; then the sum is doubled d times; then comes the residual. Each sum is cut off at the ends of int16. A
+ * residual of another unit u_r is
+ *
+ *   floor(R q_r / 2^15 + 1 / 2), R = min(round(2^15 u_r / u), 32767).
+ *
+ * Bounds of a clip are rounded to units. Everything else is computed in float32 and rounded once, to q = round(v / u),
+ * cut off, 0 for a NaN. So are inputs; and layers of one position, but not where samples go together, or where a
+ * convolution needs room around that position. round is to the nearest, and to the even one of two. */
 #define POMONA_HEADROOM 4
 
 typedef struct {
-  int64_t max_bytes;    /* of all that a network allocates, for weights, plans and activations; 0: 2^34 */
-  int32_t micro_batch;  /* samples that go through the network together; 0: as fits into the cache */
-  int32_t dense;        /* POMONA_DENSE_..., or 0 */
-  const float* ranges;  /* the largest magnitude of every value, the inputs first; or NULL */
-  int32_t num_ranges;   /* num_inputs + num_nodes, or 0 */
+  int64_t max_bytes;   /* of all that a network allocates, for weights, plans and activations; 0: 2^34 */
+  int32_t micro_batch; /* samples that go through the network together; 0: as fits into the cache */
+  int32_t dense;       /* POMONA_DENSE_..., or 0 */
+  const float* ranges; /* the largest magnitude of every value, the inputs first; or NULL */
+  int32_t num_ranges;  /* num_inputs + num_nodes, or 0 */
 } pomona_net_options;
 
 typedef struct pomona_net pomona_net;
 
 /* Make a network; the graph is copied. `options` may be NULL. On an error *bad_node, if not NULL, is the node it was
- * found at, or -1. Errors: POMONA_BAD_VALUE (operation, operand, attribute, shape or range), POMONA_BAD_SIZE (above max_bytes,
- * or a size that overflows), POMONA_BAD_POINTER, POMONA_NO_MEMORY. */
+ * found at, or -1. Errors: POMONA_BAD_VALUE (operation, operand, attribute, shape or range), POMONA_BAD_SIZE (above
+ * max_bytes, or a size that overflows), POMONA_BAD_POINTER, POMONA_NO_MEMORY. */
 POMONA_API int pomona_net_new(const pomona_graph* graph, const pomona_net_options* options, pomona_net** net,
                               int32_t* bad_node);
 POMONA_API void pomona_net_free(pomona_net* net); /* NULL is allowed */

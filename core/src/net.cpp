@@ -14,9 +14,9 @@ constexpr int64_t kDefaultMaxBytes = int64_t{1} << 34;
 constexpr int64_t kInCache = 4 << 20;    // bytes of the largest value of all samples; or
 constexpr int64_t kTogether = 14 << 20;  // where what is read is used
 constexpr double kIntensity = 50.0;      // times
-constexpr double kFilled = 0.98;         // of the lanes that work is done in, from which one sample fills them well enough
-constexpr double kMacsEach = 1 << 19;    // for which a further thread pays
-constexpr size_t kNear = 12;             // nodes
+constexpr double kFilled = 0.98;  // of the lanes that work is done in, from which one sample fills them well enough
+constexpr double kMacsEach = 1 << 19;  // for which a further thread pays
+constexpr size_t kNear = 12;           // nodes
 constexpr int32_t kMostNodes = 1 << 20;
 
 bool is_layer(int32_t op) { return op == POMONA_CONV || op == POMONA_LINEAR; }

@@ -11,9 +11,9 @@
 
 namespace pomona {
 
-constexpr int kLine = 64;         // bytes: a cache line, and the widest vector
-constexpr int kMaxVectors = 12;   // of a tile
-constexpr int kDenseRows = 4;     // rows that share what is loaded
+constexpr int kLine = 64;        // bytes: a cache line, and the widest vector
+constexpr int kMaxVectors = 12;  // of a tile
+constexpr int kDenseRows = 4;    // rows that share what is loaded
 template <typename T>
 constexpr int kMaxLanes = kLine / static_cast<int>(sizeof(T));
 template <typename T>
@@ -40,13 +40,13 @@ struct Entry {
 // What happens to sums before they are stored: plus a residual, through an activation, and zero between the images.
 template <typename T>
 struct Epilogue {
-  const T* bias = nullptr;           // a row each, or null
-  const T* residual = nullptr;       // at the place of the output, or null
-  int32_t num_doublings = 0;         // of int16: before anything else
-  bool scales_residual = false;      // of int16: by
-  Twice residual_factor;
-  const Bits<T>* mask = nullptr;     // a position each: all bits where it is of an image, none between; or null
-  int32_t act = -1;                  // POMONA_RELU, POMONA_CLIP, or -1
+  const T* bias = nullptr;        // a row each, or null
+  const T* residual = nullptr;    // at the place of the output, or null
+  int32_t num_doublings = 0;      // of int16: before anything else
+  bool scales_residual = false;   // of int16: it is of another unit,
+  Twice residual_factor;          // and multiplied by this
+  const Bits<T>* mask = nullptr;  // a position each: all bits where it is of an image, none between; or null
+  int32_t act = -1;               // POMONA_RELU, POMONA_CLIP, or -1
   T low = 0, high = 0;
 };
 
@@ -84,9 +84,9 @@ struct NetKernels {
   void (*multiply)(const T* a, const T* b, T* out, int64_t n, Units units);
   void (*scale)(const T* x, float factor, float shift, T* out, int64_t n, Units units);
   void (*maximum)(const T* a, T* inout, int64_t n);
-  float (*sum)(const T* x, int64_t n);                        // of the numbers as they are
-  void (*copy)(const T* from, T* to, int64_t n);              // in whole vectors: up to lanes - 1 more
-  void (*every_second)(const T* from, T* to, int64_t n);      // to[i] = from[2 i]; likewise
+  float (*sum)(const T* x, int64_t n);                    // of the numbers as they are
+  void (*copy)(const T* from, T* to, int64_t n);          // in whole vectors: up to lanes - 1 more
+  void (*every_second)(const T* from, T* to, int64_t n);  // to[i] = from[2 i]; likewise
   void (*read)(const T* from, float unit, float* to, int64_t n);
   void (*write)(const float* from, float per_unit, T* to, int64_t n);  // rounded; a NaN becomes 0
 };

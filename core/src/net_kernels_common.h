@@ -1,4 +1,4 @@
-// What net_kernels.inc uses. Included before the instruction set is chosen, so that the standard library stays portable.
+// What net_kernels.inc uses. Included before the instruction set is chosen: the standard library stays portable.
 #ifndef POMONA_NET_KERNELS_COMMON_H
 #define POMONA_NET_KERNELS_COMMON_H
 

@@ -20,12 +20,12 @@ template <typename T>
 constexpr int64_t kTile = std::is_same_v<T, float> ? 96 : 256;  // positions that go together at most
 template <typename T>
 constexpr int64_t kCache = (1 << 15) / sizeof(T);  // numbers of a first-level cache: what a tile reads again and again
-constexpr double kLeastUses = 12;               // of one input by the rows of a layer, for copying it to pay
-constexpr int64_t kLeastEntries = 10;           // of a row in one block
-constexpr double kDenseFrom = 0.6;              // density from which a layer is faster as if it had no zeros
-constexpr int32_t kMostParts = 16;              // that a weight is kept as, in int16
-constexpr int64_t kBytesOfTap = 64;             // while a layer is planned: its places, images and pieces
-constexpr int64_t kBytesOfValue = 128;          // while a network is planned
+constexpr double kLeastUses = 12;                  // of one input by the rows of a layer, for copying it to pay
+constexpr int64_t kLeastEntries = 10;              // of a row in one block
+constexpr double kDenseFrom = 0.6;                 // density from which a layer is faster as if it had no zeros
+constexpr int32_t kMostParts = 16;                 // that a weight is kept as, in int16
+constexpr int64_t kBytesOfTap = 64;                // while a layer is planned: its places, images and pieces
+constexpr int64_t kBytesOfValue = 128;             // while a network is planned
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 // An odd number of cache lines, so that the same positions of many channels do not share a few sets of the cache.
@@ -178,7 +178,8 @@ int Layers<T>::lay_out(const Net& net) {
     l.rows = need.height;
     l.lead = round_up((need.above * need.width + need.left) * samples_, kAlign<T>);
     l.channel_stride = l.positions() == 1 ? 1 : spread<T>(round_up(l.lead + l.positions(), kAlign<T>));
-    const int64_t most = std::min<int64_t>(std::numeric_limits<int32_t>::max(), budget_.left() / static_cast<int64_t>(sizeof(T)));
+    const int64_t most =
+        std::min<int64_t>(std::numeric_limits<int32_t>::max(), budget_.left() / static_cast<int64_t>(sizeof(T)));
     if (is_used[i] && net.shapes[i].c > most / l.channel_stride) return POMONA_BAD_SIZE;
   }
   return POMONA_OK;
@@ -251,7 +252,7 @@ T bias_of(float value, float unit) {
   else return rounded(value / unit);
 }
 // What units of an input, or of a residual, are multiplied by for those of the result.
-Twice factor_of(float value, float quotient_of_units) { return Twice::of(rounded(value * quotient_of_units * 32768.0f)); }
+Twice factor_of(float value, float quotient) { return Twice::of(rounded(value * quotient * 32768.0f)); }
 // As how many equal ones a weight is kept: what is 1 and more does not fit into an int16.
 template <typename T>
 int32_t parts_of(float value, float factor) {
@@ -267,8 +268,8 @@ Factor<T> part_of(float value, float factor) {
   else return factor_of(value / static_cast<float>(parts_of<T>(value, factor)), factor);
 }
 
-// How often the unit of a result is doubled for that of the sums it is made of, so that few weights are kept in parts. (If
-// instead the result had the larger unit, units would grow from layer to layer.)
+// How often the unit of a result is doubled for that of the sums it is made of, so that few weights are kept in parts.
+// (If instead the result had the larger unit, units would grow from layer to layer.)
 int32_t num_doublings(const Matrix& matrix, const float* bias, float factor, float unit) {
   constexpr int64_t kMorePart = 16;  // one more of so many
   constexpr int32_t kMost = 15;
@@ -433,7 +434,7 @@ int Layers<T>::add_weights(const Net& net, Step<T>* step) {
 // channels that stay in the cache.
 template <typename T>
 void Layers<T>::plan_tiles(const Net& net, int64_t channels, const std::vector<int64_t>& places, int64_t num_entries,
-                      Step<T>* step) const {
+                           Step<T>* step) const {
   const int64_t all = net.shapes[static_cast<size_t>(step->in[0])].c;
   step->blocks = {{0, channels}};
   step->max_vectors = kernels_of(net).max_vectors;
@@ -551,7 +552,8 @@ const Bits<T>* Layers<T>::mask_for(const Layout& l, const Shape& shape) {
   const auto key = std::make_tuple(l.row_stride, l.rows, shape.h, shape.w);
   std::vector<Bits<T>>& mask = masks_[key];
   if (mask.empty()) {
-    const int64_t positions = round_up(l.positions(), kAlign<T>) + kMaxLanes<T>;  // a vector may begin with the last one
+    // A vector may begin with the last one.
+    const int64_t positions = round_up(l.positions(), kAlign<T>) + kMaxLanes<T>;
     if (!budget_.take(positions, sizeof(T))) return nullptr;
     mask.assign(static_cast<size_t>(positions), 0);
     for (int64_t y = 0; y < shape.h; ++y) {

@@ -84,7 +84,8 @@ class Plan {
   const std::vector<int32_t>& inputs() const { return inputs_; }    // values that come from before or outside
   const std::vector<int32_t>& outputs() const { return outputs_; }  // values that are used later or outside
 
-  virtual void prepare(int num_threads) = 0;  // memory of the threads: not in them, where an exception would end the process
+  // Memory of the threads: not in them, where an exception would end the process.
+  virtual void prepare(int num_threads) = 0;
 
   // n <= samples; inputs[i] and outputs[i] are of the values above, (n, *shape), float32.
   virtual void run(Net& net, int64_t n, const float* const* inputs, float* const* outputs, Team& team) = 0;
@@ -156,9 +157,9 @@ struct Step {
   int32_t residual = -1;  // a value, or -1
   int32_t act = -1;
   float low = 0.0f, high = 0.0f;
-  Units units;  // of operands and result
+  Units units;                   // of operands and result
   int32_t num_doublings = 0;     // of sums, whose unit is that much larger
-  bool scales_residual = false;  // it is of another unit
+  bool scales_residual = false;  // see Epilogue
   Twice residual_factor;
   bool shares = false;  // the result takes the place of an operand
 

@@ -13,7 +13,7 @@ namespace pomona {
 namespace {
 
 constexpr int64_t kPartialSums = 1 << 15;  // between blocks of columns
-constexpr int64_t kTasksEach = 3;            // for every thread, where there is enough to do
+constexpr int64_t kTasksEach = 3;          // for every thread, where there is enough to do
 
 double now() {
 #if defined(POMONA_NO_THREADS)
@@ -37,7 +37,8 @@ void copy(const T* from, T* to, int64_t n) {
 template <typename T>
 T number_of(float value, float per_unit) {
   if constexpr (std::is_same_v<T, float>) return value;
-  else return value == value ? static_cast<int16_t>(__builtin_rintf(std::clamp(value * per_unit, -32768.0f, 32767.0f))) : 0;
+  else if (value != value) return 0;
+  else return static_cast<int16_t>(__builtin_rintf(std::clamp(value * per_unit, -32768.0f, 32767.0f)));
 }
 template <typename T>
 float value_of(T number, float unit) {
@@ -138,7 +139,8 @@ void Layers<T>::copy_in(const Net& net, int32_t value, const float* from, int64_
         for (int64_t x0 = 0; x0 < s.w; x0 += kSquare)
           for (int64_t sample = 0; sample < n; ++sample) {
             const float* const row = from + ((sample * s.c + c) * s.h + y) * s.w;
-            for (int64_t x = x0; x < std::min(s.w, x0 + kSquare); ++x) to[x * samples_ + sample] = number_of<T>(row[x], per_unit);
+            for (int64_t x = x0; x < std::min(s.w, x0 + kSquare); ++x)
+              to[x * samples_ + sample] = number_of<T>(row[x], per_unit);
           }
       }
       clear_border(net, value, c);
@@ -176,7 +178,8 @@ void Layers<T>::copy_out(const Net& net, int32_t value, float* to, int64_t n, Te
         for (int64_t x0 = 0; x0 < s.w; x0 += kSquare)
           for (int64_t sample = 0; sample < n; ++sample) {
             float* const row = to + ((sample * s.c + c) * s.h + y) * s.w;
-            for (int64_t x = x0; x < std::min(s.w, x0 + kSquare); ++x) row[x] = value_of(from[x * samples_ + sample], unit);
+            for (int64_t x = x0; x < std::min(s.w, x0 + kSquare); ++x)
+              row[x] = value_of(from[x * samples_ + sample], unit);
           }
       }
     });
@@ -359,7 +362,7 @@ void Layers<T>::run_groups(const Net& net, const Step<T>& step, int64_t position
       tile.first_row = static_cast<int32_t>(group * rows);
       tile.last_row = static_cast<int32_t>((group + 1) * rows);
       kernels_of(net).sparse(tile, step.entries.data(), step.starts.data(),
-                          static_cast<int>(std::min(step.max_vectors, vectors - begin)));
+                             static_cast<int>(std::min(step.max_vectors, vectors - begin)));
     }
   });
 }
@@ -448,8 +451,7 @@ void Layers<T>::pool(const Net& net, const Step<T>& step, int64_t channel, Line*
       const float factor = 1.0f / static_cast<float>(rows * columns);
       for (int64_t sample = 0; sample < samples_; ++sample) to[j * samples_ + sample] *= factor;
     }
-    if constexpr (!kIsSame)
-      kernels_of(net).write(result, step.units.a * step.units.per_out, there_to, y.w * samples_);
+    if constexpr (!kIsSame) kernels_of(net).write(result, step.units.a * step.units.per_out, there_to, y.w * samples_);
   }
   clear_border(net, step.out, channel);
 }
@@ -519,22 +521,22 @@ void Layers<T>::run_step(const Net& net, const Step<T>& step, Team& team) {
           kernels.unary(step.op, at(step.in[0], c), at(step.out, c), positions, step.low, step.high, step.units);
         });
       return lines([&](int64_t c, int64_t from, int64_t to) {
-        kernels.unary(step.op, at(step.in[0], c) + from, at(step.out, c) + to, width, step.low, step.high,
-                      step.units);
+        kernels.unary(step.op, at(step.in[0], c) + from, at(step.out, c) + to, width, step.low, step.high, step.units);
       });
     case POMONA_ADD:
-      return channels(
-          [&](int64_t c) { kernels.add(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions, step.units); });
+      return channels([&](int64_t c) {
+        kernels.add(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions, step.units);
+      });
     case POMONA_MUL:
       if (net.shapes[static_cast<size_t>(step.in[1])] == x)
-        return channels(
-            [&](int64_t c) { kernels.multiply(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions, step.units); });
+        return channels([&](int64_t c) {
+          kernels.multiply(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions, step.units);
+        });
       if (samples_ == 1)
-        return channels(
-            [&](int64_t c) {
-              const float factor = value_of(*at(step.in[1], c), step.units.b);
-              kernels.scale(at(step.in[0], c), factor, 0.0f, at(step.out, c), positions, step.units);
-            });
+        return channels([&](int64_t c) {
+          const float factor = value_of(*at(step.in[1], c), step.units.b);
+          kernels.scale(at(step.in[0], c), factor, 0.0f, at(step.out, c), positions, step.units);
+        });
       return lines([&](int64_t c, int64_t from, int64_t to) {
         for (int64_t column = 0; column < width; column += samples_)
           kernels.multiply(at(step.in[0], c) + from + column, at(step.in[1], c), at(step.out, c) + to + column,

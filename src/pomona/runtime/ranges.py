@@ -29,7 +29,8 @@ def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inp
         inputs: one for each of ``graph.inputs``, with the batch in front.
 
     Raises:
-        ValueError: there is no sample, shapes do not fit, or a value is not finite or beyond 1e18.
+        ValueError: there is no sample, shapes do not fit, an input is zero in all samples (whatever it is later would be
+            cut off at next to nothing), or a value is not finite or beyond 1e18.
     """
     batch = reference.check_inputs(graph, inputs)
     if not batch:
@@ -43,4 +44,7 @@ def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inp
         if not np.isfinite(most).all():
             first = int(np.flatnonzero(~np.isfinite(most))[0])
             raise ValueError(f"value {first} of sample {sample} is not finite, so it has no range")
+    zero = np.flatnonzero(most[: graph.num_inputs] == 0)
+    if len(zero):
+        raise ValueError(f"input {zero[0]} is zero in all samples, so it has no range; give typical ones")
     return replace(graph, ranges=tuple(float(np.float32(m)) for m in most))
