@@ -14,14 +14,15 @@ relative to |x| beyond.
 With ``precision="int16"`` the arithmetic is 16-bit fixed point. A value v of range r, the largest magnitude it had on
 some samples, is kept as an int16 q with v = u q, u = 4 r / 32767 (the 4 is POMONA_HEADROOM: what exceeds four times the
 range is cut off; units are larger where the rules of ``pomona_net.h`` say so). A weight w is kept as
-W = round(2^15 w u_in / u_out), in several equal parts where that is 2^15 or more (each counts as a weight), and a layer is
+W = round(2^15 w u_in / u_out), in several equal parts (each counts as a weight) where that is 2^15 or more, and a layer
+is
 
     q_out = bias + sum over its weights of floor(W q_in / 2^15 + 1/2)
 
 so that an output of n weights whose magnitudes sum to S is off by at most (n + 1) / 2 u_out (products and bias),
-S / 2 u_in (the input) and n 2^-16 |q_in| u_out (weights). Everything else, and layers of one position where samples go one
-by one, is computed in float32 and rounded once. Results are the same bits on every machine, but for what goes through
-float32.
+S / 2 u_in (the input) and n 2^-16 |q_in| u_out (weights). Everything else, and layers of one position where samples go
+one by one, is computed in float32 and rounded once. Results are the same bits on every machine, but for what goes
+through float32.
 """
 
 from __future__ import annotations
