@@ -20,9 +20,8 @@ that is 2^15 or more (each counts as a weight), and a layer is
     q_out = 2^d (bias + sum over its weights of floor(W q_in / 2^15 + 1/2))
 
 so that an output of n weights whose magnitudes sum to S is off by at most (n + 1) / 2 s (products and bias), S / 2 u_in
-(the input) and n 2^-16 |q_in| s (weights). Everything else, and layers of one position where samples go one
-by one, is computed in float32 and rounded once. Results are the same bits on every machine, but for what goes through
-float32.
+(the input) and n 2^-16 |q_in| s (weights). Everything else, and layers of one position where samples go one by one, is
+computed in float32 and rounded once. Results are the same bits on every machine, but for what goes through float32.
 """
 
 from __future__ import annotations

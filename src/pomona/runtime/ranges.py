@@ -29,8 +29,8 @@ def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inp
         inputs: one for each of ``graph.inputs``, with the batch in front.
 
     Raises:
-        ValueError: there is no sample, shapes do not fit, an input is zero in all samples (whatever it is later would be
-            cut off at next to nothing), or a value is not finite or beyond 1e18.
+        ValueError: there is no sample, shapes do not fit, an input is zero in all samples (whatever it is later would
+            be cut off at next to nothing), or a value is not finite or beyond 1e18.
     """
     batch = reference.check_inputs(graph, inputs)
     if not batch:
