@@ -18,7 +18,7 @@ from torch import Tensor
 
 import pomona.zoo.run
 from pomona.cli import main
-from pomona.zoo.data import DATA, load_mnist
+from pomona.zoo.data import DATA, Dataset, load_mnist
 
 # 10 steps an epoch of 200 images: 20 steps of `base`, then 40 of `prune`, too few for passive weights to vanish.
 TINY = (
@@ -89,6 +89,19 @@ class Tripwire:
 
     def contiguous(self) -> Tensor:  # for the checksum
         return self.images
+
+
+LEFT = [0]  # batches until Stopping signals
+
+
+class Stopping(Dataset):
+    """Signals its own process."""
+
+    def batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        LEFT[0] -= 1
+        if LEFT[0] == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().batch(order)
 
 
 def signal_at(batch: int, *signals: int) -> Any:

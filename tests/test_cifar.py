@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pomona.zoo.cifar import CLASSES, load_cifar10
-from pomona.zoo.data import DATA, Dataset
+from pomona.zoo.data import DATA
 from pomona.zoo.models import MODELS, ResNet, build_model
 from pomona.zoo.recipe import load_recipe
 from pomona.zoo.run import num_steps_per_epoch
 from pomona.zoo.train import read_base
-from tests.runs import Done, assert_same_end, command_line, result_of, rows_of
+from tests.runs import LEFT, Done, Stopping, assert_same_end, command_line, result_of, rows_of
 
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
@@ -249,19 +248,6 @@ def train(cifar: Path, out: Path, recipe: str, *overrides: str, more: tuple[str,
     words = [word for override in (*TINY, *overrides) for word in ("--set", override)]
     paths = ["--data-dir", str(cifar), "--out", str(out), "--threads", "1", "--no-pictures"]
     return command_line(["train", recipe, *paths, *words, *more])
-
-
-LEFT = [0]  # batches until the signal
-
-
-class Stopping(Dataset):
-    """Signals its own process."""
-
-    def batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        LEFT[0] -= 1
-        if LEFT[0] == 0:
-            signal.raise_signal(signal.SIGINT)
-        return super().batch(order)
 
 
 class Dropping(ResNet):

@@ -1,7 +1,6 @@
 """A language model through `pomona train`: losses beside accuracies, the exact target, no bit lost by a stop."""
 
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pomona.zoo.data import DATA, Dataset, load_shakespeare
 from pomona.zoo.models import build_model
 from pomona.zoo.recipe import load_recipe
 from pomona.zoo.valley import Landscape
-from tests.runs import Done, assert_same_end, command_line, result_of, rows_of
+from tests.runs import LEFT, Done, Stopping, assert_same_end, command_line, result_of, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:harden.. cuts weights that have not decayed")
 
@@ -101,19 +100,6 @@ def test_accuracy_and_loss_are_those_of_model_pt(finished: tuple[Path, Done], te
     stages = (("base", "dense"), ("before_cut", "before the cut"), ("after_cut", "after"))
     told = ", ".join(f"{result['loss'][key]:.4f} {name}" for key, name in stages)
     assert f"test loss (nats) {told}\n" in done.out
-
-
-LEFT = [0]  # batches until the signal
-
-
-class Stopping(Dataset):
-    """Signals its own process."""
-
-    def batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        LEFT[0] -= 1
-        if LEFT[0] == 0:
-            signal.raise_signal(signal.SIGINT)
-        return super().batch(order)
 
 
 @pytest.mark.parametrize("batch", [7, 18])  # in the middle of an epoch of each stage
