@@ -43,7 +43,9 @@ def _run(options: argparse.Namespace) -> int:
     from pomona.zoo.run import evaluate
 
     if options.calibrate and options.no_graph:
-        raise ValueError("--calibrate stores the ranges of a graph's values, which --no-graph leaves out; give one of them")
+        raise ValueError(
+            "--calibrate stores the ranges of a graph's values, which --no-graph leaves out; give one of them"
+        )
     if not options.path.is_dir():
         for name in ("shrink", "calibrate"):
             if getattr(options, name):
