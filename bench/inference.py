@@ -55,7 +55,8 @@ PACKAGES = {"openvino": "openvino", "mnn": "MNN", "onnxruntime": "onnxruntime", 
 
 NUM_CALIBRATED = 16  # samples, others than those that are timed
 
-Mask = tuple[str, float]  # allocation, or "dense" or "trained"; sparsity
+MASKS = ("dense", "uniform", "erk", "trained")
+Mask = tuple[str, float]  # one of MASKS; sparsity
 
 
 def main() -> None:
@@ -251,7 +252,8 @@ def rows_of(nets: Iterable[str], batch: int, threads: int) -> Iterator[dict[str,
     for net in nets:
         file = RESULTS / f"{net}-b{batch}-t{threads}.json"
         if file.exists():
-            yield from json.loads(file.read_text())["rows"]
+            rows = json.loads(file.read_text())["rows"]
+            yield from sorted(rows, key=lambda row: (MASKS.index(row["mask"]), row["sparsity"]))
 
 
 def print_sparse(rows: list[dict[str, Any]], by: str) -> None:
