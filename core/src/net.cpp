@@ -379,13 +379,8 @@ const Matrix* Net::weight(const Node& node) const {
   return node.attributes.weight < 0 ? nullptr : &matrices[static_cast<size_t>(node.attributes.weight)];
 }
 
-const Matrix* Net::bias_of(const Node& node) const {
-  return node.attributes.bias < 0 ? nullptr : &matrices[static_cast<size_t>(node.attributes.bias)];
-}
-
 const float* Net::bias(const Node& node) const {
-  const Matrix* const matrix = bias_of(node);
-  return matrix == nullptr ? nullptr : matrix->values.data();
+  return node.attributes.bias < 0 ? nullptr : matrices[static_cast<size_t>(node.attributes.bias)].values.data();
 }
 
 int64_t Net::macs_of(const Node& node, const Shape& out, bool with_zeros) const {

@@ -19,13 +19,14 @@ constexpr int64_t kSlack = 2 * kMaxTile<T> + 256;  // numbers that vectors may r
 template <typename T>
 constexpr int64_t kTile = std::is_same_v<T, float> ? 96 : 256;  // positions that go together at most
 template <typename T>
-constexpr int64_t kCache = (1 << 15) / sizeof(T);  // numbers of a first-level cache: what a tile reads again and again
-constexpr double kLeastUses = 12;                  // of one input by the rows of a layer, for copying it to pay
-constexpr int64_t kLeastEntries = 10;              // of a row in one block
-constexpr double kDenseFrom = 0.6;                 // density from which a layer is faster as if it had no zeros
-constexpr int32_t kMostParts = 16;                 // that a weight is kept as, in int16
-constexpr int64_t kBytesOfTap = 64;                // while a layer is planned: its places, images and pieces
-constexpr int64_t kBytesOfValue = 128;             // while a network is planned
+constexpr int64_t kCache = (1 << 15) / sizeof(T);   // numbers of a first-level cache: what a tile reads again and again
+constexpr double kLeastUses = 12;                   // of one input by the rows of a layer, for copying it to pay
+constexpr int64_t kLeastEntries = 10;               // of a row in one block
+constexpr double kDenseFrom = 0.6;                  // density from which a layer is faster as if it had no zeros
+constexpr int32_t kMostParts = 16;                  // that a weight is kept as, in int16
+constexpr float kMostWeight = 32767.0f / 32768.0f;  // of one part
+constexpr int64_t kBytesOfTap = 64;                 // while a layer is planned: its places, images and pieces
+constexpr int64_t kBytesOfValue = 128;              // while a network is planned
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 // An odd number of cache lines, so that the same positions of many channels do not share a few sets of the cache.
@@ -257,10 +258,9 @@ Twice factor_of(float value, float quotient) { return Twice::of(rounded(value * 
 template <typename T>
 int32_t parts_of(float value, float factor) {
   if constexpr (std::is_same_v<T, float>) return 1;
-  constexpr float kMost = 32767.0f / 32768.0f;
   const float weight = value * factor, magnitude = weight < 0.0f ? -weight : weight;
-  if (!(magnitude > kMost)) return 1;  // a NaN too
-  return magnitude / kMost < kMostParts ? 1 + static_cast<int32_t>(magnitude / kMost) : kMostParts;
+  if (!(magnitude > kMostWeight)) return 1;  // a NaN too
+  return magnitude / kMostWeight < kMostParts ? 1 + static_cast<int32_t>(magnitude / kMostWeight) : kMostParts;
 }
 template <typename T>
 Factor<T> part_of(float value, float factor) {
@@ -278,7 +278,7 @@ int32_t num_doublings(const Matrix& matrix, const float* bias, float factor, flo
   for (int64_t row = 0; bias != nullptr && row < matrix.rows; ++row)
     largest_bias = std::max(largest_bias, bias[row] < 0.0f ? -bias[row] : bias[row]);
   for (int32_t num = 0; num < kMost; ++num, factor *= 0.5f, unit *= 2.0f) {
-    if (!(largest_bias / unit <= 32767.0f) || !(largest * factor < kMostParts * (32767.0f / 32768.0f))) continue;
+    if (!(largest_bias / unit <= 32767.0f) || !(largest * factor < kMostParts * kMostWeight)) continue;
     int64_t more = 0;
     for (const float value : matrix.values) more += parts_of<int16_t>(value, factor) - 1;
     if (more * kMorePart <= matrix.num_nonzero) return num;
@@ -306,13 +306,13 @@ int Layers<T>::add_weights(const Net& net, Step<T>* step) {
   step->num_rows = matrix.rows;
   const float* const bias = net.bias(node);
   float unit = unit_of(net, step->out), factor = unit_of(net, step->in[0]) / unit;
-  if constexpr (!std::is_same_v<T, float>) {
+  step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
+  if (!std::is_same_v<T, float> && !step->is_vector) {
     step->scales_residual = step->residual >= 0 && unit_of(net, step->residual) != unit;
     if (step->scales_residual) step->residual_factor = factor_of(1.0f, unit_of(net, step->residual) / unit);
     step->num_doublings = num_doublings(matrix, bias, factor, unit);
     for (int32_t i = 0; i < step->num_doublings; ++i) unit *= 2.0f, factor *= 0.5f;
   }
-  step->is_vector = layouts_[static_cast<size_t>(step->out)].positions() == 1;
   if (step->is_vector) {
     step->vector_bias = bias;
   } else if (bias != nullptr) {

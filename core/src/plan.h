@@ -128,7 +128,6 @@ struct Net {
   int64_t output_of(int32_t value) const { return output_at[static_cast<size_t>(value)]; }
   int32_t value_of(size_t node) const { return static_cast<int32_t>(inputs.size() + node); }
   const Matrix* weight(const Node& node) const;
-  const Matrix* bias_of(const Node& node) const;
   const float* bias(const Node& node) const;
   int64_t macs_of(const Node& node, const Shape& out, bool with_zeros) const;
 };

@@ -67,8 +67,8 @@ bool keeps_zero(int32_t op, float low, float high) {
 // A row with its borders, as wide as a pool reads it.
 struct PoolLine {
   int64_t places, width;  // where windows may begin, one by one; columns in all
-  int64_t left,
-      columns;  // border before the input, and columns of the kernel, both without those in the border at all places
+  // Border before the input, and columns of the kernel, both without those in the border at all places.
+  int64_t left, columns;
 
   PoolLine(const pomona_node& a, const Shape& x, const Shape& y) {
     places = (y.w - 1) * a.stride[1] + 1;
@@ -283,13 +283,8 @@ void Layers<T>::run_tiles(const Net& net, const Step<T>& step, const T* x, int64
 template <typename T>
 void Layers<T>::run_vector(const Net& net, const Step<T>& step, const T* x, Team& team) {
   Tile<float> tile{};
-  tile.epilogue.bias = step.vector_bias;
   if constexpr (std::is_same_v<T, float>) {
-    tile.x = x;
-    tile.out = at(step.out);
-    tile.row_stride = layouts_[static_cast<size_t>(step.out)].channel_stride;
-    tile.epilogue = tile_of(net, step, x, 0).epilogue;
-    tile.epilogue.bias = step.vector_bias;
+    tile = tile_of(net, step, x, 0);
   } else {
     const bool has_images = !step.images.empty();
     const Layout& in = has_images ? step.scratch : layouts_[static_cast<size_t>(step.in[0])];
@@ -299,6 +294,7 @@ void Layers<T>::run_vector(const Net& net, const Step<T>& step, const T* x, Team
     tile.out = vector_.data() + numbers;
     tile.row_stride = 1;
   }
+  tile.epilogue.bias = step.vector_bias;
   const int64_t num_chunks =
       team.size() == 1 ? 1 : std::min<int64_t>(team.size() * kTasksEach, divide_up(step.num_rows, 64));
   const int64_t rows_each = divide_up(step.num_rows, num_chunks);
