@@ -127,12 +127,11 @@ class Network:
 
         return cls(*trace(model, example), threads=threads)
 
-    def calibrated(self, *inputs: Any, precision: Precision = "int16") -> Network:
+    def calibrated(self, *inputs: Any) -> Network:
         """The same network in fixed point, with the ranges that values have on these samples.
 
         Args:
             inputs: as of :meth:`run`; a few dozen typical samples.
-            precision: of the network that is returned.
 
         Raises:
             ValueError: shapes do not fit, or a value is not finite.
@@ -144,7 +143,7 @@ class Network:
             threads=self.threads,
             max_bytes=self._max_bytes,
             metadata=self.metadata,
-            precision=precision,
+            precision="int16",
         )
 
     def run(self, *inputs: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona import runtime
+from pomona import container, runtime
 from pomona.runtime.engine import Engine
 
 Arrays = list[NDArray[Any]]
@@ -52,10 +52,10 @@ def open_pomona(case: Case, threads: int) -> Run:
 
 def open_pomona_int16(case: Case, threads: int) -> Run:
     """In fixed point, with the ranges in the file, or else those of the inputs of the case."""
-    network = runtime.load(case.file, threads=threads)
-    if network.graph.ranges is not None:
-        return _run_network(runtime.load(case.file, threads=threads, precision="int16"))
-    return _run_network(network.calibrated(*case.read_inputs()))
+    file = container.read(case.file)
+    if "ranges" in (file.graph or {}):
+        return _run_network(runtime.load(file, threads=threads, precision="int16"))
+    return _run_network(runtime.load(file, threads=threads).calibrated(*case.read_inputs()))
 
 
 def _run_network(network: runtime.Network) -> Run:
