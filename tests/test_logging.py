@@ -35,12 +35,13 @@ NAMES = {
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Weights & Biases without a network, in a folder of its own."""
+    """Weights & Biases without a network, in a folder of its own, whatever ran before: it reads its settings once."""
+    import wandb
+
+    wandb.teardown()
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     yield tmp_path
-    import wandb
-
     wandb.teardown()
 
 
@@ -67,7 +68,11 @@ def expected(every: int, *, count: int = 16) -> Curves:
 
 
 def test_lightning_logs_as_often_as_it_logs_all_else_and_once_after_the_cut(offline: Path) -> None:
-    loggers = [TensorBoardLogger(offline, "", "tb"), WandbLogger(save_dir=offline), CSVLogger(offline, "", "csv")]
+    loggers = [
+        TensorBoardLogger(offline, "", "tb"),
+        WandbLogger(save_dir=offline, offline=True),
+        CSVLogger(offline, "", "csv"),
+    ]
     run = trainer(PrunerCallback(GSM), logger=loggers, log_every_n_steps=5)
     run.fit(Module(), Loader())
     loggers[1].experiment.finish()
