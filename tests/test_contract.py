@@ -75,6 +75,8 @@ METHODS = [
     Case("gsm, 1:2", pomona.GSM(0.5, granularity="1:2"), ("momentum",), budget=36),
     Case("weightmom, blocks", pomona.WeightMom(0.75, every=2, window=3, patience=2, granularity=(1, 2)), ("momentum",)),
     Case("magnitude, erk", pomona.Magnitude(sparsity=0.75, allocation="erk"), ("momentum",)),
+    Case("feather", pomona.Feather(pomona.Cubic(0.0, 0.75, steps=12)), ALL),
+    Case("feather, erk", pomona.Feather(0.75, allocation="erk", gradient_scale=0.5), ("momentum",)),
     Case(
         "rigl, 1:2",
         pomona.RigL(0.5, every=4, end=16, allocation="uniform", granularity="1:2"),

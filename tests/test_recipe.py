@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pomona.budget import num_kept
 from pomona.method import Method
-from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
+from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Feather, Magnitude, RigL, WeightMom
 from pomona.schedule import Cosine, Cubic, Geometric, Linear
 from pomona.scope import Scope
 from pomona.zoo.recipe import (
@@ -261,7 +261,7 @@ def test_all_overrides_are_named() -> None:
         ("lr = 0.1", "", "missing key prune.lr"),
         ("tolerance = 0.5", "", "missing key expected.tolerance"),
         ("[method]", "[metod]", "unknown key metod (did you mean method or model?); known: title"),
-        ('name = "gsm"', "", "missing key method.name; known: admm, grda, gsm, "),
+        ('name = "gsm"', "", "missing key method.name; known: admm, feather, grda, "),
         ("compression = 4", "", "must be given, one of the two, got neither"),
         ("compression = 4", "compression = 4\nsparsity = 0.75", "must be given, one of the two, got both"),
         ("compression = 4", "compresion = 4", "unknown key method.compresion (did you mean compression?)"),
@@ -533,6 +533,10 @@ METHODS_OF_TABLES = [
         {"name": "set", "sparsity": 0.5, "every": "1 epoch", "allocation": "uniform"},
         SET(0.5, every=20, allocation="uniform"),
     ),
+    (
+        {"name": "feather", "compression": 4, "gradient_scale": 0.5, "ramp": {"shape": "cubic", "steps": "50 %"}},
+        Feather(Cubic(0.0, 0.75, steps=100), gradient_scale=0.5),
+    ),
     ({"name": "weightmom", "threshold": 0.3, "every": "1 epoch"}, WeightMom(threshold=0.3, every=20)),
     (
         {
@@ -590,7 +594,10 @@ TIME = 'must be a number of steps, or text such as "2 epochs" or "75 %" (of the 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"name": "adm"}, 'unknown method.name "adm" (did you mean admm?); known: admm, grda, gsm, magnitude, rigl, '),
+        (
+            {"name": "adm"},
+            'unknown method.name "adm" (did you mean admm?); known: admm, feather, grda, gsm, ',
+        ),
         ({"name": "admm", "every": 1.5}, "method.every must be an integer, got 1.5"),
         ({"name": "admm", "every": True}, "method.every must be an integer, got true"),
         ({"name": "admm", "every": "soon"}, f'method.every {TIME}"soon"'),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pomona.export import Exported, FormatError, export, load, shrink
     from pomona.harden import hold
     from pomona.method import Method, Weight
-    from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Magnitude, RigL, WeightMom
+    from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Feather, Magnitude, RigL, WeightMom
     from pomona.progressive import Candidate, progressive
     from pomona.pruner import Pruner
     from pomona.report import LayerReport, Report, report
@@ -43,7 +43,7 @@ _NAMES_IN = {
     "export": ("Exported", "FormatError", "export", "load", "shrink"),
     "harden": ("hold",),
     "method": ("Method", "Weight"),
-    "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Magnitude", "RigL", "WeightMom"),
+    "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Feather", "Magnitude", "RigL", "WeightMom"),
     "progressive": ("Candidate", "progressive"),
     "pruner": ("Pruner",),
     "report": ("LayerReport", "Report", "report"),
@@ -69,6 +69,7 @@ __all__ = [
     "Diagnosis",
     "Every",
     "Exported",
+    "Feather",
     "FormatError",
     "Geometric",
     "LayerReport",

@@ -2,6 +2,7 @@
 
 from pomona.method import Method
 from pomona.methods.admm import ADMM
+from pomona.methods.feather import Feather
 from pomona.methods.grda import GRDA
 from pomona.methods.gsm import GSM
 from pomona.methods.magnitude import Magnitude
@@ -11,6 +12,7 @@ from pomona.methods.weightmom import WeightMom
 
 METHODS: dict[str, type[Method]] = {
     "admm": ADMM,
+    "feather": Feather,
     "grda": GRDA,
     "gsm": GSM,
     "magnitude": Magnitude,
@@ -19,4 +21,4 @@ METHODS: dict[str, type[Method]] = {
     "weightmom": WeightMom,
 }
 
-__all__ = ["ADMM", "GRDA", "GSM", "METHODS", "SET", "Magnitude", "RigL", "WeightMom"]
+__all__ = ["ADMM", "GRDA", "GSM", "METHODS", "SET", "Feather", "Magnitude", "RigL", "WeightMom"]
