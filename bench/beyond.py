@@ -1,24 +1,34 @@
-"""Ideas beyond the papers, each a method of its own, run by the zoo's trainer with recipes of their own.
+"""Ideas beyond the papers, each as a method or as a change of a recipe, and what came of them.
 
-    python bench/beyond.py train bench/beyond/fade-magnitude.toml --start FILE --data-dir DIR --out FOLDER
+    python bench/beyond.py run --data-dir DIR --out DIR     LeNet-300-100 on MNIST, as `compare-*`: 40 epochs, 3 seeds
+    python bench/beyond.py table --out DIR                  the table, and bench/results/beyond.json
+    python bench/beyond.py train ...                        `pomona train` with the methods below beside the library's
 
-is `pomona train` with these methods beside the library's. What came of them stands in bench/LOG.md.
+`run` goes on where it was; with --only it runs some, so that several can run at once. What came of it: bench/LOG.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pomona import METHODS, Method, Weight, magnitude
+from pomona import METHODS, Method, Weight, cli, magnitude
 from pomona.budget import check_budget, num_kept, top_k
 from pomona.ops import drop_buffers_, drop_weights_, masks_of, sparsity_of
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import saliency
+from pomona.zoo.compare import base_key, conclude
+from pomona.zoo.data import DATA
+from pomona.zoo.progress import Progress
+from pomona.zoo.recipe import load_recipe
+from pomona.zoo.train import train, train_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +111,61 @@ class Fade(Method):
 
 METHODS["fade"] = Fade
 
-if __name__ == "__main__":
-    from pomona.cli import main
+RESULT = Path(__file__).parent / "results" / "beyond.json"
+FADE = ("method.name=fade", "method.steps=60 %")
+ADAMW = (
+    "prune.optimizer=adamw",
+    "prune.lr=1e-3",
+    "prune.momentum=0",
+    "prune.nesterov=false",
+    "prune.weight_decay=0.01",
+)
+IDEAS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe and what is changed in it
+    "feather": ("compare-feather", ()),
+    "feather-erk": ("compare-feather", ("method.allocation=erk",)),
+    "feather-adamw": ("compare-feather", ADAMW),
+    "fade-saliency": ("compare-feather", FADE),
+    "fade-average": ("compare-feather", (*FADE, "method.average=0.95")),
+    "fade-magnitude": ("compare-feather", (*FADE, "method.score=magnitude")),
+    "fade-adamw": ("compare-feather", (*FADE, *ADAMW)),
+    "magnitude-adamw": ("compare-magnitude-global", ADAMW),
+    "magnitude-floor": ("compare-magnitude-global", ("method.min_density=0.02",)),
+    "magnitude-erk-restart": ("compare-magnitude-erk", ("prune.lr_restart=15", "prune.lr_drops=[10, 13]")),
+    "gsm-ramp": ("compare-gsm", ('method.ramp={ shape = "cubic", steps = "60 %" }',)),
+}
 
-    sys.exit(main())
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--out", type=Path, default=Path("runs/beyond"))
+    parser.add_argument("--data-dir")
+    parser.add_argument("--only", nargs="+", choices=IDEAS, default=list(IDEAS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--compressions", nargs="+", type=float, default=[10, 30, 100, 300])
+    options = parser.parse_args()
+    if options.what == "run":
+        run(options)
+    else:
+        print(conclude(options.out))
+        shutil.copy(options.out / "compare.json", RESULT)
+
+
+def run(options: argparse.Namespace) -> None:
+    data = DATA["mnist"](options.data_dir)
+    how = {"threads": 1, "progress": Progress()}
+    for seed in options.seeds:
+        for name in options.only:
+            source, changes = IDEAS[name]
+            for compression in options.compressions:
+                recipe = load_recipe(source, [*changes, f"method.compression={compression:g}", f"seed={seed}"])
+                base = train_base(recipe, data, options.out / f"base-{base_key(recipe)}", **how)
+                train(
+                    recipe, data, options.out / f"{name}-{compression:g}x-seed{seed}", base=base, pictures=False, **how
+                )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        sys.exit(cli.main())
+    main()
