@@ -3,6 +3,7 @@
     python bench/beyond.py run --data-dir DIR --out DIR     LeNet-300-100 on MNIST, as `compare-*`: 40 epochs, 3 seeds
     python bench/beyond.py table --out DIR                  the table, and bench/results/beyond.json
     python bench/beyond.py train ...                        `pomona train` with the methods below beside the library's
+    python bench/beyond.py recalibrate RUN ... --data-dir DIR    accuracy of finished runs with fresh batch statistics
 
 `run` goes on where it was; with --only it runs some, so that several can run at once. What came of it: bench/LOG.md.
 """
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,9 +28,11 @@ from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import saliency
 from pomona.zoo.compare import base_key, conclude
 from pomona.zoo.data import DATA
+from pomona.zoo.models import build_model
 from pomona.zoo.progress import Progress
-from pomona.zoo.recipe import load_recipe
-from pomona.zoo.train import train, train_base
+from pomona.zoo.recipe import load_recipe, recipe_from_dict
+from pomona.zoo.run import evaluate
+from pomona.zoo.train import read_run, train, train_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,8 @@ IDEAS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe and what is 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "recalibrate"))
+    parser.add_argument("runs", nargs="*", type=Path, help="recalibrate: folders of finished runs")
     parser.add_argument("--out", type=Path, default=Path("runs/beyond"))
     parser.add_argument("--data-dir")
     parser.add_argument("--only", nargs="+", choices=IDEAS, default=list(IDEAS))
@@ -146,6 +151,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "run":
         run(options)
+    elif options.what == "recalibrate":
+        for folder in options.runs:
+            print(json.dumps(recalibrate(folder, options.data_dir)), flush=True)
     else:
         print(conclude(options.out))
         shutil.copy(options.out / "compare.json", RESULT)
@@ -163,6 +171,18 @@ def run(options: argparse.Namespace) -> None:
                 train(
                     recipe, data, options.out / f"{name}-{compression:g}x-seed{seed}", base=base, pictures=False, **how
                 )
+
+
+def recalibrate(folder: Path, data_dir: str | None, num_batches: int = 100) -> dict[str, object]:
+    """Test accuracy of what a run left, and with running means and variances of augmented training batches of 128."""
+    recipe = recipe_from_dict(read_run(folder)["recipe"])
+    data = DATA[recipe.data](data_dir)
+    model = build_model(recipe.model, seed=0)
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    before = evaluate(model, data).accuracy
+    order = data.order(torch.Generator().manual_seed(0))
+    torch.optim.swa_utils.update_bn((data.batch(part)[0] for part in order.split(128)[:num_batches]), model)
+    return {"run": folder.name, "accuracy": before, "recalibrated": evaluate(model, data).accuracy}
 
 
 if __name__ == "__main__":

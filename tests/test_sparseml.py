@@ -135,6 +135,16 @@ def test_epochs_become_steps(keys: dict[str, Any], method: Magnitude) -> None:
     assert [one for one, _ in recipe.parts] == [method]
 
 
+@pytest.mark.parametrize(
+    ("mask_type", "final", "granularity"),
+    [("block4", 0.8, "1x4"), ("'1:4'", 0.75, "1:4"), ("tensorrt", 0.5, "2:4"), ("[2, 1]", 0.8, "2x1")],
+)
+def test_mask_types_become_granularities(mask_type: str, final: float, granularity: str) -> None:
+    ((method, _),) = read(gradual(mask_type=mask_type, final_sparsity=final)).parts
+    assert isinstance(method, Magnitude)
+    assert method.granularity == granularity
+
+
 def test_the_last_cut_comes_at_the_end_and_reaches_the_sparsity() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -237,7 +247,10 @@ def test_variables_are_worked_out() -> None:
     [
         ({"score_type": "movement"}, "GMPruningModifier has score_type, which is not read; keys are init_sparsity"),
         ({"params": None}, "GMPruningModifier lacks params"),
-        ({"mask_type": "block"}, "mask_type must be unstructured, got 'block': for patterns such as blocks or 2:4"),
+        ({"mask_type": "block"}, r"mask_type must be one of unstructured, block4, tensorrt, n:m such as '2:4', or"),
+        ({"mask_type": "[1, 4, 4]"}, r"a block such as \[1, 4\], got \[1, 4, 4\]"),
+        ({"mask_type": "2:4"}, "got 124: YAML reads 2:4 without quotes as a number of minutes"),
+        ({"mask_type": "'2:4'"}, r"GMPruningModifier: granularity='2:4' .*0\.5"),
         ({"leave_enabled": "False"}, "leave_enabled must be True, got False: a cut weight stays cut"),
         ({"inter_func": "inverse_cubic"}, "inter_func must be linear or cubic, got 'inverse_cubic'"),
         ({"end_epoch": 1.0}, "must end after it starts, got start_epoch 1 and end_epoch 1, which are the steps 100"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from pomona.granularity import Granularity
 from pomona.method import Method
 from pomona.methods.magnitude import Magnitude
 from pomona.schedule import Cubic, Linear, Schedule, check_count
@@ -192,9 +193,11 @@ def _read(
 def _gradual(
     kind: str, keys: Mapping[str, Any], final: Any, names: Sequence[str], model: nn.Module, steps_per_epoch: int
 ) -> Magnitude:
-    for key, only in (("mask_type", "unstructured"), ("leave_enabled", True)):
-        if keys.get(key, only) != only:
-            raise ValueError(f"{kind}.{key} must be {only}, got {keys[key]!r}: {_WHY_ONLY[key]}")
+    if keys.get("leave_enabled", True) is not True:
+        raise ValueError(
+            f"{kind}.leave_enabled must be True, got {keys['leave_enabled']!r}: a cut weight stays cut; "
+            f"Pruner.detach() lets go of all"
+        )
     shapes: dict[Any, type[Linear | Cubic]] = {"linear": Linear, "cubic": Cubic}
     shape = shapes.get(keys.get("inter_func", "cubic"))
     if shape is None:
@@ -218,15 +221,31 @@ def _gradual(
         sparsity = shape(initial, target, steps=last - first, begin=first)
         begin = first + (last - first) % every or min(every, last)
     try:
-        return Magnitude(sparsity, every=every, begin=begin, allocation=_GRADUAL[kind])  # type: ignore[arg-type]
+        return Magnitude(
+            sparsity,
+            every=every,
+            begin=begin,
+            allocation=_GRADUAL[kind],  # type: ignore[arg-type]
+            granularity=_granularity(f"{kind}.mask_type", keys.get("mask_type", "unstructured")),
+        )
     except ValueError as error:
         raise ValueError(f"{kind}: {error}") from None
 
 
-_WHY_ONLY = {
-    "mask_type": "for patterns such as blocks or 2:4 make a Magnitude yourself",
-    "leave_enabled": "a cut weight stays cut; Pruner.detach() lets go of all",
-}
+_GRANULARITIES: dict[str, Granularity] = {"unstructured": "weight", "block4": "1x4", "tensorrt": "2:4"}
+
+
+def _granularity(name: str, mask_type: Any) -> Granularity:
+    """Groups lie along the input channels in both libraries."""
+    if isinstance(mask_type, str) and (mask_type in _GRANULARITIES or re.fullmatch(r"\d+:\d+", mask_type)):
+        return _GRANULARITIES.get(mask_type, mask_type)
+    if isinstance(mask_type, list) and len(mask_type) == 2 and all(type(size) is int for size in mask_type):
+        return (mask_type[0], mask_type[1])
+    why = ': YAML reads 2:4 without quotes as a number of minutes, write "2:4"' if type(mask_type) is int else ""
+    raise ValueError(
+        f"{name} must be one of {', '.join(_GRANULARITIES)}, n:m such as '2:4', or a block such as [1, 4], got "
+        f"{mask_type!r}{why}"
+    )
 
 
 def _initial(kind: str, value: Any, names: Sequence[str], model: nn.Module) -> float:
