@@ -133,7 +133,7 @@ IDEAS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe and what is 
     "fade-magnitude": ("compare-feather", (*FADE, "method.score=magnitude")),
     "fade-adamw": ("compare-feather", (*FADE, *ADAMW)),
     "magnitude-adamw": ("compare-magnitude-global", ADAMW),
-    "magnitude-floor": ("compare-magnitude-global", ("method.min_density=0.02",)),
+    "magnitude-floor": ("compare-magnitude-global", ("method.min_density=0.002",)),
     "magnitude-erk-restart": ("compare-magnitude-erk", ("prune.lr_restart=15", "prune.lr_drops=[10, 13]")),
     "gsm-ramp": ("compare-gsm", ('method.ramp={ shape = "cubic", steps = "60 %" }',)),
 }

@@ -91,7 +91,7 @@ class Feather(Method):
         check_min_density(self.min_density)
 
     @property
-    def theta(self) -> float:
+    def _theta(self) -> float:
         """What the gradients of zeros are multiplied by."""
         if self.gradient_scale is not None:
             return self.gradient_scale
@@ -109,8 +109,8 @@ class Feather(Method):
             v = w.state["v"]
             if step == 1:
                 v.copy_(w.value)
-            if float(w.state["threshold"]) > 0.0 and self.theta != 1.0:
-                w.grad.mul_(torch.where(w.value == 0, self.theta, 1.0).to(w.grad.dtype))
+            if float(w.state["threshold"]) > 0.0 and self._theta != 1.0:
+                w.grad.mul_(torch.where(w.value == 0, self._theta, 1.0).to(w.grad.dtype))
             w.value.copy_(v)
 
     def after_step(self, weights: Sequence[Weight], step: int) -> None:
