@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from pomona.distributed import Shard, local, reshard, sum_counts
 from pomona.method import Method, Weight
+from pomona.ops import PIECE
 from pomona.scope import Scope
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 def zero_(value: Tensor, pruned: Tensor) -> Tensor:
     """Write exact +0.0 where ``pruned`` is True, in place, even over NaN."""
     return value.masked_fill_(pruned, 0.0)
+
+
+@torch.no_grad()
+def largest_among(value: Tensor, chosen: Tensor) -> float:
+    """The largest magnitude where ``chosen`` is True, 0 where nowhere; a piece at a time."""
+    pieces = zip(torch.split(value.reshape(-1), PIECE), torch.split(chosen.reshape(-1), PIECE), strict=True)
+    maxima = [piece.abs().masked_fill_(~mask, 0.0).max() for piece, mask in pieces if piece.numel()]
+    return float(torch.stack(maxima).max()) if maxima else 0.0
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pomona import core
-from pomona.distributed import max_over, sum_counts, sum_vectors
+from pomona.distributed import sum_counts, sum_vectors
 from pomona.method import Weight
 from pomona.score import Score, magnitude
 
@@ -93,29 +93,6 @@ def _add_up(sums: Sequence[int]) -> float:
     if sums[255]:
         return math.nan  # an infinity or a NaN was among them
     return math.ldexp(sum(one << max(exponent - 1, 0) for exponent, one in enumerate(sums)), -149)
-
-
-def largest_outside(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[float]:
-    """The largest magnitude outside of each mask, 0 where there is none; on all ranks together where sharded."""
-    here = [largest_among(w.value, ~mask) for w, mask in zip(weights, masks, strict=True)]
-    return max_over(here, [w.shard for w in weights])
-
-
-def smallest_inside(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[float]:
-    """The smallest magnitude inside of each mask, infinity where there is none; on all ranks together where sharded."""
-    here = [
-        -float(w.value.abs().masked_fill_(~mask, math.inf).min()) if w.value.numel() else -math.inf
-        for w, mask in zip(weights, masks, strict=True)
-    ]
-    return [-number for number in max_over(here, [w.shard for w in weights])]
-
-
-@torch.no_grad()
-def largest_among(value: Tensor, chosen: Tensor) -> float:
-    """The largest magnitude where ``chosen`` is True, 0 where nowhere; a piece at a time."""
-    pieces = zip(torch.split(value.reshape(-1), PIECE), torch.split(chosen.reshape(-1), PIECE), strict=True)
-    maxima = [piece.abs().masked_fill_(~mask, 0.0).max() for piece, mask in pieces if piece.numel()]
-    return float(torch.stack(maxima).max()) if maxima else 0.0
 
 
 def sparsity_of(weights: Sequence[Weight]) -> float:

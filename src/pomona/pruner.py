@@ -21,6 +21,7 @@ from pomona.distributed import (
     is_sharded,
     like,
     local,
+    max_over,
     refuse_flat,
     replicas,
     reshard,
@@ -31,9 +32,9 @@ from pomona.distributed import (
 )
 from pomona.fused import check_fused, fused_step_
 from pomona.granularity import violations
-from pomona.harden import count_revived, same_names, zero_, zero_copy_
+from pomona.harden import count_revived, largest_among, same_names, zero_, zero_copy_
 from pomona.method import Method, Weight
-from pomona.ops import all_finite, largest_among, largest_outside
+from pomona.ops import all_finite
 from pomona.report import Report, report_layers
 from pomona.schedule import FAR_AWAY, Schedule, check_count
 from pomona.scope import Scope
@@ -539,11 +540,12 @@ class Pruner:
     def _cut(self, masks: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Zero all but the support: name -> what is zeroed, name -> largest magnitude lost by it."""
         weights = self._weights(with_grad=False)
-        largest = largest_outside(weights, masks)
-        pruned = {w.name: ~mask for w, mask in zip(weights, masks, strict=True)}
-        for w in weights:
+        pruned, here = {}, []
+        for w, mask in zip(weights, masks, strict=True):
+            pruned[w.name] = ~mask
+            here.append(largest_among(w.value, pruned[w.name]))
             zero_(w.value, pruned[w.name])
-        return pruned, dict(zip(pruned, largest, strict=True))
+        return pruned, dict(zip(pruned, max_over(here, [w.shard for w in weights]), strict=True))
 
     def _warn_of_haste(self) -> None:
         """A method that is not done, or a schedule that has not come to its end, prunes other than its user thinks."""

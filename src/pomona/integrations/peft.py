@@ -10,8 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pomona.distributed import is_sharded
-from pomona.harden import zero_
-from pomona.ops import largest_among
+from pomona.harden import largest_among, zero_
 from pomona.report import Report, report_layers
 
 

@@ -19,9 +19,10 @@ from pomona.budget import (
     top_k,
 )
 from pomona.method import Method, Weight
-from pomona.ops import largest_outside, smallest_inside, sparsity_of
-from pomona.schedule import Value, check_value, highest, value_at
+from pomona.ops import PIECE, count, sparsity_of
+from pomona.schedule import FAR_AWAY, Value, check_value, highest, value_at
 from pomona.score import magnitude
+from pomona.selection import kth_largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Feather(Method):
     With the dense weights :math:`v`, their optimizer, the sparsity :math:`s_t` and the power :math:`p`, at each step
 
     .. math::
-        g &= \partial L / \partial w \text{ at the sparse } w, \text{ times } \theta \text{ where } w = 0 \\
+        g &= \partial L / \partial w \text{ at the sparse } w, \text{ times } \theta \text{ where } |v| \le T \\
         v &\leftarrow \text{the optimizer's step from } v \text{ with the gradient } g \\
         T &= \text{the } (\lfloor (1 - s_t) N \rfloor + 1)\text{-th largest } |v| \text{ of the whole network} \\
         w &\leftarrow \operatorname{sign}(v) \, (|v|^p - T^p)^{1/p} \text{ where } |v| > T, \text{ else } 0
@@ -39,22 +40,27 @@ class Feather(Method):
     The gradient goes straight through the threshold, so a weight that is zero learns on behind it and returns when
     :math:`|v| > T`. :math:`p = 1` is the soft threshold, :math:`p = \infty` the hard one (then, and with
     :math:`\theta = 1`, this is Lin et al.'s dynamic pruning with feedback, with new masks at every step); the
-    paper's :math:`p = 3` is continuous and shrinks large weights hardly. Nothing is cut at the end.
+    paper's :math:`p = 3` is continuous and hardly shrinks large weights. Nothing is cut at the end.
 
-    Needs of the optimizer: none; weight decay acts on :math:`v`. Memory: a copy of the weights in their dtype. Exact
-    zeros: after every step of a sparsity above 0. Keep the weights in float32, under ``torch.autocast`` if you like.
+    What is done to the weights between two steps is overwritten by :math:`v`: load weights before the first step, or
+    together with the Pruner's state. A layer without a gradient stays in the ranking and is thresholded too.
+
+    Needs of the optimizer: none; weight decay acts on :math:`v`. Memory: a copy of the weights in their dtype, and
+    masks of a byte a weight for a moment. Exact zeros: after every step of a sparsity above 0. Keep the weights in
+    float32, under ``torch.autocast`` if you like.
 
     Differences from the authors' code: :math:`T` is the largest magnitude that goes, so that exactly the budget stays
-    (of ties with :math:`T` the first ones, at a small share of their size), where theirs is a quantile between two
-    magnitudes; the network that is left is the one that was trained and tested, where theirs puts :math:`v` itself
-    where :math:`w \neq 0` when all is done; the gradient norm is not clipped (theirs: to 3), which the user's loop
-    may do; shares by layer and ``min_density`` are ours: a layer has then a :math:`T` of its own.
+    (of ties with :math:`T` the first ones, next to zero), where theirs is a quantile between two magnitudes; the
+    network that is left is the one that was trained and tested, where theirs puts :math:`v` itself where
+    :math:`w \neq 0` when all is done; the gradient norm is not clipped (theirs: to 3), which the user's loop may do;
+    shares by layer and ``min_density`` are ours: a layer then has a :math:`T` of its own.
 
     Args:
         sparsity: fraction of zeros in [0, 1) of the weights in scope, or a schedule of it. Paper: ``Cubic`` from 0
             over the first half of training, to 0.9 to 0.99.
         power: :math:`p` >= 1; ``math.inf`` for the hard threshold. Paper: 3.
-        gradient_scale: :math:`\theta` in [0, 1]; None: 0.5 for a sparsity above 0.95, else 1. Paper: that.
+        gradient_scale: :math:`\theta` in [0, 1], of what a :math:`T` above 0 has zeroed; None: 0.5 for a sparsity that
+            ends above 0.95, else 1. Paper: that.
         allocation: ``"global"``, ``"uniform"`` or ``"erk"``, see :func:`pomona.budget.top_k`. Paper: ``"global"``.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
 
@@ -95,7 +101,7 @@ class Feather(Method):
         """What the gradients of zeros are multiplied by."""
         if self.gradient_scale is not None:
             return self.gradient_scale
-        return 0.5 if highest(self.sparsity) > 0.95 else 1.0
+        return 0.5 if value_at(self.sparsity, FAR_AWAY) > 0.95 else 1.0
 
     def check_weights(self, weights: Sequence[Weight]) -> None:
         k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
@@ -116,36 +122,37 @@ class Feather(Method):
     def after_step(self, weights: Sequence[Weight], step: int) -> None:
         for w in weights:
             w.state["v"].copy_(w.value)
-        masks = self._largest(weights, step)
+        masks = self.support(weights, step)
         for w, mask, threshold in zip(weights, masks, self._thresholds(weights, masks), strict=True):
             w.state["threshold"].fill_(threshold)
-            kept = _shrink(w.state["v"][mask], threshold, self.power)
-            w.value.zero_().masked_scatter_(mask, kept)
+            _threshold_(w.value, mask, threshold, self.power)
 
-    def _largest(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         k = self.budget(sum(w.numel for w in weights), step)
         scores = [magnitude(w.value) for w in weights]
         return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density)
 
     def _thresholds(self, weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[float]:
         """The largest magnitude that goes: of all layers, or of the layer where it was ranked by itself."""
-        largest = largest_outside(weights, masks)
-        if self.allocation != "global":
-            return largest
-        common = max(largest, default=0.0)
-        # Only what a floor holds is below it.
-        smallest = smallest_inside(weights, masks)
-        return [common if kept >= common else own for own, kept in zip(largest, smallest, strict=True)]
+        scores, kept = [magnitude(w.value) for w in weights], count(masks, of=weights)
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        return [w.value != 0 for w in weights] if step else self._largest(weights, step)
+        def largest(places: Sequence[int], rank: int) -> float:
+            return kth_largest([scores[i] for i in places], rank, of=[weights[i] for i in places])
+
+        if self.allocation != "global":
+            return [largest([i], kept[i] + 1) for i in range(len(weights))]
+        at_floor = [i for i, w in enumerate(weights) if 0 < kept[i] <= _floor(self.min_density, w.numel)]
+        free = [i for i in range(len(weights)) if i not in at_floor]
+        own = {i: largest([i], kept[i] + 1) for i in at_floor}
+        common = max([largest(free, sum(kept[i] for i in free) + 1) if free else 0.0, *own.values()])
+        held = {i for i in at_floor if largest([i], kept[i]) < common}  # the others would be there without a floor
+        return [own[i] if i in held else common for i in range(len(weights))]
 
     def budget(self, total: int, step: int) -> int:
         return num_kept(value_at(self.sparsity, step), total)
 
     def why(self, total: int, kept: int, density: float) -> str:
-        floor = math.ceil(round(self.min_density * total, 6))
-        if self.allocation == "global" and 0 < kept == floor:
+        if self.allocation == "global" and 0 < kept == _floor(self.min_density, total):
             return f"held at the floor min_density={self.min_density:g}"
         return tell_share(total, kept, density, self.allocation)
 
@@ -153,12 +160,23 @@ class Feather(Method):
         return {"threshold": max(float(w.state["threshold"]) for w in weights), "sparsity": sparsity_of(weights)}
 
 
-def _shrink(v: Tensor, threshold: float, power: float) -> Tensor:
-    """``sign(v) (|v|^p - T^p)^(1/p)`` of weights with ``|v| >= T``, a new tensor.
+def _floor(min_density: float, total: int) -> int:
+    return math.ceil(round(min_density * total, 6))
+
+
+def _threshold_(value: Tensor, mask: Tensor, threshold: float, power: float) -> None:
+    """``sign(v) (|v|^p - T^p)^(1/p)`` inside of the mask, where ``|v| >= T``, and zero outside.
 
     In float64: the last bit of a power in float32 depends on how a tensor lies in memory, and so on the ranks.
     """
+    value.masked_fill_(~mask, 0.0)
     if threshold == 0.0 or power == math.inf:
-        return v
-    share = (threshold / v.double().abs()).clamp_(max=1.0 - 2.0**-24)  # 1 only for ties with T, which would be zero
-    return (v * (1.0 - share.pow_(power)).pow_(1.0 / power)).to(v.dtype)
+        return
+    value, mask = (t.view(1) if t.ndim == 0 else t for t in (value, mask))
+    rows = max(1, PIECE * len(value) // max(1, value.numel()))
+    for some, kept in zip(torch.split(value, rows), torch.split(mask, rows), strict=True):
+        v = some[kept]
+        size = v.double().abs()
+        size.mul_((1.0 - (threshold / size).clamp_(max=1.0).pow_(power)).pow_(1.0 / power))
+        least = torch.finfo(v.dtype).tiny  # of ties with T, which would be zero
+        some.masked_scatter_(kept, size.clamp_(min=least).to(v.dtype).copysign_(v))
