@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pomona import METHODS, Method, Weight, cli, magnitude
 from pomona.budget import check_budget, num_kept, top_k
-from pomona.ops import drop_buffers_, drop_weights_, masks_of, sparsity_of
+from pomona.ops import drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of
 from pomona.schedule import Value, check_value, highest, value_at
-from pomona.score import saliency
+from pomona.score import Score, saliency
 from pomona.zoo.compare import base_key, conclude
 from pomona.zoo.data import DATA
 from pomona.zoo.models import build_model
@@ -84,8 +84,7 @@ class Fade(Method):
             scores = [magnitude(w.state["s"]) for w in weights]
             for w, mask in zip(weights, self._top(weights, scores, step), strict=True):
                 w.state["mask"].copy_(mask)
-        for w in weights:
-            w.grad.masked_fill_(~w.state["mask"], 0.0)
+        drop_gradients_(weights, masks_of(weights))
         if step == self.steps + 1:
             drop_buffers_(weights, masks_of(weights))
 
@@ -97,9 +96,9 @@ class Fade(Method):
         for w in weights:
             w.value.mul_(torch.where(w.state["mask"], 1.0, (left - 1) / left))
 
-    def _top(self, weights: Sequence[Weight], scores: Sequence[object], step: int) -> list[Tensor]:
+    def _top(self, weights: Sequence[Weight], scores: Sequence[Score], step: int) -> list[Tensor]:
         k = num_kept(value_at(self.sparsity, step), sum(w.numel for w in weights))
-        return top_k(scores, k, of=weights, min_density=self.min_density)  # type: ignore[arg-type]
+        return top_k(scores, k, of=weights, min_density=self.min_density)
 
     def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
         if step >= self.steps:

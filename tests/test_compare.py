@@ -308,8 +308,9 @@ def test_narrow_networks_that_cannot_be_had_are_refused(tmp_path: Path, more: An
 
 
 def test_recipes_of_the_league_cost_the_same(tmp_path: Path) -> None:
-    for prefix, epochs in (("league-", 160), ("stage-", 2)):
+    for prefix, epochs, num in (("league-", 160, 11), ("stage-", 2, 12)):
         names = [name for name in builtin_recipes() if name.startswith(prefix)]
+        assert len(names) == num
         assert {load_recipe(name).method["name"] for name in names} == set(METHODS)
         check_equal_cost(plan(names, [10], [0], [], tmp_path), tmp_path)
         assert {load_recipe(name).epochs for name in names} == {epochs}

@@ -261,7 +261,7 @@ def test_all_overrides_are_named() -> None:
         ("lr = 0.1", "", "missing key prune.lr"),
         ("tolerance = 0.5", "", "missing key expected.tolerance"),
         ("[method]", "[metod]", "unknown key metod (did you mean method or model?); known: title"),
-        ('name = "gsm"', "", "missing key method.name; known: admm, feather, grda, "),
+        ('name = "gsm"', "", "missing key method.name; known: admm, feather, grda, gsm, "),
         ("compression = 4", "", "must be given, one of the two, got neither"),
         ("compression = 4", "compression = 4\nsparsity = 0.75", "must be given, one of the two, got both"),
         ("compression = 4", "compresion = 4", "unknown key method.compresion (did you mean compression?)"),
@@ -596,7 +596,7 @@ TIME = 'must be a number of steps, or text such as "2 epochs" or "75 %" (of the 
     [
         (
             {"name": "adm"},
-            'unknown method.name "adm" (did you mean admm?); known: admm, feather, grda, gsm, ',
+            'unknown method.name "adm" (did you mean admm?); known: admm, feather, grda, gsm, magnitude, rigl, ',
         ),
         ({"name": "admm", "every": 1.5}, "method.every must be an integer, got 1.5"),
         ({"name": "admm", "every": True}, "method.every must be an integer, got true"),
