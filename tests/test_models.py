@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pomona
-from pomona.zoo.models import MODELS, LeNet5, LeNet300100, Transformer, build_model
+from pomona.zoo.models import MODELS, LeNet300100, Transformer, build_model
 
 KERNELS = {
     "lenet-300-100": {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)},
@@ -21,6 +21,7 @@ KERNELS = {
         "fc2.weight": (10, 500),
     },
 }
+KERNELS["lenet-5-caffe"] = KERNELS["lenet-5"]
 CIFAR = [name for name in MODELS if name not in (*KERNELS, "gpt-tiny")]
 
 
@@ -43,7 +44,9 @@ def test_kernels_have_the_names_and_shapes_of_the_papers(name):
     assert {key: tuple(value.shape) for key, value in kernels(build_model(name, seed=0)).items()} == KERNELS[name]
 
 
-@pytest.mark.parametrize(("name", "count"), [("lenet-300-100", 266_200), ("lenet-5", 430_500)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("lenet-300-100", 266_200), ("lenet-5", 430_500), ("lenet-5-caffe", 430_500)]
+)
 def test_kernel_weights_count(name, count):
     assert sum(p.numel() for p in kernels(build_model(name, seed=0)).values()) == count
 
@@ -100,12 +103,13 @@ def test_lenet_300_100_is_its_formula(digits):
     torch.testing.assert_close(model(digits), hidden @ w3.T + b3)  # default tolerance: a fused product
 
 
-def test_lenet_5_is_its_formula(digits):
-    model = LeNet5()
+@pytest.mark.parametrize(("name", "low"), [("lenet-5", 0.0), ("lenet-5-caffe", None)])
+def test_lenet_5_is_its_formula(name, low, digits):
+    model = build_model(name, seed=0)
     k1, c1, k2, c2, w1, b1, w2, b2 = model.parameters()
-    x = F.conv2d(digits, k1, c1).clamp(min=0)
+    x = F.conv2d(digits, k1, c1).clamp(min=low, max=math.inf)
     x = x.view(3, 20, 12, 2, 12, 2).amax(dim=(3, 5))
-    x = F.conv2d(x, k2, c2).clamp(min=0)
+    x = F.conv2d(x, k2, c2).clamp(min=low, max=math.inf)
     x = x.view(3, 50, 4, 2, 4, 2).amax(dim=(3, 5))
     x = (x.view(3, 800) @ w1.T + b1).clamp(min=0)
     torch.testing.assert_close(model(digits), x @ w2.T + b2)  # default tolerance: a fused product
@@ -330,7 +334,9 @@ def test_resnets_are_initialised_by_the_fan_in():
 def test_an_unknown_model_names_the_known_and_the_closest():
     with pytest.raises(ValueError, match=r"resnet-44, resnet-56, .*, got 'lenet5' \(did you mean 'lenet-5'\?\)"):
         build_model("lenet5", seed=0)
-    with pytest.raises(ValueError, match=r"one of lenet-300-100, lenet-5, vgg16-cifar, .*, got 'transformer'$"):
+    with pytest.raises(
+        ValueError, match=r"one of lenet-300-100, lenet-5, lenet-5-caffe, vgg16-cifar, .*, got 'transformer'$"
+    ):
         build_model("transformer", seed=0)
 
 

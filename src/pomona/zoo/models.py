@@ -82,20 +82,25 @@ class LeNet5(Network):
     """Two convolutions and two dense layers: 430,500 kernel weights.
 
     This is the 20-50-500-10 network which ships with Caffe and which pruning papers call LeNet-5, not
-    the network of 1998. Caffe has no ReLU after its convolutions; here each has one.
+    the network of 1998.
+
+    Args:
+        relu: put a ReLU after each convolution. Caffe has none (``lenet-5-caffe``), and neither has the first
+            public commit of GSM's authors; their code of today has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, relu: bool = True) -> None:
         super().__init__()
+        self.relu = relu
         self.conv1 = nn.Conv2d(1, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
         self.fc1 = nn.Linear(50 * 4 * 4, 500)
         self.fc2 = nn.Linear(500, 10)
 
     def forward(self, x: Tensor) -> Tensor:  # [n, 1, 28, 28] -> [n, 10], logits
-        # ReLU after pooling is the same function, on a quarter of the values.
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        for conv in (self.conv1, self.conv2):
+            x = F.max_pool2d(conv(x), 2)
+            x = F.relu(x) if self.relu else x  # after pooling: the same function, on a quarter of the values
         x = F.relu(self.fc1(x.flatten(1)))
         return self.fc2(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
@@ -428,6 +433,7 @@ class Transformer(Network):
 MODELS: dict[str, Callable[[], Network]] = {
     "lenet-300-100": LeNet300100,
     "lenet-5": LeNet5,
+    "lenet-5-caffe": partial(LeNet5, relu=False),
     "vgg16-cifar": VGG16,
     "wrn-28-10": WideResNet,
     "gpt-tiny": Transformer,
