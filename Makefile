@@ -25,7 +25,7 @@ test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kill
 	$(RUN) pytest -m slow
 
 test-install: $(VENV)/.test  ## minutes: sdist and wheels into clean environments, with a compiler, without, and a broken one
-	$(RUN) pytest -m slow tests/test_install.py
+	$(RUN) pytest -m slow tests/docs/test_install.py
 
 # The suite without the integrations, on the ends of what docs/install.md says is supported, in environments of their own.
 test-oldest: PINS := 'torch==2.6.*' 'numpy==1.26.*'
@@ -35,7 +35,7 @@ test-oldest test-newest: test-%:  ## make PYTHON=python3.10 test-oldest; make PY
 	build/$*/bin/python -m pip install --quiet --upgrade --extra-index-url $(TORCH_INDEX) \
 	  $(PINS) -e '.[zoo,onnx,shrink]' safetensors pyyaml pytest hypothesis pytest-xdist
 	build/$*/bin/python -m pytest -n 2 --ignore=src/pomona/integrations \
-	  $(foreach name,accelerate examples integrations lightning logging peft transformers,--ignore=tests/test_$(name).py)
+	  --ignore=tests/integrations --ignore=tests/docs/test_examples.py
 
 docs: $(VENV)/.test  ## the site, into build/site; open build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
@@ -47,8 +47,8 @@ bench: $(VENV)/.test  ## half an hour on a quiet machine: what pruning costs, in
 	for what in step cut growth scale memory; do $(VENV)/bin/python bench/speed.py $$what || exit 1; done
 
 fuzz: $(VENV)/.test  ## minutes: 100,000 damaged and hostile files, and as many graphs; make fuzz FUZZ="--seed 1 --cases 1000000"
-	$(RUN) tests.fuzz_container $(FUZZ)
-	$(RUN) tests.fuzz_graph $(FUZZ)
+	$(RUN) tests.fuzz.container $(FUZZ)
+	$(RUN) tests.fuzz.graph $(FUZZ)
 
 web:  ## the core for browsers, web/pomona.wasm: after a change of the core; needs clang and lld
 	$(PYTHON) web/build.py
@@ -64,7 +64,7 @@ format: $(VENV)/.test
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build src/pomona/_core.*
+	rm -rf $(VENV) .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build src/pomona/native/_core.*
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer"; exit 1; }

@@ -33,7 +33,7 @@ class CoreHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         wanted = os.environ.get("POMONA_CORE")
-        in_source = Path(self.root, "src", "pomona", _LIBRARY)
+        in_source = Path(self.root, "src", "pomona", "native", _LIBRARY)
         if version == "editable":
             in_source.unlink(missing_ok=True)  # a failed build must not leave an old one in use
         if wanted == "0":
@@ -51,7 +51,7 @@ class CoreHook(BuildHookInterface):
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        build_data["force_include"][str(library)] = f"pomona/{_LIBRARY}"
+        build_data["force_include"][str(library)] = f"pomona/native/{_LIBRARY}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if hasattr(self, "_scratch"):

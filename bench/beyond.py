@@ -26,13 +26,13 @@ from pomona.budget import check_budget, num_kept, top_k
 from pomona.ops import drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score, saliency
-from pomona.zoo.compare import base_key, conclude
+from pomona.studies.compare import base_key, conclude
+from pomona.train.progress import Progress
+from pomona.train.recipe import load_recipe, recipe_from_dict
+from pomona.train.run import evaluate
+from pomona.train.stages import read_run, train, train_base
 from pomona.zoo.data import DATA
 from pomona.zoo.models import build_model
-from pomona.zoo.progress import Progress
-from pomona.zoo.recipe import load_recipe, recipe_from_dict
-from pomona.zoo.run import evaluate
-from pomona.zoo.train import read_run, train, train_base
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from nets import NETS, make, mask_
+from pomona.files.sparse import Sparse
 from pomona.runtime.engine import Engine
 from pomona.runtime.fold import fold
 from pomona.runtime.ranges import with_ranges
-from pomona.runtime.trace import trace
-from pomona.sparse import Sparse
+from pomona.runtime.readers.trace import trace
 from speed import machine, show
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,15 +25,15 @@ import torch
 
 import pomona
 from nets import NETS, count, kernels, make
+from pomona.benchmark.bench import TOLERANCE, Worker, export_onnx, take_turns, write_network
+from pomona.benchmark.paths import Case, relative_error
 from pomona.budget import num_kept, top_k
-from pomona.runtime.bench import TOLERANCE, Worker, export_onnx, take_turns, write_network
-from pomona.runtime.paths import Case, relative_error
+from pomona.train.progress import Progress
+from pomona.train.recipe import load_recipe
+from pomona.train.run import evaluate
+from pomona.train.stages import train, train_base
 from pomona.zoo.data import DATA
 from pomona.zoo.models import build_model
-from pomona.zoo.progress import Progress
-from pomona.zoo.recipe import load_recipe
-from pomona.zoo.run import evaluate
-from pomona.zoo.train import train, train_base
 from speed import machine, show
 
 RESULT = Path(__file__).parent / "results" / "granularity.json"

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 from nets import NETS, count, make, mask_
-from pomona.runtime.bench import TOLERANCE, Worker, WorkerError, export_onnx, take_turns, write_network
-from pomona.runtime.paths import Case, relative_error
+from pomona.benchmark.bench import TOLERANCE, Worker, WorkerError, export_onnx, take_turns, write_network
+from pomona.benchmark.paths import Case, relative_error
 from speed import machine, show
 
 HERE = Path(__file__).parent

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 import pomona
-from pomona import container, safetensors
-from pomona.container import Stored
-from pomona.quantize import Quantization, quantize
+from pomona.files import container, safetensors
+from pomona.files.container import Stored
+from pomona.files.quantize import Quantization, quantize
+from pomona.train.run import evaluate
 from pomona.zoo.data import DATA
 from pomona.zoo.models import MODELS, build_model
-from pomona.zoo.run import evaluate
 from speed import machine, resnet50
 
 RESULT = Path(__file__).parent / "results" / "size.json"

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 import pomona
 from nets import resnet50
-from pomona import core
 from pomona.distributed import Ranks, Shard
 from pomona.methods import METHODS
+from pomona.native import core
 from pomona.selection import select_largest, select_over_ranks
 from pomona.zoo.models import MODELS
 

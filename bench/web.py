@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from pomona import container
-from pomona.container import Stored
+from pomona.files import container
+from pomona.files.container import Stored
+from pomona.files.sparse import Sparse
 from pomona.runtime.ranges import with_ranges
-from pomona.runtime.trace import trace
-from pomona.sparse import Sparse
+from pomona.runtime.readers.trace import trace
 from pomona.zoo.models import build_model
 from speed import machine
 

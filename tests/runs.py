@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import pomona.zoo.run
+import pomona.train.run
 from pomona.cli import main
 from pomona.zoo.data import DATA, Dataset, load_mnist
 
@@ -117,7 +117,7 @@ def signal_at(batch: int, *signals: int) -> Any:
 
 def child(arguments: list[str], out: Path, batch: int, signals: tuple[int, ...]) -> None:
     """The command line in a process of its own, with a checkpoint after every epoch, writing to file `out`."""
-    pomona.zoo.run._CHECKPOINT_SECONDS = 0.0
+    pomona.train.run._CHECKPOINT_SECONDS = 0.0
     DATA["mnist"] = signal_at(batch, *signals)
     with out.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         sys.exit(main(arguments))

@@ -25,7 +25,7 @@ from pomona.method import Weight
 from pomona.schedule import Cosine, Cubic
 from pomona.score import saliency
 from pomona.selection import NonFiniteError
-from pomona.zoo.recipe import RecipeError, load_recipe
+from pomona.train.recipe import RecipeError, load_recipe
 from tests.oracles import granularity as oracle
 from tests.problems import bits
 

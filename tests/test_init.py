@@ -47,7 +47,7 @@ def test_importing_pomona_imports_no_torch() -> None:
 
 
 def test_a_function_is_not_hidden_by_the_file_of_its_name() -> None:
-    lines = ("from pomona.report import Report", "import pomona.pruner", "import pomona")
+    lines = ("from pomona.reporting import Report", "import pomona.pruner", "import pomona")
     code = """
 for name in [name for name in sys.modules if name.startswith("pomona")]:
     del sys.modules[name]

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import pomona
-from pomona import container
-from pomona.runtime.trace import trace
+from pomona.files import container
+from pomona.runtime.readers.trace import trace
 from pomona.zoo.data import load_mnist
 from pomona.zoo.models import MODELS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pomona.runtime.paths import PATHS, Arrays, Case, Run, serve
+from pomona.benchmark.paths import PATHS, Arrays, Case, Run, serve
 
 
 def open_mnn(case: Case, threads: int) -> Run:

@@ -13,46 +13,44 @@ Names are imported when they are first used, so that what needs no torch works w
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from pomona._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pomona import runtime
     from pomona.budget import global_top_k
     from pomona.diagnosis import Diagnosis
-    from pomona.export import Exported, FormatError, export, load, shrink
-    from pomona.harden import hold
+    from pomona.exporters import Exported, FormatError, export, load, shrink
     from pomona.method import Method, Weight
     from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Feather, Magnitude, RigL, WeightMom
-    from pomona.progressive import Candidate, progressive
+    from pomona.methods.rounds import Candidate, progressive
+    from pomona.migrate.sparseml import SparseMLRecipe, from_sparseml
+    from pomona.migrate.torch_prune import from_torch_prune
     from pomona.pruner import Pruner
-    from pomona.report import LayerReport, Report, report
+    from pomona.pruner.zeros import hold
+    from pomona.reporting import LayerReport, Report, report
     from pomona.runtime.compile import compile
     from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
     from pomona.scope import Scope
     from pomona.score import magnitude, saliency
-    from pomona.sparseml import SparseMLRecipe, from_sparseml
-    from pomona.torch_prune import from_torch_prune
-
-__version__ = "0.1.0"
 
 _NAMES_IN = {
     "budget": ("global_top_k",),
     "diagnosis": ("Diagnosis",),
-    "export": ("Exported", "FormatError", "export", "load", "shrink"),
-    "harden": ("hold",),
+    "exporters": ("Exported", "FormatError", "export", "load", "shrink"),
     "method": ("Method", "Weight"),
     "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Feather", "Magnitude", "RigL", "WeightMom"),
-    "progressive": ("Candidate", "progressive"),
+    "methods.rounds": ("Candidate", "progressive"),
+    "migrate.sparseml": ("SparseMLRecipe", "from_sparseml"),
+    "migrate.torch_prune": ("from_torch_prune",),
     "pruner": ("Pruner",),
-    "report": ("LayerReport", "Report", "report"),
+    "pruner.zeros": ("hold",),
+    "reporting": ("LayerReport", "Report", "report"),
     "runtime.compile": ("compile",),
     "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
     "scope": ("Scope",),
     "score": ("magnitude", "saliency"),
-    "sparseml": ("SparseMLRecipe", "from_sparseml"),
-    "torch_prune": ("from_torch_prune",),
 }
 _PLACE_OF = {name: place for place, names in _NAMES_IN.items() for name in names}
 
@@ -112,13 +110,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing the file pomona/report.py would set pomona.report to it, but that name is the function's.
-        if not (name in _PLACE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pomona import core
 from pomona.distributed import sum_counts, sum_vectors
 from pomona.method import Weight
+from pomona.native import core
 from pomona.score import Score, magnitude
 
 PIECE = 1 << 20

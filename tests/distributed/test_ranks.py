@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.distributed import checks
 from tests.distributed.world import World
+from tests.selection.test_selection import DTYPES, VALUES
 from tests.test_contract import METHODS, Case
-from tests.test_selection import DTYPES, VALUES
 
 each_layout = pytest.mark.parametrize("layout", checks.LAYOUTS)
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-import pomona
+from pomona._version import __version__
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     from pomona.cli import bench, compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley, watch
 
     top = argparse.ArgumentParser(prog="pomona", description="Prune a neural network while it trains.")
-    top.add_argument("--version", action="version", version=f"pomona {pomona.__version__}")
+    top.add_argument("--version", action="version", version=f"pomona {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (train, watch, compare, sweep, ticket, valley, diagnose, report, export, bench, recipes, env):
         command.add_to(commands)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pomona.benchmark.paths import PATHS
 from pomona.cli.train import positive
-from pomona.runtime.paths import PATHS
 
 
 def add_to(commands: Any) -> None:
@@ -60,7 +60,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.runtime.bench import bench
+    from pomona.benchmark.bench import bench
 
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     print(result.to_json() if options.json else result)
     if options.html:
-        from pomona.runtime.bench_page import write_bench_page
+        from pomona.benchmark.page import write_bench_page
 
         write_bench_page(result, options.html)
     return 0

@@ -54,8 +54,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 
 def execute(jobs: Sequence[Any], options: argparse.Namespace) -> dict[Path, str]:
     """Run jobs as the options say; the failed ones and why. A stop by a signal exits with 130."""
-    from pomona.zoo.compare import run_jobs
-    from pomona.zoo.progress import Progress
+    from pomona.studies.compare import run_jobs
+    from pomona.train.progress import Progress
 
     progress = Progress()
     cores = max(1, (os.cpu_count() or 1) // options.threads)
@@ -72,7 +72,7 @@ def execute(jobs: Sequence[Any], options: argparse.Namespace) -> dict[Path, str]
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.compare import check_equal_cost, conclude, plan
+    from pomona.studies.compare import check_equal_cost, conclude, plan
 
     jobs = plan(
         options.recipes,

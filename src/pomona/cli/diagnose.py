@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.run import check, diagnose, num_steps_per_epoch
+    from pomona.train.run import check, diagnose, num_steps_per_epoch
 
     recipe, data = load(options)
     data = data.hold_out(recipe.validation) if recipe.validation else data

@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 import torch
 
-import pomona
-from pomona import core
+from pomona._version import __version__
+from pomona.native import core
 
 _EXTRAS = {
     "zoo": ("matplotlib", "mlxtend"),
@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     rows = {
-        "pomona": pomona.__version__,
+        "pomona": __version__,
         "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
         "torch": torch.__version__,
         "numpy": numpy.__version__,

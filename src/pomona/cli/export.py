@@ -39,8 +39,8 @@ def add_to(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     import pomona
-    from pomona.runtime.trace import UnsupportedError
-    from pomona.zoo.run import evaluate
+    from pomona.runtime.readers.trace import UnsupportedError
+    from pomona.train.run import evaluate
 
     if options.calibrate and options.no_graph:
         raise ValueError(
@@ -82,9 +82,9 @@ def _read_run(folder: Path, data_dir: str | None) -> tuple[Any, Any, str]:
     """The network of a finished run, its data and its method."""
     import torch
 
+    from pomona.train.stages import read_run
     from pomona.zoo.data import DATA
     from pomona.zoo.models import build_model
-    from pomona.zoo.train import read_run
 
     recipe = read_run(folder)["recipe"]
     path = folder / "model.pt"

@@ -12,7 +12,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.recipe import builtin_recipes, load_recipe
+    from pomona.train.recipe import builtin_recipes, load_recipe
 
     for name in builtin_recipes():
         recipe = load_recipe(name)

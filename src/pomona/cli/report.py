@@ -31,7 +31,7 @@ def _run(options: argparse.Namespace) -> int:
 def _report_run(folder: Path, *, as_json: bool) -> int:
     import json
 
-    from pomona.zoo.train import read_run, write_report
+    from pomona.train.stages import read_run, write_report
 
     result = read_run(folder)
     if as_json:
@@ -71,7 +71,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 def _report_file(path: Path) -> Any:
     import torch
 
-    from pomona.report import Report, report_layer
+    from pomona.reporting import Report, report_layer
 
     state = read_weights(path)
     tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}

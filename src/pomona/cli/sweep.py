@@ -36,10 +36,10 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.compare import plan
+    from pomona.studies.compare import plan
+    from pomona.studies.sweep import lost_by, sweep
+    from pomona.train.recipe import load_recipe
     from pomona.zoo.data import DATA
-    from pomona.zoo.recipe import load_recipe
-    from pomona.zoo.sweep import lost_by, sweep
 
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.base is None:

@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.ticket import train_tickets
+    from pomona.studies.ticket import train_tickets
 
     result = until_stopped(train_tickets, options, "-ticket")
     expected = result["expected"] or {}

@@ -80,8 +80,8 @@ def positive(text: str) -> int:
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """Recipe and data of the options."""
+    from pomona.train.recipe import load_recipe
     from pomona.zoo.data import DATA
-    from pomona.zoo.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     return recipe, DATA[recipe.data](options.data_dir)
@@ -109,8 +109,8 @@ def until_stopped(
     train: Callable[..., dict[str, Any]], options: argparse.Namespace, suffix: str = ""
 ) -> dict[str, Any]:
     """Run a training function on the options; a stop by a signal exits with 130."""
-    from pomona.zoo.progress import Progress
-    from pomona.zoo.run import Stopped
+    from pomona.train.progress import Progress
+    from pomona.train.run import Stopped
 
     recipe, data = load(options)
     folder = folder_of(options, recipe, suffix)
@@ -126,8 +126,8 @@ def until_stopped(
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.progressive import train_progressive
-    from pomona.zoo.train import read_base, train, train_base
+    from pomona.studies.progressive import train_progressive
+    from pomona.train.stages import read_base, train, train_base
 
     if options.start and options.base:
         raise ValueError("--start and --base both name a network to start from; give one of them")
@@ -151,7 +151,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def conclusion(result: Mapping[str, Any]) -> str:
     """What came out of a run, in two or three lines."""
-    from pomona.zoo.pictures import times
+    from pomona.pages.pictures import times
 
     accuracy, loss = result["accuracy"], result.get("loss") or {}  # runs of earlier versions have no losses
     steps = [("base", "dense"), ("before_cut", "before the cut"), ("after_cut", "after"), ("retrained", "retrained")]

@@ -64,8 +64,8 @@ def _positive(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pomona.zoo.progress import Progress
-    from pomona.zoo.valley import Options, survey
+    from pomona.studies.valley import Options, survey
+    from pomona.train.progress import Progress
 
     a, b = options.a, options.b
     out = options.out or b.resolve().with_name(f"valley-{a.resolve().name}-{b.resolve().name}")

@@ -23,8 +23,8 @@ def add_to(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pomona.cli.train import conclusion
-    from pomona.zoo.train import read_run
-    from pomona.zoo.watch import watch
+    from pomona.train.stages import read_run
+    from pomona.train.watch import watch
 
     try:
         is_finished = watch(options.folder, sys.stdout)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pomona.distributed import checksum, is_sharded, local, shards_of, sum_counts
-from pomona.harden import hold
 from pomona.method import Method
 from pomona.pruner import Pruner
+from pomona.pruner.zeros import hold
 from pomona.scope import Scope
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from pomona.integrations import attach, check_arguments, load_whole_state, numbers, whole_state
 from pomona.method import Method
 from pomona.pruner import Pruner
-from pomona.report import Report
+from pomona.reporting import Report
 from pomona.scope import Scope
 
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pomona.distributed import is_sharded
-from pomona.harden import largest_among, zero_
-from pomona.report import Report, report_layers
+from pomona.pruner.zeros import largest_among, zero_
+from pomona.reporting import Report, report_layers
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pomona import safetensors
+from pomona.files import safetensors
 from pomona.integrations import attach, check_arguments, load_whole_state, numbers, whole_state
 from pomona.method import Method
 from pomona.pruner import Pruner
-from pomona.report import Report
+from pomona.reporting import Report
 from pomona.scope import Scope
 
 FILE = "pruner.pt"

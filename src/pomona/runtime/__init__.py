@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona import container, library
-from pomona.container import File, Stored
+from pomona.files import container
+from pomona.files.container import File, Stored
+from pomona.files.sparse import Sparse
+from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.engine import Engine, Precision, check_precision
 from pomona.runtime.fold import fold
 from pomona.runtime.graph import MAX_BYTES, Graph
 from pomona.runtime.ranges import with_ranges
-from pomona.sparse import Sparse
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +46,10 @@ def load(
     """The network of a file, ready to run.
 
     Args:
-        file: a path, or what :func:`pomona.container.read` gave.
+        file: a path, or what :func:`pomona.files.container.read` gave.
         threads: how many the network may use.
         max_bytes: the most that its tensors may take as dense ones, and the most for what is made of them and for
-            activations. Default: that of :func:`pomona.container.read`, and 16 GiB.
+            activations. Default: that of :func:`pomona.files.container.read`, and 16 GiB.
         precision: see :class:`Network`.
 
     Raises:
@@ -82,7 +83,7 @@ class Network:
 
     Attributes:
         graph: what it computes, after folding (:func:`pomona.runtime.fold.fold`).
-        tensors: its weights by name, float32, dense or :class:`~pomona.sparse.Sparse`.
+        tensors: its weights by name, float32, dense or :class:`~pomona.files.sparse.Sparse`.
         metadata: what the file says of it.
         threads: how many it may use.
         precision: as asked for; without the compiled core everything is computed in float32 all the same.
@@ -118,12 +119,12 @@ class Network:
     def from_model(
         cls, model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor], *, threads: int = 1
     ) -> Network:
-        """The network that a torch model in eval mode is; see :func:`pomona.runtime.trace.trace`.
+        """The network that a torch model in eval mode is; see :func:`pomona.runtime.readers.trace.trace`.
 
         Raises:
             UnsupportedError: the runtime cannot say what the model computes; :func:`pomona.compile` takes any.
         """
-        from pomona.runtime.trace import trace
+        from pomona.runtime.readers.trace import trace
 
         return cls(*trace(model, example), threads=threads)
 

@@ -24,10 +24,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pomona import library
+from pomona.files.sparse import Sparse
+from pomona.native import library
 from pomona.runtime.engine import Engine
 from pomona.runtime.graph import Graph, Node, Pair, Shape
-from pomona.sparse import Sparse
 
 _GAIN = 0.95  # a replaced layer takes at most this share of the dense one's time, so that noise replaces nothing
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 0.1  # of measuring one layer at one shape

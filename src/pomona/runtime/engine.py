@@ -34,10 +34,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona import library
+from pomona.files.sparse import Sparse
+from pomona.native import library
 from pomona.runtime.graph import OPS, Graph, Node
 from pomona.runtime.reference import check_inputs
-from pomona.sparse import Sparse
 
 Array = NDArray[np.float32]
 Precision: TypeAlias = Literal["float32", "int16"]
@@ -132,7 +132,8 @@ class Engine:
 
     Args:
         graph: what it computes.
-        tensors: its weights by name, numpy arrays or :class:`~pomona.sparse.Sparse`, floating point; cast to float32.
+        tensors: its weights by name, numpy arrays or :class:`~pomona.files.sparse.Sparse`, floating point; cast to
+            float32.
         threads: how many at most.
         dense: True runs all layers as if they had no zeros, False skips zeros everywhere; None chooses for each layer.
         micro_batch: samples that go through the network together; 0 chooses as many as the cache holds.
@@ -140,7 +141,7 @@ class Engine:
         precision: of values and weights; "int16" is faster by up to two times and needs ``graph.ranges``.
 
     Raises:
-        RuntimeError: the core is not available (:func:`pomona.library.why_not`).
+        RuntimeError: the core is not available (:func:`pomona.native.library.why_not`).
         ValueError: the graph does not fit together; names the node.
 
     One call at a time: an engine has one memory. Engines of several threads are independent.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pomona.files.sparse import Sparse
 from pomona.runtime.graph import Graph, Node
-from pomona.sparse import Sparse
 
 Tensor = NDArray[Any] | Sparse
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pomona.files.sparse import Sparse
 from pomona.runtime.graph import Graph, Node
-from pomona.sparse import Sparse
 
 
 class GraphModule(nn.Module):

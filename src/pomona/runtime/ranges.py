@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona import library
+from pomona.files.sparse import Sparse
+from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.engine import Engine
 from pomona.runtime.graph import Graph
-from pomona.sparse import Sparse
 
 
 def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inputs: NDArray[Any]) -> Graph:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pomona.files.sparse import Sparse
 from pomona.runtime.graph import Graph, Node
-from pomona.sparse import Sparse
 
 Array = NDArray[Any]
 

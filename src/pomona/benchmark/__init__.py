@@ -1,0 +1,1 @@
+"""`pomona bench`: size, latency and memory of one network on every path."""

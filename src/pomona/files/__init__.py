@@ -1,0 +1,1 @@
+"""Files: the container, safetensors, sparse and quantized tensors. Nothing here imports torch."""

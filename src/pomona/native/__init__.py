@@ -1,0 +1,1 @@
+"""The compiled part: where the library is, and its only binding."""

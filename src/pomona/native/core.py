@@ -1,0 +1,431 @@
+"""The compiled core: exact selection over many tensors, and updates masked by it, without a temporary of model size.
+
+A thin binding by ctypes; ``core/include/pomona.h`` says what each function computes. The core is optional: where the
+package was installed without a compiler, :func:`is_available` is false, :func:`why_not` tells why, and callers take
+another path. ``POMONA_CORE=0`` in the environment switches it off; ``portable``, ``avx2`` or ``avx512`` limit it to an
+instruction set, which changes no result.
+
+A score is named by its *key*, the bits of the float32 ``|a b|`` or ``|a|`` as an int32: keys order as scores do, zero
+is 0, and NaNs come last. All tensors are on the CPU, in float32, bfloat16, float16 or float64, dense, and tensors that
+belong together lie in memory in the same order (:func:`fits`); "the first" of equal scores are the first in that order.
+Every call uses up to ``torch.get_num_threads()`` threads, and no result depends on how many.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pomona.native.library import is_available as is_available
+from pomona.native.library import isa as isa
+from pomona.native.library import isas as isas
+from pomona.native.library import load
+from pomona.native.library import switched as switched
+from pomona.native.library import use_isa as use_isa
+from pomona.native.library import why_not as why_not
+
+KEY_INFINITE = 0x7F800000  # the key of an infinity; NaNs are above
+KEY_MAX = 0x7FFFFFFF
+
+ROUND_LOOP, ROUND_FUSED, ROUND_SEPARATE = range(3)  # see `sgd_rounding`
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_ERRORS = {
+    -1: "a dtype that is none of float32, bfloat16, float16, float64",
+    -2: "a size out of range",
+    -3: "a null or misaligned pointer",
+    -4: "an argument out of range",
+    -5: "out of memory",
+    -6: "an internal error",
+}
+_FIRST, _MASK = 1, 2
+
+
+class _Selection(ctypes.Structure):
+    _fields_ = (
+        ("num_greater", ctypes.c_int64),
+        ("num_equal", ctypes.c_int64),
+        ("num_infinite", ctypes.c_int64),
+        ("num_nan", ctypes.c_int64),
+        ("threshold", ctypes.c_int32),
+        ("num_passes", ctypes.c_int32),
+    )
+
+
+class _Tally(ctypes.Structure):
+    _fields_ = (
+        ("num_greater", ctypes.c_int64),
+        ("num_infinite", ctypes.c_int64),
+        ("num_nan", ctypes.c_int64),
+    )
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, int64, int32, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int
+    library.pomona_select.argtypes = (pointer, int64, int64, integer, pointer, pointer)
+    library.pomona_histogram.argtypes = (pointer, int64, int32, int32, integer, pointer, int64, integer, pointer)
+    library.pomona_gather.argtypes = (pointer, int64, int32, int32, pointer, int64, integer, pointer)
+    library.pomona_count.argtypes = (pointer, int64, int32, pointer, pointer, integer)
+    library.pomona_mask.argtypes = (pointer, int64, pointer, pointer, pointer, integer, pointer)
+    library.pomona_multiply.argtypes = (pointer, int64, pointer, pointer, pointer, pointer, integer, pointer)
+    library.pomona_gsm_step.argtypes = (pointer, int64, pointer, int64, integer, pointer)
+    library.pomona_finite.argtypes = (pointer, pointer, pointer, int64, integer, pointer)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = load()
+    _declare(library)
+    return library
+
+
+def _check(status: int) -> None:
+    if status == -5:
+        raise MemoryError("pomona's core: out of memory")
+    if status != 0:
+        raise ValueError(f"pomona's core refuses its arguments: {_ERRORS.get(status, status)}")
+
+
+def fits(first: Tensor, *others: Tensor) -> bool:
+    """Whether the core can take these tensors, which belong together: on the CPU, dense, alike in memory."""
+    if not first.is_cpu or first.dtype not in _TYPES or first.layout is not torch.strided:
+        return False
+    is_plain = first.is_contiguous()
+    for t in others:
+        if not t.is_cpu or t.dtype not in _TYPES or t.layout is not torch.strided:
+            return False
+        if not (is_plain and t.is_contiguous() and t.shape == first.shape) and not _is_alike(first, t):
+            return False
+    return is_plain or _is_permuted(first)
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()))
+
+
+def _is_permuted(t: Tensor) -> bool:
+    """Whether it is a contiguous tensor with its dimensions in another order."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Scores:
+    """Scores ``|a b|``, or ``|a|`` without ``b``, as the functions below take them: addresses, not copies.
+
+    To be made anew when a tensor may have moved, as gradients do at every step. All tensors must fit (:func:`fits`).
+    """
+
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor] | None = None) -> None:
+        # Flat and without calls of our own: this is on the path of every step.
+        values: list[int] = []
+        types = _TYPES
+        if b is None:
+            for x in a:
+                values += (x.data_ptr(), 0, x.numel(), types[x.dtype], 0)
+        else:
+            for x, y in zip(a, b, strict=True):
+                values += (x.data_ptr(), y.data_ptr(), x.numel(), types[x.dtype], types[y.dtype])
+        self.tensors = a, b  # kept alive
+        self.num = len(a)
+        self.packed = _packer("PPqii", self.num).pack(*values)
+
+    def total(self) -> int:
+        """How many scores there are."""
+        return sum(t.numel() for t in self.tensors[0])
+
+
+@functools.cache
+def _packer(form: str, num: int) -> struct.Struct:
+    return struct.Struct("@" + form * num)
+
+
+def _pack(form: str, values: Sequence[int]) -> bytes:
+    return _packer(form, len(values)).pack(*values)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The k-th largest of scores, as a key, and what is on either side of it."""
+
+    threshold: int  # 1 where fewer than k scores are not zero: all of those are kept then
+    num_greater: int  # keys above the threshold, at most k
+    num_equal: int
+    num_infinite: int  # of all scores
+    num_nan: int
+    num_passes: int  # over all scores
+    greater: list[int]  # keys above the threshold of each tensor
+    equal: list[int]
+
+    def num_ties(self, k: int) -> int:
+        """How many of the scores equal to the threshold are to be kept."""
+        return min(self.num_equal, k - self.num_greater)
+
+
+def select(scores: Scores, k: int) -> Selection:
+    """The k-th largest of all scores together, exactly, 0 <= k <= number of scores."""
+    out, counts = _Selection(), (ctypes.c_int64 * (2 * scores.num))()
+    _check(
+        _library().pomona_select(scores.packed, scores.num, k, torch.get_num_threads(), ctypes.byref(out), counts),
+    )
+    found = out.threshold, out.num_greater, out.num_equal, out.num_infinite, out.num_nan, out.num_passes
+    return Selection(*found, greater=counts[0::2], equal=counts[1::2])
+
+
+def count(scores: Scores, threshold: int) -> tuple[list[int], list[int]]:
+    """For each tensor the number of keys greater than ``threshold`` and equal to it."""
+    greater, equal = (ctypes.c_int64 * scores.num)(), (ctypes.c_int64 * scores.num)()
+    _check(
+        _library().pomona_count(scores.packed, scores.num, threshold, greater, equal, torch.get_num_threads()),
+    )
+    return list(greater), list(equal)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many keys are in each bin, above the last one, infinite, NaN."""
+
+    bins: Tensor  # int64
+    num_greater: int
+    num_infinite: int
+    num_nan: int
+
+
+def histogram(scores: Scores, low: int, high: int, *, shift: int) -> Histogram:
+    """Keys of [low, high] counted in bins ``(key - low) >> shift``, at most 65,536 of them."""
+    if not (0 <= low <= high <= KEY_MAX and 0 <= shift <= 30):
+        raise ValueError(f"0 <= low <= high <= KEY_MAX and 0 <= shift <= 30 must hold, got {low}, {high}, {shift}")
+    bins = torch.empty(((high - low) >> shift) + 1, dtype=torch.int64)
+    tally = _Tally()
+    _check(
+        _library().pomona_histogram(
+            scores.packed,
+            scores.num,
+            low,
+            high,
+            shift,
+            bins.data_ptr(),
+            bins.numel(),
+            torch.get_num_threads(),
+            ctypes.byref(tally),
+        )
+    )
+    return Histogram(bins, tally.num_greater, tally.num_infinite, tally.num_nan)
+
+
+def gather(scores: Scores, low: int, high: int, *, capacity: int) -> tuple[Tensor, int]:
+    """At most ``capacity`` of the keys in [low, high], int32 in any order, and how many there are."""
+    keys = torch.empty(capacity, dtype=torch.int32)
+    num = ctypes.c_int64()
+    _check(
+        _library().pomona_gather(
+            scores.packed,
+            scores.num,
+            low,
+            high,
+            keys.data_ptr(),
+            capacity,
+            torch.get_num_threads(),
+            ctypes.byref(num),
+        )
+    )
+    return keys[: num.value], num.value
+
+
+def mask(scores: Scores, thresholds: Sequence[int], num_ties: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+    """For each tensor what is kept of it, as a new boolean tensor, and how many that are.
+
+    Kept are the keys above its threshold (>= 1), and of the equal ones the first ``num_ties`` (-1: all).
+    """
+    masks = [torch.empty_like(a, dtype=torch.bool, requires_grad=False) for a in scores.tensors[0]]
+    kept = (ctypes.c_int64 * scores.num)()
+    _check(
+        _library().pomona_mask(
+            scores.packed,
+            scores.num,
+            _pack("i", thresholds),
+            _pack("q", num_ties),
+            _pack("P", [m.data_ptr() for m in masks]),
+            torch.get_num_threads(),
+            kept,
+        )
+    )
+    return masks, list(kept)
+
+
+def multiply_(
+    scores: Scores, thresholds: Sequence[int], num_ties: Sequence[int], targets: Sequence[Tensor]
+) -> list[int]:
+    """Multiply each target by the mask that ``mask`` would give, and return how many are kept of each.
+
+    As ``target.mul_(mask)`` does: a negative number becomes -0.0, and what is infinite or NaN becomes NaN. A target may
+    be one of the tensors that its scores are made of.
+    """
+    kept = (ctypes.c_int64 * scores.num)()
+    if len(targets) != scores.num:
+        raise ValueError(f"there must be a target for each of {scores.num} scores, got {len(targets)}")
+    _check(
+        _library().pomona_multiply(
+            scores.packed,
+            scores.num,
+            _pack("i", thresholds),
+            _pack("q", num_ties),
+            _pack("P", [t.data_ptr() for t in targets]),
+            _pack("i", [_TYPES[t.dtype] for t in targets]),
+            torch.get_num_threads(),
+            kept,
+        )
+    )
+    return list(kept)
+
+
+def num_nonfinite(tensors: Sequence[Tensor]) -> int:
+    """How many of all values are infinite or NaN."""
+    num = ctypes.c_int64()
+    _check(
+        _library().pomona_finite(
+            _pack("P", [t.data_ptr() for t in tensors]),
+            _pack("q", [t.numel() for t in tensors]),
+            _pack("i", [_TYPES[t.dtype] for t in tensors]),
+            len(tensors),
+            torch.get_num_threads(),
+            ctypes.byref(num),
+        )
+    )
+    return num.value
+
+
+@dataclass(frozen=True, slots=True)
+class SGD:
+    """The scalars of one group of ``torch.optim.SGD``, ``maximize=False``."""
+
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+
+def gsm_step_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor | None],
+    *,
+    groups: Sequence[SGD],
+    group_of: Sequence[int],
+    thresholds: Sequence[int],
+    num_ties: Sequence[int],
+    is_first: Sequence[bool],
+    rounding: int,
+    mask_grads: bool = False,
+) -> list[int]:
+    """A step of ``torch.optim.SGD`` on gradients masked by the scores ``|w g|``, in one pass.
+
+    Bit for bit what ``multiply_`` and then the optimizer give, if ``rounding`` is what :func:`sgd_rounding` says.
+
+    Args:
+        weights: float32, changed in place.
+        grads: float32; only with ``mask_grads`` are they left masked.
+        buffers: float32, the optimizer's momentum, changed in place; None where the momentum is 0.
+        groups: the scalars.
+        group_of: for each weight the index of its group.
+        thresholds: as of ``mask``, or 0 for a weight whose gradient is not masked.
+        num_ties: as of ``mask``.
+        is_first: for each weight whether its buffer is not yet set.
+        rounding: how torch rounds on this machine.
+        mask_grads: whether to write the masked gradients too.
+
+    Returns:
+        How many gradients of each weight were kept.
+    """
+    values: list[int] = []
+    always = _MASK if mask_grads else 0
+    columns = zip(weights, grads, buffers, num_ties, thresholds, group_of, is_first, strict=True)
+    for w, g, z, ties, threshold, group, first in columns:
+        address = 0 if z is None else z.data_ptr()
+        flags = always | _FIRST if first else always
+        values += (w.data_ptr(), g.data_ptr(), address, w.numel(), ties, threshold, group, flags, 0)
+    scalars: list[float] = []
+    for s in groups:
+        scalars += (s.lr, s.momentum, s.dampening, s.weight_decay, s.nesterov, rounding)
+    kept = (ctypes.c_int64 * len(weights))()
+    _check(
+        _library().pomona_gsm_step(
+            _packer("PPPqqiiii", len(weights)).pack(*values),
+            len(weights),
+            _packer("ddddii", len(groups)).pack(*scalars),
+            len(groups),
+            torch.get_num_threads(),
+            kept,
+        )
+    )
+    return list(kept)
+
+
+@functools.cache
+def sgd_rounding(*, fused: bool) -> int | None:
+    """Which rounding makes ``gsm_step_`` equal to ``torch.optim.SGD`` bit for bit, with this torch on this machine.
+
+    Found by trying, once, in a few milliseconds. ``ROUND_LOOP`` or, with ``fused``, ``ROUND_FUSED`` is what torch does
+    with AVX2 or better, ``ROUND_SEPARATE`` what it does without. None if it is none of them: then leave the step to
+    torch.
+    """
+    for rounding in (ROUND_FUSED, ROUND_LOOP, ROUND_SEPARATE) if fused else (ROUND_LOOP, ROUND_SEPARATE):
+        if all(_agrees(scalars, rounding, fused=fused) for scalars in _TRIALS):
+            return rounding
+    return None
+
+
+_TRIALS = (
+    SGD(lr=0.1, momentum=0.9, weight_decay=1e-3),
+    SGD(lr=0.03, momentum=0.97, dampening=0.3),
+    SGD(lr=0.07, momentum=0.9, weight_decay=5e-2, nesterov=True),
+)
+
+
+def _agrees(s: SGD, rounding: int, *, fused: bool) -> bool:
+    """Whether four steps on a few hundred numbers, in tensors with and without a rest of 8, come out the same."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(n: int) -> Tensor:
+        return torch.randn(n, generator=generator, dtype=torch.float32, device="cpu")
+
+    theirs = [random(n).requires_grad_() for n in (512, 7, 15, 64, 103)]
+    ours = [w.detach().clone() for w in theirs]
+    buffers = [torch.zeros_like(w) for w in ours]
+    optimizer = torch.optim.SGD(
+        theirs,
+        lr=s.lr,
+        momentum=s.momentum,
+        dampening=s.dampening,
+        weight_decay=s.weight_decay,
+        nesterov=s.nesterov,
+        fused=fused,
+    )
+    num = len(ours)
+    for step in range(4):
+        grads = [random(w.numel()) for w in ours]
+        for w, g in zip(theirs, grads, strict=True):
+            w.grad = g.clone()
+        optimizer.step()
+        gsm_step_(
+            ours,
+            grads,
+            buffers,
+            groups=[s],
+            group_of=[0] * num,
+            thresholds=[0] * num,
+            num_ties=[-1] * num,
+            is_first=[step == 0] * num,
+            rounding=rounding,
+        )
+    return all(torch.equal(a, b.detach()) for a, b in zip(ours, theirs, strict=True))

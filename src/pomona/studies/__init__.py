@@ -1,0 +1,1 @@
+"""What takes several runs: comparisons, sweeps, tickets, progressive pruning, valleys."""

@@ -1,0 +1,654 @@
+"""Do two trained networks lie in one flat valley of the training loss?
+
+The first half is mathematics: paths between two points, and the curvature along a direction, for any loss of named
+tensors. The second half applies it to the networks that two runs left.
+
+    segment            w(t) = A + t (B - A)
+    curve              w(t) = (1 - t)^2 A + 2 t (1 - t) C + t^2 B,  C trained to lower the mean loss over uniform t
+    barrier of a path  max over t in [0, 1] of L(w(t)), minus the larger of L(A) and L(B)
+    projection         |V u| with u = (B - A) / |B - A|; the rows of V are the top eigenvectors of the Hessian of L at A
+
+References:
+    Chao, Wang, Xing and Cheng, Directional pruning of deep neural networks, 2020 (arXiv:2006.09358): the claim.
+    Garipov, Izmailov, Podoprikhin, Vetrov and Wilson, Loss surfaces, mode connectivity, and fast ensembling of DNNs,
+    2018 (arXiv:1802.10026): the curve.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pomona._version import __version__
+from pomona.train.checkpoint import Checkpoints, write_atomically
+from pomona.train.progress import Progress
+from pomona.train.run import commit_of_source, count_right, cross_entropy
+from pomona.train.stages import read_run
+from pomona.zoo.data import DATA, Dataset
+from pomona.zoo.models import build_model
+
+Parameters = dict[str, Tensor]  # name -> value
+Loss = Callable[[Parameters], Tensor]  # scalar, twice differentiable
+
+_BATCH = 1000  # examples at a time, at most
+_HESSIAN_BATCH = 200  # the same where second derivatives are taken, which need several times the memory
+_MOMENTUM = 0.9  # in the training of the curve
+_DRAWS = 5  # random prunings
+_TOLERANCE = 1e-3  # of eigenpairs
+
+# Paths
+
+
+def segment(a: Parameters, b: Parameters, t: float) -> Parameters:
+    """``a`` at t = 0, ``b`` at t = 1, both exactly."""
+    return {name: torch.lerp(a[name], b[name], t) for name in a}
+
+
+def bezier(a: Parameters, c: Parameters, b: Parameters, t: float) -> Parameters:
+    """From ``a`` to ``b``, drawn towards the control point ``c``; the segment where that is the middle."""
+    return {name: (1 - t) ** 2 * a[name] + 2 * t * (1 - t) * c[name] + t**2 * b[name] for name in a}
+
+
+def train_control(
+    loss: Callable[[Parameters, int], Tensor],
+    a: Parameters,
+    b: Parameters,
+    *,
+    num_steps: int,
+    lr: float,
+    generator: Generator,
+) -> Parameters:
+    """The control point that SGD with momentum 0.9 finds from the middle, one uniform t in each step.
+
+    Args:
+        loss: of some parameters in step 0, 1, ...; where it depends on the step, on a minibatch say, it is stochastic.
+        a, b: the ends, which stay.
+        num_steps: at least 1.
+        lr: of the first half of the steps; in the second half the rate falls linearly to zero.
+        generator: of t.
+
+    Raises:
+        ValueError: the training diverged.
+    """
+    c = {name: middle.requires_grad_() for name, middle in segment(a, b, 0.5).items()}
+    optimizer = torch.optim.SGD(c.values(), lr=lr, momentum=_MOMENTUM)
+    for step in range(num_steps):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
+        t = float(torch.rand((), generator=generator, dtype=torch.float64))
+        optimizer.zero_grad()
+        loss(bezier(a, c, b, t), step).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    if not all(bool(value.isfinite().all()) for value in c.values()):
+        raise ValueError(f"the training of the curve diverged with a learning rate of {lr:g}; lower it")
+    return {name: value.detach() for name, value in c.items()}
+
+
+def barrier(ts: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
+    """How far the loss rises above the larger end between t = 0 and t = 1, which must be in ``ts``, and at which t.
+
+    Example:
+        >>> barrier([-0.5, 0.0, 0.5, 1.0], [9.0, 1.0, 4.0, 2.0])
+        (2.0, 0.5)
+    """
+    inside = {t: loss for t, loss in zip(ts, losses, strict=True) if 0 <= t <= 1}
+    top = max(inside, key=lambda t: inside[t])
+    return inside[top] - max(inside[0.0], inside[1.0]), top
+
+
+# Curvature
+
+
+def flat(parameters: Parameters) -> Tensor:
+    """All values in one vector."""
+    return torch.cat([value.reshape(-1) for value in parameters.values()])
+
+
+def shaped(vector: Tensor, like: Parameters) -> Parameters:
+    """The inverse of ``flat``."""
+    parts = torch.split(vector, [value.numel() for value in like.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def hessian_product(losses: Sequence[Loss], at: Parameters) -> Callable[[Tensor], Tensor]:
+    """From v to H v, H the Hessian of the sum of ``losses``, whose graphs are held one at a time."""
+    leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
+    inputs = list(leaves.values())
+
+    def product(vector: Tensor) -> Tensor:
+        total = torch.zeros_like(vector)
+        for loss in losses:
+            gradient = torch.autograd.grad(loss(leaves), inputs, create_graph=True, materialize_grads=True)
+            slope = flat(dict(zip(leaves, gradient, strict=True))) @ vector
+            rows = torch.autograd.grad(slope, inputs, materialize_grads=True)
+            total += flat(dict(zip(leaves, rows, strict=True)))
+        return total
+
+    return product
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """Of a symmetric matrix, the largest eigenvalue first.
+
+    Attributes:
+        values: [k].
+        vectors: [k, size], orthonormal rows.
+        residuals: [k], |H v - value v|.
+        steps: matrix-vector products that were spent.
+        is_converged: whether all residuals are within the tolerance.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    steps: int
+    is_converged: bool
+
+
+def top_eigenpairs(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    k: int,
+    *,
+    max_steps: int,
+    tolerance: float = _TOLERANCE,
+    generator: Generator,
+) -> Eigenpairs:
+    """The ``k`` algebraically largest eigenvalues and their vectors, by Lanczos with full reorthogonalisation.
+
+    One start vector sees one direction of each eigenspace: of an eigenvalue that occurs more than once, to the last
+    bit, copies may be missed. Memory: one vector for each step.
+
+    Args:
+        product: v to H v, H symmetric.
+        start: a random vector; its size and dtype are those of all others.
+        k: in [1, size].
+        max_steps: at least k; no more products than this.
+        tolerance: of a residual, as a fraction of the eigenvalue that is largest in magnitude.
+        generator: of new directions, where the ones found so far are closed under H.
+    """
+    size, eps = start.numel(), torch.finfo(start.dtype).eps
+    if not 1 <= k <= size:
+        raise ValueError(f"the number of eigenvectors must be in [1, {size:,}], the number of parameters, got {k}")
+    limit = min(size, max(k, max_steps))
+    basis = start.new_empty(limit, size)
+    T = torch.zeros(limit + 1, limit + 1, dtype=torch.float64)  # H in the basis: tridiagonal
+    basis[0] = start / start.norm()
+    for m in range(1, limit + 1):
+        found = basis[:m]
+        rest = product(found[-1])
+        T[m - 1, m - 1] = found[-1] @ rest
+        rest = _orthogonal(rest, found)
+        beta = rest.norm()
+        ritz, s = torch.linalg.eigh(T[:m, :m])
+        scale = ritz.abs().max()
+        residuals = float(beta) * s[-1].abs()
+        is_converged = m >= k and bool((residuals[-k:] <= tolerance * scale).all())
+        if is_converged or m == limit:
+            break
+        if beta <= 100 * eps * scale:
+            rest = _orthogonal(torch.randn(size, dtype=start.dtype, generator=generator), found)
+        else:
+            T[m, m - 1] = T[m - 1, m] = beta
+        basis[m] = rest / rest.norm()
+    top = torch.arange(m - 1, m - 1 - k, -1)
+    vectors = s[:, top].T.to(start.dtype) @ basis[:m]
+    vectors /= vectors.norm(dim=1, keepdim=True)
+    return Eigenpairs(ritz[top], vectors, residuals[top], m, is_converged)
+
+
+def _orthogonal(vector: Tensor, rows: Tensor) -> Tensor:
+    for _ in range(2):  # once is not enough where little is left
+        vector = vector - rows.T @ (rows @ vector)
+    return vector
+
+
+def coordinates(direction: Tensor, vectors: Tensor) -> Tensor:
+    """Of the unit vector along ``direction``, in the orthonormal rows of ``vectors``."""
+    inside: Tensor = vectors @ (direction / direction.norm())
+    return inside
+
+
+def pruned_like(a: Parameters, b: Parameters, score: Callable[[Tensor], Tensor]) -> Parameters:
+    """``a`` with as many zeros in each tensor as ``b`` has in it, put where the score is least."""
+    pruned = {}
+    for name, value in a.items():
+        cut = score(value).reshape(-1).argsort(stable=True)[: int((b[name] == 0).sum())]
+        pruned[name] = value.reshape(-1).index_fill(0, cut, 0).view(value.shape)
+    return pruned
+
+
+# Networks
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one point; accuracies in percent."""
+
+    loss: float
+    accuracy: float
+    test_accuracy: float
+
+
+class Landscape:
+    """Cross-entropy of one architecture on fixed training examples, as a function of its parameters.
+
+    BatchNorm has no statistics of its own at a point where nothing was trained, so they are computed there: in
+    ``loss``, of the batch at hand, and derivatives go through them; in ``measure``, over all the examples.
+
+    Args:
+        model: its parameters are not used.
+        data: training examples and test set.
+        examples: indices of the training examples.
+    """
+
+    def __init__(self, model: nn.Module, data: Dataset, examples: Tensor) -> None:
+        self.model = model.eval()
+        self.data = data
+        self.examples = examples
+        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        for norm in self._norms:
+            norm.momentum = None  # the mean over all batches
+
+    def loss(self, parameters: Parameters, batch: Tensor) -> Tensor:
+        """The mean over a batch of training examples."""
+        return cross_entropy(self._logits_by_batch(parameters, self._fresh(), batch), self.data.train_labels[batch])
+
+    def losses(self) -> list[Loss]:
+        """Functions whose sum is the mean loss over the examples."""
+        batches = self.examples.tensor_split(math.ceil(len(self.examples) / _HESSIAN_BATCH))
+        return [partial(self._part, batch=batch) for batch in batches]
+
+    def _part(self, parameters: Parameters, batch: Tensor) -> Tensor:
+        return self.loss(parameters, batch) * (len(batch) / len(self.examples))
+
+    @torch.no_grad()
+    def measure(self, parameters: Parameters) -> Point:
+        """Loss and accuracy on the examples, and accuracy on the test set."""
+        buffers = self._fresh()
+        batches = self.examples.tensor_split(math.ceil(len(self.examples) / _BATCH))
+        for batch in batches if self._norms else ():
+            self._logits_by_batch(parameters, buffers, batch)
+        loss, right = 0.0, 0
+        for batch in batches:
+            labels = self.data.train_labels[batch]
+            logits = self._logits(parameters, buffers, self.data.train_inputs[batch])
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            right += int(count_right(logits, labels))
+        num = self.data.train_labels[self.examples].numel()
+        test_right, num_test = 0, self.data.test_labels.numel()
+        for start in range(0, len(self.data.test_labels), _BATCH):
+            logits = self._logits(parameters, buffers, self.data.test_inputs[start : start + _BATCH])
+            test_right += int(count_right(logits, self.data.test_labels[start : start + _BATCH]))
+        return Point(loss / num, 100 * right / num, 100 * test_right / num_test)
+
+    def _fresh(self) -> Parameters:
+        """Buffers as before any batch."""
+        for norm in self._norms:
+            norm.reset_running_stats()
+        return {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+    def _logits_by_batch(self, parameters: Parameters, buffers: Parameters, batch: Tensor) -> Tensor:
+        for norm in self._norms:
+            norm.train()
+        try:
+            return self._logits(parameters, buffers, self.data.train_inputs[batch])
+        finally:
+            for norm in self._norms:
+                norm.eval()
+
+    def _logits(self, parameters: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            logits: Tensor = functional_call(self.model, {**parameters, **buffers}, (inputs,))
+        return logits
+
+
+# Two runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How closely to look.
+
+    Args:
+        points: on each path from t = 0 to t = 1, both included; at least 3.
+        examples: of the training set, to compute the loss on; None: 10,000, or all if there are fewer.
+        hessian: how many of its top eigenvectors.
+        curve_epochs: length of the training of the curve, on the whole training set.
+        curve_lr: its learning rate.
+        seed: of the choice of examples, the training of the curve, the start of Lanczos and the random prunings.
+    """
+
+    points: int = 21
+    examples: int | None = None
+    hessian: int = 10
+    curve_epochs: int = 5
+    curve_lr: float = 0.05
+    seed: int = 0
+
+
+def survey(
+    a: Path,
+    b: Path,
+    out: Path,
+    options: Options,
+    *,
+    data_dir: str | None = None,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compare the networks of two finished runs, A the unpruned one; deterministic for given options and threads.
+
+    Args:
+        a, b: folders of runs of the same model on the same data.
+        out: gets ``valley.json`` and ``valley.png``, at the end.
+        options: how closely to look.
+        data_dir: where the data are.
+        threads: of torch.
+        progress: where to tell of it.
+
+    Returns:
+        The content of ``valley.json``.
+    """
+    from pomona.studies.valley_picture import draw_valley
+
+    began = time.monotonic()
+    torch.set_num_threads(threads)
+    trained = {"A": _read(a), "B": _read(b)}
+    _check_same(trained)
+    recipe = trained["A"].told["recipe"]
+    model = build_model(recipe["model"], seed=0)
+    start, end = (_parameters(model, network) for network in trained.values())
+    if torch.equal(flat(start), flat(end)):
+        raise ValueError(f"A and B must be two networks, got the same one in {a} and {b}")
+    data = DATA[recipe["data"]](data_dir)
+    if recipe.get("validation"):
+        data = data.hold_out(recipe["validation"])
+    for name, network in trained.items():
+        _check_data(name, network, data)
+    num_examples = _num_examples(options, data)
+    out.mkdir(parents=True, exist_ok=True)
+
+    for name, network in trained.items():
+        progress.line(f"{name}: {network.told['title']}, seed {network.told['seed']} ({network.folder})")
+    progress.line(f"data: {data.description}; loss on {num_examples:,} training examples")
+    seeds = [network.told["seed"] for network in trained.values()]
+    if len(set(seeds)) > 1:
+        progress.line(f"WARNING: the seeds are {seeds}, so A and B did not start from the same weights")
+
+    examples = torch.randperm(len(data.train_labels), generator=_generator(options, 0))[:num_examples]
+    land = Landscape(model, data, examples)
+    result = {
+        "pomona": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "threads": threads,
+        "commit": commit_of_source(),
+        "options": asdict(options) | {"examples": num_examples},
+        "data": data.description,
+        "checksum": data.checksum,
+        "A": trained["A"].told | {"folder": str(a), "sparsity": _sparsity(start)},
+        "B": trained["B"].told | {"folder": str(b), "sparsity": _sparsity(end)},
+        "parameters": sum(value.numel() for value in start.values()),
+        "distance": float(_between(start, end).norm()),
+        "segment": _along_segment(land, start, end, options, progress),
+        "curve": _along_curve(land, start, end, options, recipe["batch_size"], progress),
+        **_curvature(land, start, end, options, progress),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    picture = io.BytesIO()
+    draw_valley(result, picture)
+    write_atomically(out / "valley.json", json.dumps(result, indent=2).encode())
+    write_atomically(out / "valley.png", picture.getvalue())
+    return result
+
+
+def _along_segment(
+    land: Landscape, a: Parameters, b: Parameters, options: Options, progress: Progress
+) -> dict[str, Any]:
+    intervals = options.points - 1
+    beyond = intervals // 5
+    ts = [i / intervals for i in range(-beyond, intervals + beyond + 1)]
+    return _measured("segment", land, lambda t: segment(a, b, t), ts, progress)
+
+
+def _along_curve(
+    land: Landscape, a: Parameters, b: Parameters, options: Options, batch_size: int, progress: Progress
+) -> dict[str, Any]:
+    num_train = len(land.data.train_labels)
+    per_epoch = max(1, num_train // batch_size)
+    num_steps = options.curve_epochs * per_epoch
+    orders, times = _generator(options, 1), _generator(options, 2)
+    order = torch.empty(0, dtype=torch.int64)
+
+    def loss(parameters: Parameters, step: int) -> Tensor:
+        nonlocal order
+        position = step % per_epoch * batch_size
+        if position == 0:
+            order = torch.randperm(num_train, generator=orders)
+        if progress.is_due:
+            progress.status(f"curve: training, step {step:,} of {num_steps:,}")
+        return land.loss(parameters, order[position : position + batch_size])
+
+    c = train_control(loss, a, b, num_steps=num_steps, lr=options.curve_lr, generator=times)
+    ts = [i / (options.points - 1) for i in range(options.points)]
+    return _measured("curve", land, lambda t: bezier(a, c, b, t), ts, progress) | {
+        "steps": num_steps,
+        "batch_size": batch_size,
+        "momentum": _MOMENTUM,
+    }
+
+
+def _measured(
+    name: str, land: Landscape, path: Callable[[float], Parameters], ts: list[float], progress: Progress
+) -> dict[str, Any]:
+    points: list[dict[str, float]] = []
+    for t in ts:
+        if progress.is_due:
+            progress.status(f"{name}: point {len(points) + 1} of {len(ts)}")
+        points.append(asdict(land.measure(path(t))))
+    series = {key: [point[key] for point in points] for key in points[0]}
+    height, top = barrier(ts, series["loss"])
+    dip, bottom = barrier(ts, [-accuracy for accuracy in series["test_accuracy"]])
+    progress.line(f"{name}: barrier {height:.4g} at t = {top:g}")
+    return {
+        "t": ts,
+        **series,
+        "barrier": height,
+        "barrier_at": top,
+        "test_accuracy_dip": dip,
+        "test_accuracy_dip_at": bottom,
+    }
+
+
+def _curvature(land: Landscape, a: Parameters, b: Parameters, options: Options, progress: Progress) -> dict[str, Any]:
+    """The top of the Hessian at ``a``, and what of it the way to ``b`` and to prunings of ``a`` meets."""
+    vector = flat(a)
+    max_steps = max(50, 10 * options.hessian)
+    generator = _generator(options, 3)
+    multiply = hessian_product(land.losses(), a)
+    num_products = 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal num_products
+        num_products += 1
+        if progress.is_due:
+            progress.status(f"Hessian: product {num_products}, of at most {max_steps}")
+        return multiply(v)
+
+    start = torch.randn(vector.numel(), dtype=vector.dtype, generator=generator)
+    top = top_eigenpairs(product, start, options.hessian, max_steps=max_steps, generator=generator)
+    progress.line(f"Hessian at A: top eigenvalues {', '.join(f'{value:.4g}' for value in top.values)}")
+    if not top.is_converged:
+        progress.line(f"WARNING: the eigenvectors have not converged after {top.steps} products; see their residuals")
+
+    draws = _generator(options, 4)
+    ends = {"B": [b]}
+    if any(bool((value == 0).any()) for value in b.values()):
+        ends["random pruning of A"] = [
+            pruned_like(a, b, lambda value: torch.rand(value.shape, generator=draws)) for _ in range(_DRAWS)
+        ]
+        ends["magnitude pruning of A"] = [pruned_like(a, b, torch.abs)]
+    return {
+        "hessian": {
+            "values": top.values.tolist(),
+            "residuals": top.residuals.tolist(),
+            "tolerance": _TOLERANCE,
+            "is_converged": top.is_converged,
+            "products": top.steps,
+        },
+        "random_projection": math.sqrt(options.hessian / vector.numel()),
+        "directions": {
+            name: _mean([_direction(land, a, end, top.vectors, multiply) for end in several])
+            for name, several in ends.items()
+        },
+    }
+
+
+def _direction(
+    land: Landscape, a: Parameters, end: Parameters, vectors: Tensor, multiply: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """What the way from ``a`` to ``end`` meets: where it goes in the top eigenvectors, and how the loss bends there."""
+    way = _between(a, end)
+    unit = way / way.norm()
+    inside = coordinates(way, vectors)
+    return {
+        "length": float(way.norm()),
+        "projection": float(inside.norm()),
+        "coordinates": inside.abs().tolist(),
+        "curvature": float(unit @ multiply(unit)),
+        **asdict(land.measure(end)),
+    }
+
+
+def _mean(several: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each number over draws."""
+    mean: dict[str, Any] = {"draws": len(several)}
+    for key, value in several[0].items():
+        values = [one[key] for one in several]
+        mean[key] = (
+            [fmean(column) for column in zip(*values, strict=True)] if isinstance(value, list) else fmean(values)
+        )
+    return mean
+
+
+def _between(a: Parameters, b: Parameters) -> Tensor:
+    return flat(b) - flat(a)
+
+
+def _generator(options: Options, stream: int) -> Generator:
+    """Streams of random numbers that do not depend on one another."""
+    return Generator().manual_seed(options.seed * 1_000 + stream)
+
+
+# What the folders hold
+
+
+@dataclass(frozen=True)
+class _Network:
+    """What a run left: title, seed, recipe and so on, and a state dict."""
+
+    folder: Path
+    told: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+def _read(folder: Path) -> _Network:
+    manifest = _manifest(folder)
+    if manifest.get("command") == "base":
+        return _read_base(folder, manifest)
+    result = read_run(folder)
+    path = folder / "model.pt"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no model.pt: its run has not finished, give its command again")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load documents no closed list
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}; repeat its run") from None
+    keys = ("title", "source", "seed", "commit", "torch", "threads", "data", "recipe")
+    return _Network(folder, {key: result.get(key) for key in keys}, state)
+
+
+def _read_base(folder: Path, manifest: dict[str, Any]) -> _Network:
+    """A dense network that several runs start from: it has no result of its own, only a last checkpoint."""
+    found = Checkpoints(folder).load()
+    if found is None or found[0]["phase"] != 1:
+        raise ValueError(f"the dense network in {folder} has not finished, give the command that trains it again")
+    recipe, memory = manifest["recipe"], found[0]["memory"]
+    told = {
+        "title": f"dense {recipe['model']}",
+        "source": None,
+        "seed": recipe["seed"],
+        "commit": ", ".join(filter(None, memory["commits"])) or None,
+        "torch": None,
+        "threads": manifest["threads"],
+        "data": manifest["data"],
+        "recipe": recipe,
+    }
+    return _Network(folder, told, memory["model"])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` says; nothing if it was not kept: ``result.json`` and ``model.pt`` are enough."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        return manifest
+    except (OSError, ValueError):
+        return {}
+
+
+def _parameters(model: nn.Module, network: _Network) -> Parameters:
+    try:
+        model.load_state_dict(network.state)
+    except RuntimeError:
+        name = network.told["recipe"]["model"]
+        raise ValueError(f"the weights in {network.folder} are not those of a {name}; repeat its run") from None
+    return {key: value.detach().clone() for key, value in model.named_parameters()}
+
+
+def _sparsity(parameters: Parameters) -> float:
+    """Of the kernels."""
+    kernels = [value for value in parameters.values() if value.ndim > 1]
+    return sum(int((value == 0).sum()) for value in kernels) / sum(value.numel() for value in kernels)
+
+
+def _check_same(trained: dict[str, _Network]) -> None:
+    for key in ("model", "data", "validation"):
+        here, there = (network.told["recipe"].get(key) for network in trained.values())
+        if (here or None) != (there or None):
+            raise ValueError(f"A and B must have the same {key}, got {here!r} and {there!r}")
+
+
+def _check_data(name: str, network: _Network, data: Dataset) -> None:
+    checksum = _manifest(network.folder).get("checksum")
+    if checksum not in (None, data.checksum):
+        raise ValueError(
+            f"{name} was trained on other data: {network.told['data']!r} in {network.folder}, but "
+            f"{data.description!r} here; name their folder with --data-dir"
+        )
+
+
+def _num_examples(options: Options, data: Dataset) -> int:
+    num = len(data.train_labels)
+    if options.examples is None:
+        return min(10_000, num)
+    if not 1 <= options.examples <= num:
+        raise ValueError(
+            f"--examples must be in [1, {num:,}], the training examples of {data.name}, got {options.examples}"
+        )
+    return options.examples

@@ -1,0 +1,1 @@
+"""A run by a recipe that loses nothing: stages, checkpoints, progress."""

@@ -1,0 +1,626 @@
+"""One run in one folder: phases one after another, from which a killed run goes on bit for bit.
+
+The data lie in memory, the order of an epoch follows from (seed, phase, epoch) alone, and a checkpoint holds all that
+the next step depends on, also in the middle of an epoch. On a CPU with the same number of threads a run that was
+killed and started again therefore ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, TextIO
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from pomona.diagnosis import Diagnosis
+from pomona.pruner import Pruner
+from pomona.train.checkpoint import Checkpoints, write_atomically
+from pomona.train.progress import Progress, duration
+from pomona.train.recipe import Recipe, Stage
+from pomona.zoo.data import Dataset
+from pomona.zoo.models import build_model
+
+_CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
+_LOCK_SECONDS = 0.3  # to wait for those who only ask whether a process is running
+_EVAL_BATCH = 1000  # labels at a time, or fewer where their inputs are
+_EVAL_VALUES = 800_000  # of inputs at a time: what is computed from more leaves the cache
+_HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
+
+Memory = dict[str, Any]  # what one phase leaves to the next: tensors and plain values
+
+
+class FolderError(ValueError):
+    """The output folder cannot be used for this run."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved where it is."""
+
+
+@dataclass
+class Learner:
+    """A model in training, and how far it has come in its phase."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    pruner: Pruner | None
+    forward: Callable[[Tensor], Tensor]  # the model, or its compiled form
+    loss_sum: Tensor  # of the epoch so far
+    num_right: Tensor
+    step: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict() if self.pruner else None,
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss_sum": self.loss_sum,
+            "num_right": self.num_right,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.pruner:
+            self.pruner.load_state_dict(state["pruner"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.num_right.copy_(state["num_right"])
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training by a stage of the recipe.
+
+    Attributes:
+        name: of the phase in metrics and messages.
+        stage: learning rates and length.
+        order: distinguishes the order of its data from that of other phases.
+        start: the model it starts with, from the recipe and what earlier phases left in memory.
+        attach: what prunes, or holds, during it.
+        finish: what it leaves in memory.
+    """
+
+    name: str
+    stage: Stage
+    order: int
+    start: Callable[[Recipe, Memory], nn.Module]
+    attach: Callable[[Recipe, nn.Module, Optimizer, int], Pruner | None]  # the last: steps per epoch
+    finish: Callable[[Run, Learner], None]
+
+
+@dataclass
+class Run:
+    """Where a run stands. ``go`` trains the phases that are left and returns the memory of the last.
+
+    Args:
+        recipe: what to do.
+        data: with what; training is on the device that holds it.
+        folder: holds ``metrics.jsonl`` and the checkpoints; made if missing.
+        phases: in order.
+        progress: where to tell of it.
+        lock: what keeps other processes out of the folder as long as it is open.
+        compiled: whether forward and backward passes of training go through ``torch.compile``.
+    """
+
+    recipe: Recipe
+    data: Dataset
+    folder: Path
+    phases: Sequence[Phase]
+    progress: Progress
+    lock: TextIO
+    compiled: bool = False
+    memory: Memory = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    was_finished: bool = False  # already when it was opened
+    _stop: bool = False
+
+    def __post_init__(self) -> None:
+        self._checkpoints = Checkpoints(self.folder)
+        self._metrics = self.folder / "metrics.jsonl"
+        self._saved_at = time.monotonic()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return num_steps_per_epoch(self.recipe, self.data)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.train_labels.device
+
+    def go(self) -> Memory:
+        """Train what is left."""
+        with self.lock, self._stop_on_signal():
+            resumed = self._load()
+            first = resumed["phase"] if resumed else 0
+            self.was_finished = first == len(self.phases)
+            if not self.was_finished:
+                self.memory.setdefault("commits", [])
+                self.memory["commits"] = list(dict.fromkeys([*self.memory["commits"], commit_of_source()]))
+            for index in range(first, len(self.phases)):
+                inside = resumed["inside"] if resumed and index == first else None
+                self._train(index, inside)
+        return self.memory
+
+    def _train(self, index: int, inside: Mapping[str, Any] | None) -> None:
+        phase = self.phases[index]
+        learner = self._begin(phase)
+        if inside:
+            learner.load_state_dict(inside)
+        else:
+            self._announce(phase)
+        clock = time.monotonic() - learner.seconds
+        num_steps = phase.stage.epochs * self.steps_per_epoch
+        order = self._order(phase, learner.step // self.steps_per_epoch)
+        learner.model.train()
+        while learner.step < num_steps:
+            epoch, position = divmod(learner.step, self.steps_per_epoch)
+            if position == 0:
+                order = self._order(phase, epoch)
+            start = position * self.recipe.batch_size
+            torch.manual_seed(self._seed(phase, learner.step))  # for dropout
+            self._step(phase.stage, learner, order[start : start + self.recipe.batch_size])
+            learner.seconds = time.monotonic() - clock
+            if self.progress.is_due:
+                self.progress.status(self._status(phase, learner, num_steps))
+            if position == self.steps_per_epoch - 1:
+                self._end_epoch(index, learner)
+            if self._stop:
+                self._save(index, learner)
+                raise Stopped(f"stopped in {phase.name} at step {learner.step:,} of {num_steps:,}")
+        phase.finish(self, learner)
+        self.memory.setdefault("seconds", {})[phase.name] = time.monotonic() - clock
+        self._save(index + 1, None)
+
+    def _begin(self, phase: Phase) -> Learner:
+        model = phase.start(self.recipe, self.memory).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = _make_optimizer(model, phase.stage)
+        pruner = phase.attach(self.recipe, model, optimizer, self.steps_per_epoch)
+        forward = torch.compile(model) if self.compiled else model
+        loss_sum = torch.zeros((), device=self.device)
+        return Learner(model, optimizer, pruner, forward, loss_sum, torch.zeros_like(loss_sum, dtype=torch.int64))
+
+    def _announce(self, phase: Phase) -> None:
+        stage = phase.stage
+        self.progress.line(
+            f"{phase.name}: {stage.epochs} epochs of {self.steps_per_epoch} steps, batch {self.recipe.batch_size}, "
+            f"{stage.optimizer}, lr {stage.lr:g}, momentum {stage.momentum:g}, weight decay {stage.weight_decay:g}"
+        )
+
+    def _order(self, phase: Phase, epoch: int) -> Tensor:
+        return self.data.order(torch.Generator().manual_seed(self._seed(phase, epoch))).to(self.device)
+
+    def _seed(self, phase: Phase, number: int) -> int:
+        """Of an epoch or a step of a phase."""
+        return (self.recipe.seed * 1_000 + phase.order) * 1_000_000 + number
+
+    def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
+        lr = stage.learning_rate(learner.step, self.steps_per_epoch)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        inputs, labels = self.data.batch(batch)
+        learner.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = learner.forward(inputs)
+        loss = cross_entropy(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        learner.optimizer.step()
+        learner.loss_sum += loss.detach()
+        learner.num_right += count_right(logits.detach(), labels)
+        learner.step += 1
+
+    def evaluate(self, model: nn.Module) -> Tested:
+        """On the test set, in float32."""
+        return evaluate(model, self.data)
+
+    # What is told and kept
+
+    def _end_epoch(self, index: int, learner: Learner) -> None:
+        phase = self.phases[index]
+        epoch = learner.step // self.steps_per_epoch
+        num_examples = self.steps_per_epoch * self.recipe.batch_size
+        row: dict[str, Any] = {
+            "stage": phase.name,
+            "epoch": epoch,
+            "step": learner.step,
+            "lr": learner.optimizer.param_groups[0]["lr"],
+            "loss": float(learner.loss_sum) / self.steps_per_epoch,
+            "train_accuracy": 100.0 * int(learner.num_right) / (num_examples * self.data.train_labels[0].numel()),
+        }
+        # With a pruner weights stay finite: it skips the steps that would change that.
+        if not math.isfinite(row["loss"]) or not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
+            stage = phase.name if phase.name in ("prune", "retrain") else "base"
+            raise ValueError(
+                f"{phase.name} diverged: loss or weights are not finite in epoch {epoch}; lower {stage}.lr"
+            )
+        is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
+        if is_tested:
+            row["test_accuracy"], row["test_loss"] = self.evaluate(learner.model)
+        if learner.pruner and not learner.pruner.is_hardened:
+            row |= learner.pruner.metrics() | {"density_if_cut": learner.pruner.density_if_cut()}
+            if is_tested:
+                row |= self._cut_now(learner.model, learner.pruner)
+        row["seconds"] = round(learner.seconds, 3)
+        self.rows.append(row)
+        self._append(row)
+        if is_tested:
+            self.progress.line(describe(row, phase.stage.epochs))
+        learner.loss_sum.zero_()
+        learner.num_right.zero_()
+        if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
+            self._save(index, learner)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that counts it
+        except OSError as error:
+            raise OSError(error.errno, f"could not write {self._metrics}: {error.strerror}") from error
+
+    def _cut_now(self, model: nn.Module, pruner: Pruner) -> dict[str, Any]:
+        histogram = _histogram([p.detach() for p in pruner.parameters().values()])
+        with pruner.trial_cut() as cut:
+            accuracy, loss = self.evaluate(model)
+            return {
+                "accuracy_if_cut": accuracy,
+                "loss_if_cut": loss,
+                "largest_cut": cut.largest_cut,
+                "histogram": histogram,
+            }
+
+    def _status(self, phase: Phase, learner: Learner, num_steps: int) -> str:
+        row = next(
+            (row for row in reversed(self.rows) if row["stage"] == phase.name), {"stage": phase.name, "epoch": 0}
+        )
+        left = learner.seconds / learner.step * (num_steps - learner.step)
+        return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {describe(row, phase.stage.epochs)}"
+
+    def _save(self, index: int, learner: Learner | None) -> None:
+        """A checkpoint inside phase ``index``, or before its first step."""
+        done = sum(phase.stage.epochs * self.steps_per_epoch + 1 for phase in self.phases[:index])
+        state = {
+            "phase": index,
+            "inside": learner.state_dict() if learner else None,
+            "memory": self.memory,
+            "num_rows": len(self.rows),
+        }
+        self._checkpoints.save(state, done + (learner.step if learner else 0))
+        self._saved_at = time.monotonic()
+
+    def _load(self) -> dict[str, Any] | None:
+        found = self._checkpoints.load()
+        for message in self._checkpoints.damaged:
+            self.progress.line(f"WARNING: {message}")
+        if found is None:
+            self._metrics.unlink(missing_ok=True)
+            return None
+        state, _ = found
+        self.memory = state["memory"]
+        self.rows = read_rows(self._metrics)[: state["num_rows"]]
+        if len(self.rows) < state["num_rows"]:
+            self.progress.line(
+                f"WARNING: {self._metrics} has only {len(self.rows)} of {state['num_rows']} rows; the pictures and "
+                "the page will lack the others, the weights are not affected"
+            )
+        write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if state["phase"] < len(self.phases):
+            step = state["inside"]["step"] if state["inside"] else 0
+            self.progress.line(f"resuming {self.phases[state['phase']].name} after step {step:,}")
+        else:
+            self.progress.line(
+                f"this run has finished; to train again, delete {self.folder} or name another with --out"
+            )
+        return state
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Tested(NamedTuple):
+    """Of all labels of the test set: accuracy in percent, and mean cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+
+
+def evaluate(model: nn.Module, data: Dataset) -> Tested:
+    """On the test set, in float32; leaves the model in training mode."""
+    model.eval()
+    right, loss = 0, 0.0
+    most = _EVAL_BATCH // data.test_labels[0].numel(), _EVAL_VALUES // data.test_inputs[0].numel()
+    examples = max(1, min(most))
+    with torch.no_grad():
+        for start in range(0, len(data.test_labels), examples):
+            labels = data.test_labels[start : start + examples]
+            logits = model(data.test_inputs[start : start + examples])
+            right += int(count_right(logits, labels))
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+    model.train()
+    return Tested(100.0 * right / data.test_labels.numel(), loss / data.test_labels.numel())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+    """In nats; ``logits`` have a further, last dimension."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
+
+
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels have the largest logit."""
+    return (logits.argmax(-1) == labels).sum()
+
+
+def _make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
+        {"params": others, "weight_decay": 0.0, "lr_factor": stage.bias_lr},
+    ]
+    if stage.optimizer == "sgd":
+        return SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.nesterov, fused=True)
+    return (Adam if stage.optimizer == "adam" else AdamW)(groups, lr=stage.lr, fused=True)
+
+
+def commit_of_source() -> str | None:
+    """The commit of the source tree this package runs from; "+" when files differ from it."""
+    here = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows that are whole: a full disk or a power cut may have cut off the last."""
+    rows = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+_COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
+    "lr": ("lr", ".2g"),
+    "loss": ("loss", ".4f"),
+    "train_accuracy": ("train", ".2f"),
+    "test_accuracy": ("test", ".2f"),
+    "test_loss": ("test loss", ".4f"),
+    "accuracy_if_cut": ("if cut", ".2f"),
+    "loss_if_cut": ("loss if cut", ".4f"),
+    "largest_cut": ("largest cut", ".2g"),
+    "active": ("active", ",.0f"),
+    "decay_exponent": ("decay", ".2f"),
+}
+
+
+_UNTOLD = {"stage", "epoch", "step", "seconds", "density_if_cut", "histogram"}
+
+
+def describe(row: Mapping[str, Any], epochs: int) -> str:
+    """A row of metrics as a line."""
+    known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
+    known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_UNTOLD}]
+    return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
+
+
+def _histogram(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    low, high, bins = _HISTOGRAM
+    magnitudes = torch.cat([t.reshape(-1).abs() for t in tensors])
+    alive = magnitudes[magnitudes > 0].log10_().clamp_(low, high)
+    counts = torch.histc(alive, bins, low, high)
+    return {
+        "edges": [round(low + (high - low) * i / bins, 4) for i in range(bins + 1)],
+        "counts": [int(c) for c in counts],
+        "zeros": magnitudes.numel() - alive.numel(),
+    }
+
+
+def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
+    """Full batches only, as in the papers."""
+    steps = len(data.train_labels) // recipe.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is more than the {len(data.train_labels)} training examples of {data.name}"
+        )
+    return steps
+
+
+def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
+    """Whether the recipe's pruning stage can succeed, from its numbers alone."""
+    stage = recipe.prune
+    settings = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
+    return recipe.make_method(steps_per_epoch).forecast(
+        [{**settings, "lr": lr} for lr in stage.learning_rates(steps_per_epoch)]
+    )
+
+
+def check(recipe: Recipe, steps_per_epoch: int) -> None:
+    """Raise ValueError if the method cannot prune this model, scope and optimizer, before anything is trained."""
+    model = build_model(recipe.model, seed=recipe.seed)
+    optimizer = _make_optimizer(model, recipe.prune)
+    Pruner(model, optimizer, recipe.make_method(steps_per_epoch), scope=recipe.make_scope())
+
+
+def open_run(
+    command: str,
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    phases: Sequence[Phase],
+    *,
+    threads: int,
+    progress: Progress,
+    base: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Run:
+    """Claim the folder for this run, or find that it is already its own; ``base`` names a network to start from."""
+    if recipe.validation:
+        data = data.hold_out(recipe.validation)
+    steps_per_epoch = num_steps_per_epoch(recipe, data)
+    check(recipe, steps_per_epoch)
+    torch.set_num_threads(threads)
+    data_there = data.to(usable(device))
+    more: dict[str, Any] = {"base": dict(base)} if base else {}
+    lock = claim(folder, identity_of(command, recipe, data, threads, device, compiled) | more)
+    title = f"dense {recipe.model}" if command == "base" else f"{recipe.title} ({recipe.source})"
+    progress.line(f"{title}, seed {recipe.seed}, {threads} thread{'s' * (threads > 1)}")
+    progress.line(f"data: {data.description}")
+    progress.line(f"folder: {folder}")
+    diagnosis = diagnose(recipe, steps_per_epoch) if command != "base" else None
+    if diagnosis is not None:
+        progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
+    return Run(recipe, data_there, folder, phases, progress, lock, compiled)
+
+
+def usable(device: str) -> torch.device:
+    """The device of this name, made ready to give the same bits again.
+
+    Raises:
+        ValueError: this torch has no such device here.
+    """
+    try:
+        found = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device must be cpu, or another that torch can use here, got {device!r}: {reason}") from None
+    if found.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    return found
+
+
+def identity_of(
+    command: str, recipe: Recipe, data: Dataset, threads: int, device: str = "cpu", compiled: bool = False
+) -> dict[str, Any]:
+    """What makes a run repeatable bit for bit, for its manifest; of a device its kind."""
+    kind = device.partition(":")[0]
+    special = {"device": kind if kind != "cpu" else None, "compiled": compiled or None}
+    return {
+        **{key: value for key, value in special.items() if value},
+        "command": command,
+        "recipe": base_of(recipe) if command == "base" else recipe.to_dict(),
+        "data": data.description,
+        "checksum": data.checksum,
+        "threads": threads,
+    }
+
+
+def base_of(recipe: Recipe) -> dict[str, Any]:
+    """What the dense network of a recipe depends on; recipes that agree in it can share one."""
+    told = recipe.to_dict()
+    keys = ("model", "data", "batch_size", "seed", "validation", "precision", "base")
+    held_out = recipe.progressive.validation if recipe.progressive else recipe.validation
+    return {key: told[key] for key in keys} | {"validation": held_out}
+
+
+def claim(folder: Path, identity: dict[str, Any]) -> TextIO:
+    """Make the folder this run's, or find that it is; returns the lock that is held on it."""
+    manifest, option = folder / "run.json", "--base" if identity["command"] == "base" else "--out"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            if any(path.name != f".{manifest.name}.tmp" for path in folder.iterdir()):  # left by a kill
+                raise FolderError(f"{folder} is not empty and holds no run; name another with {option}")
+            write_atomically(manifest, json.dumps(identity, indent=2).encode())
+    except OSError as error:
+        raise FolderError(f"cannot write to {folder}: {error}; name another with {option}") from None
+    if not os.access(folder, os.W_OK):
+        raise FolderError(f"cannot write to {folder}; name another with {option}")
+    try:
+        there = json.loads(manifest.read_text())
+        del there["data"]  # names a folder, which may have moved; the checksum tells whether the data are the same
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise FolderError(f"{manifest} cannot be read: {error!r}; delete {folder} to start again") from None
+    different = differences(there, {key: value for key, value in identity.items() if key != "data"})
+    if different:
+        raise FolderError(
+            f"{folder} belongs to another run: {different}. Name another folder with {option}, or delete it"
+        )
+    return _lock(manifest)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """How what a manifest holds differs from plain values here, the first four; empty if it does not."""
+    a, b = _flatten(there), _flatten(json.loads(json.dumps(here)))
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return "; ".join(f"{key} is {a.get(key)!r} there and {b.get(key)!r} here" for key in keys[:4])
+
+
+def _lock(manifest: Path) -> TextIO:
+    """Held until closed or the process ends, however it ends; not on Windows, which has no such lock."""
+    lock = manifest.open()
+    if sys.platform != "win32":
+        import fcntl
+
+        until = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    lock.close()
+                    raise FolderError(
+                        f"another process is running in {manifest.parent}; wait for it or end it"
+                    ) from None
+            time.sleep(0.02)
+    return lock
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is training in the folder; on Windows always True, for that cannot be told there."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    with (folder / "run.json").open() as manifest:  # closing it gives the lock back
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
