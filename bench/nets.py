@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pomona.budget import deal
+from pomona.selection.allocation import allocate
 from pomona.zoo.models import MODELS
 
 Kernel = nn.Conv2d | nn.Linear
@@ -143,13 +143,13 @@ def mask_(model: nn.Module, allocation: Allocation, sparsity: float) -> None:
     """Set random weights to zero, and raise the others so that a layer's output keeps its variance.
 
     Depthwise kernels stay dense, as usual (they are 1 % of MobileNet's weights). The others together lose `sparsity`:
-    by "erk" as `pomona.budget.deal` shares it out; by "uniform" the same part of each, but the first layer of a convnet
+    by "erk" as `pomona.selection.allocation` shares it out; by "uniform" the same part of each, but the first layer of a convnet
     no more than half.
     """
     layers = [layer for layer in kernels(model) if not _is_depthwise(layer)]
     shapes = [layer.weight.shape for layer in layers]
     if allocation == "erk":
-        counts = deal("erk", shapes, round((1 - sparsity) * sum(shape.numel() for shape in shapes)))
+        counts = allocate("erk", shapes, round((1 - sparsity) * sum(shape.numel() for shape in shapes)))
     else:
         counts = [round((1 - sparsity) * shape.numel()) for shape in shapes]
         if isinstance(layers[0], nn.Conv2d):

@@ -42,7 +42,7 @@ from pomona.score import Score
 from pomona.selection import NonFiniteError, find_shards
 
 if TYPE_CHECKING:
-    from pomona.method import Weight
+    from pomona.weight import Weight
 
 Granularity: TypeAlias = str | tuple[int, int]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pomona import selection
-from pomona.budget import global_top_k, select
 from pomona.native import core
 from pomona.score import Score, magnitude, saliency
 from pomona.selection import NonFiniteError, find_threshold, kth_largest, select_largest, select_on_device
+from pomona.selection.top_k import global_top_k, select
 from tests import oracles
 
 INF, NAN = math.inf, math.nan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pomona.distributed import Shard, local, reshard, sum_counts
-from pomona.method import Method, Weight
+from pomona.method import Method
 from pomona.ops import PIECE
 from pomona.scope import Scope
+from pomona.weight import Weight, Weights
 
 if TYPE_CHECKING:
     from pomona.pruner import Pruner
@@ -77,10 +78,10 @@ def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor], shards: Mapping
 class _Zeros(Method):
     """What is zero now stays zero."""
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         return [w.value != 0 for w in weights]
 
-    def why(self, total: int, kept: int, density: float) -> str:
+    def why(self, w: Weight, kept: int, density: float) -> str:
         return "what was not zero when hold() was called"
 
 

@@ -27,7 +27,7 @@ from pomona.native import core
 from pomona.score import Score
 
 if TYPE_CHECKING:
-    from pomona.method import Weight
+    from pomona.weight import Weight
 
 T = TypeVar("T")
 
@@ -76,8 +76,8 @@ class Selection(Protocol):
         """How many each tensor keeps; on other devices than a CPU an int64 tensor each."""
 
     @property
-    def num_infinite(self) -> int:
-        """Scores that are infinite; 0 on other devices than a CPU, where nobody looks."""
+    def num_infinite(self) -> int | None:
+        """Number of infinite scores; None where nobody has counted them."""
 
     def masks(self) -> list[Tensor]:
         """Boolean, of the shapes of the scores, True = kept."""
@@ -184,8 +184,9 @@ class JoinedSelection:
         return self._in_order([(places, part.counts) for places, part in self.parts])
 
     @property
-    def num_infinite(self) -> int:
-        return sum(part.num_infinite for _, part in self.parts)
+    def num_infinite(self) -> int | None:
+        known = [number for _, part in self.parts if (number := part.num_infinite) is not None]
+        return sum(known) if len(known) == len(self.parts) else None
 
     def masks(self) -> list[Tensor]:
         return self._in_order([(places, part.masks()) for places, part in self.parts])
@@ -206,13 +207,20 @@ class MaskSelection:
 
     Attributes:
         kept: the masks, or this rank's part of them.
-        counts: how many each tensor keeps on all ranks together.
-        num_infinite: not looked at.
+        shards: the shard of each tensor, None where this rank holds all of it.
     """
 
     kept: list[Tensor]
-    counts: list[int]
-    num_infinite: int = 0
+    shards: Sequence[Shard | None]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many each tensor keeps, on all ranks together."""
+        return sum_counts([mask.count_nonzero() for mask in self.kept], self.shards)
+
+    @property
+    def num_infinite(self) -> int | None:
+        return None
 
     def masks(self) -> list[Tensor]:
         return self.kept
@@ -220,6 +228,29 @@ class MaskSelection:
     def multiply_(self, tensors: Sequence[Tensor]) -> None:
         for tensor, mask in zip(tensors, self.kept, strict=True):
             tensor.mul_(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """All stay, zero scores too.
+
+    Attributes:
+        tensors: any of the shapes and on the devices of the scores.
+        counts: how many weights each tensor has, on all ranks together.
+    """
+
+    tensors: list[Tensor]
+    counts: list[int]
+
+    @property
+    def num_infinite(self) -> int | None:
+        return None
+
+    def masks(self) -> list[Tensor]:
+        return [torch.ones_like(t, dtype=torch.bool) for t in self.tensors]
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        pass
 
 
 def select_largest(scores: Sequence[Score], k: int) -> CPUSelection | DeviceSelection:

@@ -1,11 +1,10 @@
-"""HOW MUCH stays, and WHERE: scores to boolean masks, True = kept."""
+"""The k largest of all scores, by layer and in groups where wanted: scores to boolean masks, True = kept."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING
 
 from torch import Size, Tensor
 
@@ -14,7 +13,6 @@ from pomona.granularity import (
     Channel,
     Granularity,
     NOfM,
-    check_fits,
     check_shapes,
     fold,
     parse,
@@ -22,20 +20,12 @@ from pomona.granularity import (
     top_n_of_m,
     unfold,
 )
-from pomona.schedule import check_value
 from pomona.score import Score
 from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
+from pomona.selection.allocation import Allocation, allocate, check_allocation
 
 if TYPE_CHECKING:
-    from pomona.method import Weight
-
-Allocation: TypeAlias = Literal["global", "uniform", "erk"]  # WHERE the budget goes
-
-
-def num_kept(sparsity: float, total: int) -> int:
-    """``floor((1 - sparsity) total)``, GSM's Q; 0.9 of 1,000 keeps 100 although 1 - 0.9 < 0.1 in floating point."""
-    check_value("sparsity", sparsity, low=0.0, high=1.0)
-    return math.floor(round((1.0 - sparsity) * total, 6))
+    from pomona.weight import Weight
 
 
 def select(
@@ -143,9 +133,9 @@ def top_k(
         masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, of=blocks or None, min_density=min_density)
         return [unfold(mask, kind) for mask in masks]
     if allocation != "global":
-        return top_k_each(scores, deal(allocation, shapes, k), of=of, granularity=granularity)
+        return top_k_each(scores, allocate(allocation, shapes, k), of=of, granularity=granularity)
     if isinstance(kind, Channel):
-        return top_channels(scores, k, kind, of, _channel_floors(shapes, kind, min_density))
+        return top_channels(scores, k, kind, of, channel_floors(shapes, kind, min_density))
     return global_top_k(scores, k, of=of, min_density=min_density)
 
 
@@ -169,7 +159,7 @@ def _n_of_m(
     if allocation == "global":
         more = global_top_k(others, left, of=of)
     else:
-        shares = deal(allocation, [(size // kind.m, kind.m - kind.n) for size in sizes], left)
+        shares = allocate(allocation, [(size // kind.m, kind.m - kind.n) for size in sizes], left)
         more = top_k_each(others, shares, of=of)
     return [mask.logical_or_(one) for mask, one in zip(masks, more, strict=True)]
 
@@ -187,129 +177,13 @@ def top_k_each(
     return [top_k([s], count, of=w, granularity=granularity)[0] for s, count, w in places]
 
 
-def check_allocation(allocation: str) -> None:
-    """ValueError unless it is a name that ``top_k`` knows."""
-    if allocation not in get_args(Allocation):
-        raise ValueError(f"allocation must be one of {', '.join(get_args(Allocation))}, got {allocation!r}")
+def floor_of(num_groups: int, min_density: float) -> int:
+    """``ceil(min_density n)``: how many of ``n`` weights or groups stay at least; 0.07 of 100 is 7, not 8."""
+    return math.ceil(round(min_density * num_groups, 6))
 
 
-def deal(allocation: Literal["uniform", "erk"], shapes: Sequence[Sequence[int]], k: int) -> list[int]:
-    """How many of ``k`` each layer of these shapes keeps: its share by the allocation, rounded.
-
-    First one for each layer, so that none is empty if ``k`` suffices; the rest rounded to the nearest with a common
-    factor, as seats of a parliament are by Webster's method. The counts add up to ``k`` exactly, and with a smaller
-    ``k`` no layer keeps more, which largest remainders do not ensure.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    if not 0 <= k <= sum(sizes):
-        raise ValueError(f"k must be in [0, {sum(sizes)}], the number of weights, got {k}")
-    rates = [_erk_rate(shape) for shape in shapes] if allocation == "erk" else sizes
-    # Rounding adds at most 1 to each of n shares: what k - n gives is a lower bound, and few more are to be dealt.
-    counts = [math.floor(share) for share in _shares(rates, sizes, max(k - len(sizes), 0))]
-
-    def turn(i: int) -> tuple[float, int]:
-        return (2 * counts[i] + 1) / rates[i] if counts[i] else 0.0, i
-
-    turns = [turn(i) for i in range(len(sizes)) if counts[i] < sizes[i]]
-    heapq.heapify(turns)
-    for _ in range(k - sum(counts)):
-        _, i = heapq.heappop(turns)
-        counts[i] += 1
-        if counts[i] < sizes[i]:
-            heapq.heappush(turns, turn(i))
-    return counts
-
-
-def erk(shapes: Sequence[Sequence[int]], k: int) -> list[float]:
-    r"""Densities of layers by the Erdos-Renyi kernel rule (RigL, arXiv 1911.11134, section 3; SET for dense layers).
-
-    A layer of shape :math:`(n_1, n_2, \dots)` gets the density
-    :math:`\epsilon \, (n_1 + n_2 + \dots) / (n_1 n_2 \cdots)`, so that small layers stay denser than large ones.
-    Layers for which that exceeds 1 are kept whole, and :math:`\epsilon` is solved anew for the others until all
-    together keep ``k`` weights.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    shares = _shares([_erk_rate(shape) for shape in shapes], sizes, k)
-    return [share / size if size else 1.0 for share, size in zip(shares, sizes, strict=True)]
-
-
-def _erk_rate(shape: Sequence[int]) -> int:
-    return sum(shape) or 1  # of a scalar, whose shape is empty
-
-
-def _shares(rates: Sequence[int], sizes: Sequence[int], k: int) -> list[float]:
-    """``min(size, epsilon rate)`` of each layer, with the ``epsilon`` for which they add up to ``k``."""
-    shares = [float(size) for size in sizes]
-    free = {i for i, size in enumerate(sizes) if size}
-    while free:
-        epsilon = k / sum(rates[i] for i in free)
-        whole = {i for i in free if epsilon * rates[i] > sizes[i]}
-        if not whole:
-            for i in free:
-                shares[i] = epsilon * rates[i]
-            break
-        free -= whole
-        k -= sum(sizes[i] for i in whole)
-    return shares
-
-
-def tell_share(
-    total: int, kept: int, density: float, allocation: Allocation, granularity: Granularity = "weight"
-) -> str:
-    """One clause for ``Method.why``: how a layer came to keep ``kept`` of ``total`` by an allocation."""
-    if granularity_decides(total, kept, granularity):
-        return f"{granularity}, as every layer"
-    if kept == 0:
-        return f"emptied by allocation={allocation!r}"
-    return f"{kept / total / density:.2g}x the network's share, by allocation={allocation!r}"
-
-
-def check_budget(
-    weights: Sequence[Weight],
-    k: int,
-    allocation: Allocation,
-    *,
-    min_density: float = 0.0,
-    granularity: Granularity = "weight",
-) -> None:
-    """ValueError unless the weights fall into groups of ``granularity`` and ``k`` is enough for the layers' floors.
-
-    All ranks must call it where weights are sharded.
-    """
-    check_fits(weights, granularity)
-    kind = parse(granularity)
-    shapes = [w.shape for w in weights]
-    if allocation == "global" and not isinstance(kind, Channel):
-        sizes = [w.numel // kind.size(w.shape) for w in weights]
-        check_floors(sizes, k // kind.size(shapes[0]), min_density)
-    if not isinstance(kind, Channel):
-        return
-    if allocation == "global":
-        floors = _channel_floors(shapes, kind, min_density)
-        needed = sum(floor * kind.size(shape) for floor, shape in zip(floors, shapes, strict=True))
-        if needed > k:
-            raise ValueError(
-                f"min_density={min_density:g} alone keeps {sum(floors)} {kind}s of {needed} weights, more than the "
-                f"budget of {k}; lower min_density or the sparsity"
-            )
-        return
-    for w, share in zip(weights, deal(allocation, shapes, k), strict=True):
-        if share < kind.size(w.shape):
-            raise ValueError(
-                f"allocation={allocation!r} leaves {w.name} {tuple(w.shape)} {share} weights, and a {kind} of it has "
-                f"{kind.size(w.shape)}; lower the sparsity, take allocation='global', or leave the layer dense: "
-                f"Scope(exclude=[{w.name!r}])"
-            )
-
-
-def _channel_floors(shapes: Sequence[Sequence[int]], kind: Channel, min_density: float) -> list[int]:
-    return [math.ceil(round(min_density * shape[kind.dim], 6)) for shape in shapes]
-
-
-def granularity_decides(total: int, kept: int, granularity: Granularity) -> bool:
-    """Whether a layer keeps what n:m leaves every layer."""
-    kind = parse(granularity)
-    return isinstance(kind, NOfM) and kept * kind.m == total * kind.n
+def channel_floors(shapes: Sequence[Sequence[int]], kind: Channel, min_density: float) -> list[int]:
+    return [floor_of(shape[kind.dim], min_density) for shape in shapes]
 
 
 def check_min_density(min_density: float) -> None:
@@ -322,7 +196,7 @@ def check_min_density(min_density: float) -> None:
 
 def check_floors(sizes: Sequence[int], k: int, min_density: float) -> list[int]:
     """The floor of each tensor; ValueError if together they exceed ``k``."""
-    floors = [math.ceil(round(min_density * size, 6)) for size in sizes]
+    floors = [floor_of(size, min_density) for size in sizes]
     if sum(floors) > k:
         raise ValueError(
             f"min_density={min_density:g} alone keeps {sum(floors)} of {sum(sizes)} scores, more than the budget of "

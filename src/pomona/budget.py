@@ -1,0 +1,158 @@
+"""HOW MUCH stays, and WHERE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pomona.granularity import Channel, Granularity, Kind, NOfM, canonical, check_fits, check_granularity, parse
+from pomona.schedule import Value, check_value, highest, value_at
+from pomona.score import Score
+from pomona.selection import Everything, MaskSelection, Selection
+from pomona.selection.allocation import Allocation, allocate, check_allocation
+from pomona.selection.top_k import channel_floors, check_floors, check_min_density, floor_of, select, top_k
+from pomona.weight import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    r"""How many weights stay in all, how the layers share them, and what stays together.
+
+    Of :math:`N` weights :math:`\lfloor (1 - \text{sparsity}) N \rfloor` stay. A method has these four as fields of
+    its own and gets its budget from them, see :class:`pomona.Method`.
+
+    Args:
+        sparsity: fraction of zeros in [0, 1) of the weights in scope, or a schedule of it; None: nothing is promised,
+            and all may stay.
+        allocation: ``"global"``: one ranking of all layers together; ``"uniform"``: the same share of every layer;
+            ``"erk"``: shares by :func:`pomona.selection.allocation.erk`.
+        min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]: of a layer of n weights
+            (or groups) at least ``ceil(min_density n)``.
+        granularity: what goes together, see :mod:`pomona.granularity`; stored in its canonical spelling.
+
+    Example:
+        >>> budget = Budget(0.9, min_density=0.01)
+        >>> budget.num_kept(1000, step=1)
+        100
+    """
+
+    sparsity: Value | None = None
+    allocation: Allocation = "global"
+    min_density: float = 0.0
+    granularity: Granularity = "weight"
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        check_allocation(self.allocation)
+        check_min_density(self.min_density)
+        object.__setattr__(self, "granularity", canonical(self.granularity))
+        check_granularity(self.granularity, self.sparsity, self.allocation)
+
+    def num_kept(self, total: int, step: int) -> int:
+        """How many of ``total`` weights stay at ``step``."""
+        return total if self.sparsity is None else num_kept(value_at(self.sparsity, step), total)
+
+    def check_weights(self, weights: Sequence[Weight]) -> None:
+        """ValueError unless the weights fall into groups, and the budget is enough for every layer's floor.
+
+        It looks at the least that the schedule ever keeps. All ranks must call it where weights are sharded.
+        """
+        check_fits(weights, self.granularity)
+        if self.sparsity is None:
+            return
+        k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
+        kind = parse(self.granularity)
+        if isinstance(kind, Channel):
+            self._check_channels(weights, k, kind)
+        elif self.allocation == "global":
+            sizes = [w.numel // kind.size(w.shape) for w in weights]
+            check_floors(sizes, k // kind.size(weights[0].shape), self.min_density)
+
+    def _check_channels(self, weights: Sequence[Weight], k: int, kind: Channel) -> None:
+        shapes = [w.shape for w in weights]
+        if self.allocation == "global":
+            floors = channel_floors(shapes, kind, self.min_density)
+            needed = sum(floor * kind.size(shape) for floor, shape in zip(floors, shapes, strict=True))
+            if needed > k:
+                raise ValueError(
+                    f"min_density={self.min_density:g} alone keeps {sum(floors)} {kind}s of {needed} weights, more "
+                    f"than the budget of {k}; lower min_density or the sparsity"
+                )
+            return
+        for w, share in zip(weights, allocate(self.allocation, shapes, k), strict=True):
+            if share < kind.size(w.shape):
+                raise ValueError(
+                    f"allocation={self.allocation!r} leaves {w.name} {tuple(w.shape)} {share} weights, and a {kind} of "
+                    f"it has {kind.size(w.shape)}; lower the sparsity, take allocation='global', or leave the layer "
+                    f"dense: Scope(exclude=[{w.name!r}])"
+                )
+
+    def counts(self, weights: Sequence[Weight], step: int) -> list[int] | None:
+        """How many weights each layer keeps; None if all layers are ranked together."""
+        if self.allocation == "global":
+            return None
+        return allocate(self.allocation, [w.shape for w in weights], self._k(weights, step))
+
+    def keep(self, scores: Sequence[Score | Tensor], step: int, *, of: Sequence[Weight]) -> Selection:
+        """Keep the weights with the largest scores: exactly ``num_kept``, fewer where scores are zero.
+
+        Ties are broken by position. Where the budget is all weights, all stay, zero scores too. All ranks must call it
+        where weights are sharded.
+
+        Args:
+            scores: one for each weight, of its shape; a tensor ``t`` stands for the scores ``|t|``.
+            step: at which the schedule is read.
+            of: the weights, in the same order.
+
+        Raises:
+            ValueError: a score is NaN. (On a GPU it ranks above all others instead, without a check.)
+        """
+        k = self._k(of, step)
+        if k == sum(w.numel for w in of):
+            return Everything([w.value for w in of], [w.numel for w in of])
+        if self.allocation == "global" and self.granularity == "weight":
+            return select(scores, k, of=of, min_density=self.min_density)
+        masks = top_k(scores, k, self.allocation, of=of, min_density=self.min_density, granularity=self.granularity)
+        return MaskSelection(masks, [w.shard for w in of])
+
+    def _k(self, weights: Sequence[Weight], step: int) -> int:
+        return self.num_kept(sum(w.numel for w in weights), step)
+
+    def floor(self, w: Weight) -> int:
+        """How many weights of a layer stay at least."""
+        if self.allocation != "global":
+            return 0
+        kind = parse(self.granularity)
+        return floor_of(_num_groups(w, kind), self.min_density) * kind.size(w.shape)
+
+    def why(self, w: Weight, kept: int, density: float, *, by: str = "") -> str:
+        """One clause: why a layer keeps ``kept`` of its weights.
+
+        Args:
+            w: the layer.
+            kept: how many stay.
+            density: the share that the network keeps.
+            by: what the choice went by; default: the allocation.
+        """
+        kind, by = parse(self.granularity), by or f"allocation={self.allocation!r}"
+        if isinstance(kind, NOfM) and kept * kind.m == w.numel * kind.n:
+            return f"{kind}, as every layer"
+        if kept == 0:
+            return f"emptied by {by}"
+        if kept == self.floor(w):
+            return f"held at the floor min_density={self.min_density:g}"
+        return f"{kept / w.numel / density:.2g}x the network's share, by {by}"
+
+
+def num_kept(sparsity: float, total: int) -> int:
+    """``floor((1 - sparsity) total)``, GSM's Q; 0.9 of 1,000 keeps 100 although 1 - 0.9 < 0.1 in floating point."""
+    check_value("sparsity", sparsity, low=0.0, high=1.0)
+    return math.floor(round((1.0 - sparsity) * total, 6))
+
+
+def _num_groups(w: Weight, kind: Kind) -> int:
+    return w.shape[kind.dim] if isinstance(kind, Channel) else w.numel // kind.size(w.shape)
