@@ -143,7 +143,7 @@ def mask_(model: nn.Module, allocation: Allocation, sparsity: float) -> None:
     """Set random weights to zero, and raise the others so that a layer's output keeps its variance.
 
     Depthwise kernels stay dense, as usual (they are 1 % of MobileNet's weights). The others together lose `sparsity`:
-    by "erk" as `pomona.selection.allocation` shares it out; by "uniform" the same part of each, but the first layer of a convnet
+    by "erk" as `pomona.selection.allocation` says; by "uniform" the same part of each, but the first layer of a convnet
     no more than half.
     """
     layers = [layer for layer in kernels(model) if not _is_depthwise(layer)]
