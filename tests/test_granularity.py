@@ -20,11 +20,12 @@ from torch.optim import SGD
 
 import pomona
 from pomona.budget import Allocation, check_budget, num_kept, top_k
-from pomona.granularity import Block, Channel, NOfM, Single, canonical, fold, parse, violations
+from pomona.granularity import Block, Channel, NOfM, Single, canonical, parse
 from pomona.method import Weight
 from pomona.schedule import Cosine, Cubic
 from pomona.score import saliency
 from pomona.selection import NonFiniteError
+from pomona.selection.groups import fold, violations
 from pomona.train.recipe import RecipeError, load_recipe
 from tests.oracles import granularity as oracle
 from tests.problems import bits

@@ -9,22 +9,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from torch import Size, Tensor
 
-from pomona.granularity import (
-    Block,
-    Channel,
-    Granularity,
-    NOfM,
-    check_fits,
-    check_shapes,
-    fold,
-    parse,
-    top_channels,
-    top_n_of_m,
-    unfold,
-)
+from pomona.granularity import Block, Channel, Granularity, NOfM, check_shapes, parse
 from pomona.schedule import check_value
 from pomona.score import Score
 from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
+from pomona.selection.groups import check_fits, fold, top_channels, top_n_of_m, unfold
 
 if TYPE_CHECKING:
     from pomona.method import Weight

@@ -20,12 +20,13 @@ from pomona.budget import (
     top_k,
     top_k_each,
 )
-from pomona.granularity import Granularity, canonical, check_fits, check_granularity, parse
+from pomona.granularity import Granularity, canonical, check_granularity, parse
 from pomona.method import Method, Weight
 from pomona.ops import count, drop_gradients_, drop_weights_, total
 from pomona.schedule import Schedule, Value, check_count, check_value, value_at
 from pomona.scope import matches
 from pomona.score import Score, magnitude
+from pomona.selection.groups import check_fits
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from pomona.budget import check_budget, num_kept, tell_share, top_k
-from pomona.granularity import (
-    Granularity,
-    NOfM,
-    canonical,
-    check_granularity,
-    num_in_groups,
-    parse,
-    top_n_of_m,
-)
+from pomona.granularity import Granularity, NOfM, canonical, check_granularity, parse
 from pomona.method import Method, Weight
 from pomona.ops import (
     among,
@@ -33,6 +25,7 @@ from pomona.ops import (
 )
 from pomona.schedule import Every, Schedule, check_count, check_value
 from pomona.score import Score, magnitude
+from pomona.selection.groups import num_in_groups, top_n_of_m
 
 Distribution: TypeAlias = Literal["uniform", "erk"]  # WHERE the budget goes, layer by layer
 

@@ -30,7 +30,6 @@ from pomona.distributed import (
     take,
     working_on,
 )
-from pomona.granularity import violations
 from pomona.method import Method, Weight
 from pomona.ops import all_finite
 from pomona.pruner.fused import check_fused, fused_step_
@@ -40,6 +39,7 @@ from pomona.reporting import Report, report_layers
 from pomona.schedule import FAR_AWAY, Schedule, check_count
 from pomona.scope import Scope
 from pomona.selection import NonFiniteError, Selection
+from pomona.selection.groups import violations
 
 
 class Pruner:
