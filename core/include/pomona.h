@@ -68,10 +68,10 @@ typedef struct {
   int64_t num_nan;      /* keys > POMONA_KEY_INFINITE */
   int32_t threshold;
   int32_t num_passes; /* over all scores, the sample apart: 1 unless the sample misled or keys tie by the million */
-} pomona_selection;
+} pomona_kth_largest;
 
 typedef struct {
-  int64_t num_greater, num_equal; /* as of pomona_selection, of one tensor */
+  int64_t num_greater, num_equal; /* as of pomona_kth_largest, of one tensor */
 } pomona_counts;
 
 /* The k-th largest key of all scores together, 0 <= k <= number of scores.
@@ -81,7 +81,7 @@ typedef struct {
  * first min(num_equal, k - num_greater) equal ones are to be kept. `counts` has room for
  * num_scores, and costs no pass of its own unless the threshold was found by histograms. */
 POMONA_API int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads,
-                             pomona_selection* out, pomona_counts* counts);
+                             pomona_kth_largest* out, pomona_counts* counts);
 
 typedef struct {
   int64_t num_greater; /* keys > high */

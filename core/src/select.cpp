@@ -306,7 +306,7 @@ class Selector {
   Selector(const pomona_score* scores, const Work& work, int64_t k, pomona_counts* counts)
       : scores_(scores), work_(work), k_(k), counts_(counts) {}
 
-  pomona_selection select() {
+  pomona_kth_largest select() {
     if (k_ == 0) {
       count_at(POMONA_KEY_MAX);
     } else if (work_.total <= kSmallTotal) {
@@ -459,7 +459,7 @@ using namespace pomona;
 
 extern "C" {
 
-int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads, pomona_selection* out,
+int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads, pomona_kth_largest* out,
                   pomona_counts* counts) {
   return guarded([&]() -> int {
     Work work;

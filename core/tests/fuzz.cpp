@@ -112,7 +112,7 @@ struct Case {
 };
 
 void check_select(const Case& c, int64_t k, int threads) {
-  pomona_selection s;
+  pomona_kth_largest s;
   std::vector<pomona_counts> counts(c.scores.size());
   CHECK(pomona_select(c.scores.data(), c.num(), k, threads, &s, counts.data()) == POMONA_OK);
   const int64_t nonzero = c.count([](int32_t key) { return key > 0; });
@@ -235,7 +235,7 @@ void check_step(Random& random, int64_t largest) {
 
 void check_refusals() {
   alignas(8) float x[4] = {};
-  pomona_selection s;
+  pomona_kth_largest s;
   int64_t count = 0;
   const auto select = [&](pomona_score score, int64_t k, int threads) {
     pomona_counts counts;

@@ -13,7 +13,9 @@ from pomona.granularity import Block, Channel, Granularity, NOfM, check_shapes, 
 from pomona.schedule import check_value
 from pomona.score import Score
 from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
-from pomona.selection.groups import check_fits, fold, top_channels, top_n_of_m, unfold
+from pomona.selection.groups import block_scores as fold
+from pomona.selection.groups import check_fits, top_channels, top_n_of_m
+from pomona.selection.groups import expand_blocks as unfold
 
 if TYPE_CHECKING:
     from pomona.method import Weight

@@ -45,7 +45,7 @@ def keys_of(a: Tensor, b: Tensor | None = None) -> Tensor:
     return score.abs().view(torch.int32).flatten()
 
 
-def check_select(keys: Sequence[Tensor], scores: core.Scores, k: int) -> core.Selection:
+def check_select(keys: Sequence[Tensor], scores: core.Scores, k: int) -> core.KthLargest:
     joined = torch.cat(list(keys))
     ranked = joined.sort(descending=True).values
     threshold = core.KEY_MAX if k == 0 else max(1, int(ranked[k - 1]))

@@ -47,7 +47,7 @@ _ERRORS = {
 _FIRST, _MASK = 1, 2
 
 
-class _Selection(ctypes.Structure):
+class _KthLargest(ctypes.Structure):
     _fields_ = (
         ("num_greater", ctypes.c_int64),
         ("num_equal", ctypes.c_int64),
@@ -154,7 +154,7 @@ def _pack(form: str, values: Sequence[int]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class KthLargest:
     """The k-th largest of scores, as a key, and what is on either side of it."""
 
     threshold: int  # 1 where fewer than k scores are not zero: all of those are kept then
@@ -171,14 +171,14 @@ class Selection:
         return min(self.num_equal, k - self.num_greater)
 
 
-def select(scores: Scores, k: int) -> Selection:
+def select(scores: Scores, k: int) -> KthLargest:
     """The k-th largest of all scores together, exactly, 0 <= k <= number of scores."""
-    out, counts = _Selection(), (ctypes.c_int64 * (2 * scores.num))()
+    out, counts = _KthLargest(), (ctypes.c_int64 * (2 * scores.num))()
     _check(
         _library().pomona_select(scores.packed, scores.num, k, torch.get_num_threads(), ctypes.byref(out), counts),
     )
     found = out.threshold, out.num_greater, out.num_equal, out.num_infinite, out.num_nan, out.num_passes
-    return Selection(*found, greater=counts[0::2], equal=counts[1::2])
+    return KthLargest(*found, greater=counts[0::2], equal=counts[1::2])
 
 
 def count(scores: Scores, threshold: int) -> tuple[list[int], list[int]]:

@@ -95,7 +95,7 @@ def _slices(groups: Tensor) -> Iterator[slice]:
 # Blocks
 
 
-def fold(score: Score | Tensor, kind: Block, w: Weight | None) -> tuple[Tensor, Weight | None]:
+def block_scores(score: Score | Tensor, kind: Block, w: Weight | None) -> tuple[Tensor, Weight | None]:
     """The scores of the blocks as a tensor of their own, and the weight it stands for, sharded as the blocks are."""
     groups = kind.view(_tensor(score))
     pieces = [_mean_square_root(groups[rows], (1, 3)) for rows in _slices(groups)]
@@ -109,7 +109,7 @@ def fold(score: Score | Tensor, kind: Block, w: Weight | None) -> tuple[Tensor, 
     return scores, replace(w, value=scores, grad=scores, shard=shard)
 
 
-def unfold(mask: Tensor, kind: Block) -> Tensor:
+def expand_blocks(mask: Tensor, kind: Block) -> Tensor:
     """The mask of the weights from that of the blocks."""
     return mask.repeat_interleave(kind.rows, 0).repeat_interleave(kind.columns, 1)
 
