@@ -10,8 +10,8 @@
  * - `num_threads` >= 1 is an upper bound; 1 touches no thread. Results never depend on it, nor on the instruction set.
  * - Functions return POMONA_OK or a negative POMONA_* error, and have then changed no tensor. They may be called from any
  *   thread, and in a process that was forked from one that used them.
- * - Scratch memory: at most 16 MiB for keys in pomona_select, a few MiB for its sample, 64 KiB a thread (16 bytes a bin
- *   in pomona_histogram), and 40 bytes for every 2^14 elements.
+ * - Scratch memory: in pomona_select at most 16 MiB or one byte per 32 elements for keys, whichever is more, and half as
+ *   much for its sample; 64 KiB per thread (16 bytes per bin in pomona_histogram); and 40 bytes per 2^14 elements.
  */
 #ifndef POMONA_H
 #define POMONA_H
