@@ -32,7 +32,7 @@
 extern "C" {
 #endif
 
-#define POMONA_ABI 4 /* to be raised with every change of a signature, a struct or a constant in this file */
+#define POMONA_ABI 5 /* to be raised with every change of a signature, a struct or a constant in this file */
 
 #define POMONA_KEY_INFINITE 0x7f800000
 #define POMONA_KEY_MAX 0x7fffffff
@@ -59,6 +59,8 @@ typedef struct {
   const void* b; /* NULL: the score is |a| */
   int64_t n;
   int32_t a_type, b_type; /* POMONA_F32...; b_type is ignored where b is NULL */
+  const uint8_t* inside;  /* NULL: all scores count; else those where it is not 0 are raised to at least the smallest
+                             normal float32, so that none of them is zero, and the others are zero */
 } pomona_score;
 
 typedef struct {
@@ -166,6 +168,17 @@ POMONA_API int pomona_gsm_step(const pomona_step* steps, int64_t num_steps, cons
 /* How many values are infinite or NaN; `types` as of the elements. */
 POMONA_API int pomona_finite(const void* const* tensors, const int64_t* sizes, const int32_t* types,
                              int64_t num_tensors, int num_threads, int64_t* num_bad);
+
+/* Write +0.0 over values[i][j] where pruned[i][j] is not 0. largest[i], if largest is not NULL, is the largest magnitude
+ * that was there: 0 where nothing is pruned, NaN where a NaN was. */
+POMONA_API int pomona_zero(void* const* values, const int64_t* sizes, const int32_t* types,
+                           const uint8_t* const* pruned, int64_t num_tensors, int num_threads, double* largest);
+
+/* counts[i] has for each row of tensor i, row_sizes[i] >= 1 elements that follow each other, how many are not zero.
+ * smallest[i] is the smallest magnitude of these in all rows: infinity where there is none, NaN where one is NaN. */
+POMONA_API int pomona_survey(const void* const* values, const int64_t* sizes, const int32_t* types,
+                             const int64_t* row_sizes, int64_t num_tensors, int num_threads, int64_t* const* counts,
+                             double* smallest);
 
 POMONA_API const char* pomona_version(void); /* of the package that this was built for */
 POMONA_API int pomona_abi(void);             /* POMONA_ABI, as compiled */

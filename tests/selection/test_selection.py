@@ -211,6 +211,23 @@ def test_multiplying_equals_multiplying_by_the_masks(
         assert torch.equal(g, right)
 
 
+@pytest.mark.parametrize("is_masked", [(True, True, True), (True, False, True)])
+def test_selection_inside_masks_equals_that_of_the_masked_scores(is_masked: Sequence[bool], small_chunks: None) -> None:
+    """Zeros inside a mask may be kept, nothing outside is; the masks are read where they lie, no score is stored."""
+    generator = torch.Generator().manual_seed(0)
+    ws = [torch.randn(size, generator=generator).relu_() for size in [(50, 40), (700,), (3, 5, 7)]]
+    masks = [torch.rand(w.shape, generator=generator) < 0.7 for w in ws]
+    scores = [Score(w, inside=mask if use else None) for w, mask, use in zip(ws, masks, is_masked, strict=True)]
+    dense = [score.tensor() for score in scores]
+    assert torch.equal(dense[0] > 0, masks[0])
+    for k in (0, 300, 1_000, 1_800, 2_805):
+        assert lists(global_top_k(scores, k)) == lists(global_top_k(dense, k)) == sort(dense, k)
+        assert lists(select_on_device(scores, k).masks()) == sort(dense, k)
+    ones = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    other = Score(ones, inside=torch.rand(2, 3, 4, 4, generator=generator) < 0.5)  # laid out in another way
+    assert lists(global_top_k([other], 20)) == sort([other.tensor()], 20)
+
+
 def test_a_kept_count_of_all_leaves_the_gradient_alone() -> None:
     g = torch.tensor([2.0, 3.0])
     select([saliency(torch.ones(2), g), magnitude(torch.zeros(2))], 3).multiply_([g, torch.ones(2)])

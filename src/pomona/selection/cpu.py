@@ -236,7 +236,7 @@ def _bracket(scores: Sequence[Score], total: int, k: int) -> tuple[int, int]:
         mine = starts[(starts >= ends[i] - score.numel()) & (starts < ends[i])] - (ends[i] - score.numel())
         if len(mine):
             places = (mine[:, None] + np.arange(_BLOCK)).reshape(-1) % score.numel()
-            drawn.append(_draw(score, torch.from_numpy(places)))
+            drawn.append(score.take(torch.from_numpy(places)).tensor())
     sample = torch.cat(drawn).numpy().view(np.int32)
     share = k / total
     rank, width = share * len(sample), _WIDTH * (len(sample) * share * (1.0 - share)) ** 0.5 + _WIDTH
@@ -246,8 +246,3 @@ def _bracket(scores: Sequence[Score], total: int, k: int) -> tuple[int, int]:
     low = int(ordered[wanted[0]]) if first >= 0 else 1
     high = int(ordered[wanted[-1]]) if last < len(sample) else LAST
     return max(low, 1), high
-
-
-def _draw(score: Score, places: Tensor) -> Tensor:
-    w = torch.take(score.w.detach(), places)
-    return Score(w, None if score.g is None else torch.take(score.g.detach(), places)).tensor()

@@ -61,10 +61,7 @@ def select_on_device(scores: Sequence[Score], k: int) -> DeviceSelection:
     for shift, bits in LEVELS:
         bins = torch.zeros(1 << bits, dtype=torch.int64, device=device)
         for score in scores:
-            w, g = score.w.reshape(-1), None if score.g is None else score.g.reshape(-1)
-            for start in range(0, len(w), _DEVICE_CHUNK):
-                piece = slice(start, start + _DEVICE_CHUNK)
-                keys = Score(w[piece], None if g is None else g[piece]).tensor().view(torch.int32)
+            for _, keys in device_pieces(score):
                 is_mine = (keys >> (shift + bits)) == key
                 bins.scatter_add_(0, ((keys >> shift) & ((1 << bits) - 1)).long(), is_mine.long())
         from_above = bins.flip(0).cumsum(0)
@@ -81,7 +78,6 @@ def select_on_device(scores: Sequence[Score], k: int) -> DeviceSelection:
 
 def device_pieces(score: Score) -> Iterator[tuple[int, Tensor]]:
     """Position and keys, piece by piece."""
-    w, g = score.w.reshape(-1), None if score.g is None else score.g.reshape(-1)
-    for start in range(0, len(w), _DEVICE_CHUNK):
-        piece = slice(start, start + _DEVICE_CHUNK)
-        yield start, Score(w[piece], None if g is None else g[piece]).tensor().view(torch.int32)
+    flat = score.flat()
+    for start in range(0, flat.numel(), _DEVICE_CHUNK):
+        yield start, flat.piece(start, start + _DEVICE_CHUNK).tensor().view(torch.int32)

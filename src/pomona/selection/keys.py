@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pomona.native import core
-from pomona.score import Score
+from pomona.score import Score, rank_inside_
 
 Keys = NDArray[np.int32]
 
@@ -64,7 +64,11 @@ def pack(scores: Sequence[Score]) -> core.Scores | None:
     gradients = [score.g for score in scores if score.g is not None]
     if gradients and len(gradients) < len(scores):
         return None
-    return core.Scores([score.w for score in scores], gradients or None)
+    if not all(score.inside is None or core.fits_mask(score.w, score.inside) for score in scores):
+        return None
+    is_masked = any(score.inside is not None for score in scores)
+    masks = [score.inside for score in scores] if is_masked else None
+    return core.Scores([score.w for score in scores], gradients or None, masks)
 
 
 def are_on_cpu(scores: Sequence[Score]) -> bool:
@@ -97,12 +101,11 @@ def chunks(scores: Sequence[Score]) -> Iterator[Chunk]:
     spans: list[Span] = []
     filled = 0
     for i, score in enumerate(scores):
-        w = score.w.detach().reshape(-1)
-        g = None if score.g is None else score.g.detach().reshape(-1)
+        flat = score.flat()
         start = 0
-        while start < len(w):
-            num = min(len(w) - start, len(scratch) - filled)
-            _compute(w[start : start + num], None if g is None else g[start : start + num], scratch[filled:][:num])
+        while start < flat.numel():
+            num = min(flat.numel() - start, len(scratch) - filled)
+            _compute(flat.piece(start, start + num), scratch[filled:][:num])
             spans.append(Span(i, start, slice(filled, filled + num)))
             start += num
             filled += num
@@ -113,8 +116,11 @@ def chunks(scores: Sequence[Score]) -> Iterator[Chunk]:
         yield Chunk(scratch[:filled], spans)
 
 
-def _compute(w: Tensor, g: Tensor | None, out: Tensor) -> None:
-    if g is None:
+def _compute(score: Score, out: Tensor) -> None:
+    w = score.w
+    if score.g is None:
         torch.abs(w, out=out) if w.dtype is torch.float32 else out.copy_(w).abs_()
     else:
-        torch.mul(w.float(), g.float(), out=out).abs_()
+        torch.mul(w.float(), score.g.float(), out=out).abs_()
+    if score.inside is not None:
+        rank_inside_(out, score.inside)
