@@ -20,11 +20,12 @@ from torch.optim import SGD
 
 import pomona
 from pomona.budget import Budget, num_kept
-from pomona.granularity import Block, Channel, NOfM, Single, canonical, fold, parse, violations
+from pomona.granularity import Block, Channel, NOfM, Single, canonical, parse
 from pomona.schedule import Cosine, Cubic
 from pomona.score import saliency
 from pomona.selection import NonFiniteError
 from pomona.selection.allocation import Allocation
+from pomona.selection.groups import block_scores, violations
 from pomona.selection.top_k import top_k
 from pomona.train.recipe import RecipeError, load_recipe
 from pomona.weight import Weight
@@ -211,7 +212,9 @@ def test_the_score_of_a_group_depends_on_no_order_of_summation(seed: int, granul
             other[i] = w[group[j]]
     kind = parse(granularity)
     if isinstance(kind, Block):
-        assert torch.equal(fold(torch.from_numpy(w), kind, None)[0], fold(torch.from_numpy(other), kind, None)[0])
+        assert torch.equal(
+            block_scores(torch.from_numpy(w), kind, None)[0], block_scores(torch.from_numpy(other), kind, None)[0]
+        )
     for k in (30, 50, 70):
         a, b = (top_k([torch.from_numpy(x)], k, granularity=granularity)[0] for x in (w, other))
         assert torch.equal(a, b)
@@ -224,7 +227,7 @@ def test_scores_of_any_size_are_ranked(scale: float) -> None:
     w[1] = 3
     (mask,) = top_k([w * scale], 8, granularity="1x4")
     assert mask.tolist() == [[False] * 8, [True] * 8]
-    score = fold(w * scale, Block(1, 4), None)[0]
+    score = block_scores(w * scale, Block(1, 4), None)[0]
     assert torch.allclose(score, (w * scale)[:, ::4], rtol=2**-18, atol=0)  # what the scores are rounded to
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pomona.granularity import Channel, Granularity, Kind, NOfM, canonical, check_fits, check_granularity, parse
+from pomona.granularity import Channel, Granularity, Kind, NOfM, canonical, check_granularity, parse
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score
 from pomona.selection import Everything, MaskSelection, Selection
 from pomona.selection.allocation import Allocation, allocate, check_allocation
+from pomona.selection.groups import check_fits
 from pomona.selection.top_k import channel_floors, check_floors, check_min_density, floor_of, select, top_k
 from pomona.weight import Weight
 

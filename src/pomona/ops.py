@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pomona.distributed import sum_counts, sum_vectors
 from pomona.native import core
-from pomona.score import Score, magnitude
+from pomona.score import Score, rank_inside_
 from pomona.selection import NonFiniteError, Selection
 from pomona.weight import Weight
 
@@ -129,20 +129,15 @@ def among(score: Tensor, mask: Tensor) -> Tensor:
     A selection never keeps a zero, so it keeps nothing from outside, and from inside as many as it is asked for, be
     their scores zero.
     """
-    return _among_(score.clone(), mask)
+    return rank_inside_(score.clone(), mask)
 
 
-def _among_(score: Tensor, mask: Tensor) -> Tensor:
-    return score.clamp_(min=torch.finfo(score.dtype).tiny).masked_fill_(~mask, 0.0)
-
-
-def magnitudes_among(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Score | Tensor]:
-    """``among(|w|, mask)`` of weights that are zero outside of their masks, computed only where one inside is too."""
-    scores: list[Score | Tensor] = []
+def magnitudes_among(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Score]:
+    """``among(|w|, mask)`` of weights that are zero outside of their masks, as descriptions: no score is stored."""
+    scores = []
     for w, mask in zip(weights, masks, strict=True):
         has_zero_inside = bool(w.value.count_nonzero() != mask.count_nonzero())
-        score = magnitude(w.value)
-        scores.append(_among_(score.tensor(), mask) if has_zero_inside else score)
+        scores.append(Score(w.value, inside=mask if has_zero_inside else None))
     return scores
 
 

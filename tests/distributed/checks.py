@@ -31,9 +31,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import pomona
 from pomona import distributed, selection
 from pomona.distributed import local, shards_of
-from pomona.granularity import check_fits, violations
 from pomona.score import Score
 from pomona.selection import NonFiniteError, kth_largest
+from pomona.selection.groups import check_fits, violations
 from pomona.selection.top_k import select, top_k
 from pomona.weight import Weight
 from tests import oracles

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pomona.granularity import Granularity, NOfM, num_in_groups, parse, top_n_of_m
+from pomona.granularity import Granularity, NOfM, parse
 from pomona.method import Method
 from pomona.ops import (
     among,
@@ -25,6 +25,7 @@ from pomona.ops import (
 )
 from pomona.schedule import Every, Schedule, check_count, check_value
 from pomona.score import magnitude
+from pomona.selection.groups import num_in_groups, top_n_of_m
 from pomona.selection.top_k import top_k
 from pomona.weight import Weight, Weights
 

@@ -30,15 +30,15 @@ from pomona.distributed import (
     take,
     working_on,
 )
-from pomona.granularity import violations
 from pomona.method import Method
 from pomona.ops import all_finite
 from pomona.pruner.saved import FORMAT, check_state, describe, whole_shapes
-from pomona.pruner.zeros import count_revived, largest_among, same_names, zero_, zero_copy_
+from pomona.pruner.zeros import count_revived, cut_, largest_among, same_names, zero_all_, zero_copy_
 from pomona.reporting import Report, report_layers
 from pomona.schedule import FAR_AWAY, Schedule, check_count
 from pomona.scope import Scope
 from pomona.selection import NonFiniteError
+from pomona.selection.groups import violations
 from pomona.weight import Weight, Weights
 
 
@@ -301,8 +301,7 @@ class Pruner:
             return
         weights = self._weights(with_grad=True, parameters=parameters)
         if self.is_hardened:
-            for w in weights:
-                zero_(w.grad, self._pruned[w.name])
+            zero_all_([w.grad for w in weights], [self._pruned[w.name] for w in weights])
         else:
             try:
                 with working_on(self._shards):
@@ -328,8 +327,7 @@ class Pruner:
             with working_on(self._shards):
                 self.method.after_step(weights, self.num_steps)
         if weights is not None and self.is_hardened:
-            for w in weights:
-                zero_(w.value, self._pruned[w.name])
+            zero_all_([w.value for w in weights], [self._pruned[w.name] for w in weights])
         self._mark()
 
     def _grad_version(self) -> tuple[int, int]:
@@ -524,11 +522,11 @@ class Pruner:
     def _cut(self, masks: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Zero all but the support: name -> what is zeroed, name -> largest magnitude lost by it."""
         weights = self._weights(with_grad=False)
-        pruned, here = {}, []
-        for w, mask in zip(weights, masks, strict=True):
-            pruned[w.name] = ~mask
-            here.append(largest_among(w.value, pruned[w.name]))
-            zero_(w.value, pruned[w.name])
+        # Inverted in place where the method does not remember the mask itself.
+        remembered = {t.data_ptr() for w in weights for t in w.state.values()}
+        inverted = [~mask if mask.data_ptr() in remembered else mask.logical_not_() for mask in masks]
+        here = cut_([w.value for w in weights], inverted)
+        pruned = {w.name: mask for w, mask in zip(weights, inverted, strict=True)}
         return pruned, dict(zip(pruned, max_over(here, [w.shard for w in weights]), strict=True))
 
     def _warn_of_haste(self) -> None:

@@ -8,21 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Size, Tensor
 
-from pomona.granularity import (
-    Block,
-    Channel,
-    Granularity,
-    NOfM,
-    check_shapes,
-    fold,
-    parse,
-    top_channels,
-    top_n_of_m,
-    unfold,
-)
+from pomona.granularity import Block, Channel, Granularity, NOfM, check_shapes, parse
 from pomona.score import Score
 from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
 from pomona.selection.allocation import Allocation, allocate, check_allocation
+from pomona.selection.groups import block_scores, expand_blocks, top_channels, top_n_of_m
 
 if TYPE_CHECKING:
     from pomona.weight import Weight
@@ -128,10 +118,10 @@ def top_k(
     if isinstance(kind, NOfM):
         return _n_of_m(scores, k, allocation, kind, of)
     if isinstance(kind, Block):
-        folded = [fold(s, kind, None if of is None else of[i]) for i, s in enumerate(scores)]
+        folded = [block_scores(s, kind, None if of is None else of[i]) for i, s in enumerate(scores)]
         ranked, blocks = [score for score, _ in folded], [w for _, w in folded if w is not None]
         masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, of=blocks or None, min_density=min_density)
-        return [unfold(mask, kind) for mask in masks]
+        return [expand_blocks(mask, kind) for mask in masks]
     if allocation != "global":
         return top_k_each(scores, allocate(allocation, shapes, k), of=of, granularity=granularity)
     if isinstance(kind, Channel):
