@@ -184,7 +184,7 @@ def measure(
     options: argparse.Namespace,
     state: str | None,
 ) -> dict[str, Any]:
-    """One row: a network under a mask, by all paths that make sense for it."""
+    """One row: a network under a mask, on every path that makes sense for it."""
     kind, sparsity = mask
     names = [REFERENCE, *(DENSE if kind == "dense" else ()), *SPARSE]
     names = [name for name in names if name in workers and (name, kind) != ("mnn sparse", "dense")]
@@ -195,38 +195,13 @@ def measure(
     if kind == "trained":
         sparsity = round(1 - counted.kept / counted.weights, 4)
     x = torch.randn(batch, *NETS[net].shape, generator=torch.Generator().manual_seed(2))
-    right = [model(x).numpy()]
     case = write_case(net, model, x, folder, names)
-    if any(map(is_int8, names)):
-        workers[REFERENCE].ask("quantise", case=dataclasses.asdict(case))
-    paths: dict[str, Any] = {}
-    opened = []
-    for name in names:
-        try:
-            paths[name] = open_in(workers[name], case, right, threads=threads)
-            opened.append(name)
-        except WorkerError as error:
-            paths[name] = {"why_not": str(error)}
-    times = take_turns([(workers[name], "net") for name in opened], seconds=options.seconds)
-    for name, timing in zip(opened, times, strict=True):
-        paths[name] |= {"why_not": str(timing)} if isinstance(timing, WorkerError) else dataclasses.asdict(timing)
-    reference = paths[REFERENCE]
-    for name in names:
-        path = paths[name]
-        path["is_wrong"] = "error" in path and " int" not in name and not path["error"] < TOLERANCE
-        if "median" in path:
-            path["ratio"] = reference["median"] / path["median"]
-            path["cpu_ratio"] = reference["cpu"] / path["cpu"]
-            cells = [f"{1e3 * path['median']:.4g}", f"{path['ratio']:.2f}", f"{path['cpu_ratio']:.2f}"]
-        else:
-            cells = ["-", "-", "-"]
-        told = (
-            path.get("why_not", "").partition("\n")[0]
-            or ("WRONG, " if path["is_wrong"] else "") + f"error {path['error']:.1e}"
-        )
-        kept = f"{100 * counted.kept_macs / counted.macs:.1f}"
-        show([net, batch, threads, f"{kind} {sparsity:g}", kept, name, *cells, told])
-        workers[name].ask("close")
+    used = {name: workers[name] for name in names}
+    paths = compare_and_time(used, case, [model(x).numpy()], threads=threads, seconds=options.seconds)
+    kept = f"{100 * counted.kept_macs / counted.macs:.1f}"
+    for name, path in paths.items():
+        add_ratios(path, name, paths[REFERENCE])
+        show([net, batch, threads, f"{kind} {sparsity:g}", kept, name, *cells_of(path)])
     return {
         "net": net,
         "batch": batch,
@@ -236,6 +211,51 @@ def measure(
         **dataclasses.asdict(counted),
         "paths": paths,
     }
+
+
+def compare_and_time(
+    workers: dict[str, Worker], case: Case, right: list[np.ndarray], *, threads: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """What each path did: its error and its times, or why there are none."""
+    try:
+        if any(map(is_int8, workers)):
+            workers[REFERENCE].ask("quantise", case=dataclasses.asdict(case))
+    except WorkerError as error:
+        sys.exit(f"ONNX Runtime cannot quantise the network: {error}; build its environment again")
+    paths: dict[str, dict[str, Any]] = {}
+    opened = []
+    for name, process in workers.items():
+        try:
+            paths[name] = open_in(process, case, right, threads=threads)
+            opened.append(name)
+        except WorkerError as error:
+            paths[name] = {"why_not": str(error)}
+    times = take_turns([(workers[name], "net") for name in opened], seconds=seconds)
+    for name, timing in zip(opened, times, strict=True):
+        paths[name] |= {"why_not": str(timing)} if isinstance(timing, WorkerError) else dataclasses.asdict(timing)
+    if "median" not in paths[REFERENCE]:
+        sys.exit(f"every row needs ONNX Runtime, which failed: {paths[REFERENCE]['why_not']}")
+    for name, path in paths.items():
+        if "median" in path:  # the process of another may have ended
+            workers[name].ask("close")
+    return paths
+
+
+def add_ratios(path: dict[str, Any], name: str, reference: dict[str, Any]) -> None:
+    path["is_wrong"] = "error" in path and " int" not in name and not path["error"] < TOLERANCE
+    if "median" in path:
+        path["ratio"] = reference["median"] / path["median"]
+        path["cpu_ratio"] = reference["cpu"] / path["cpu"]
+
+
+def cells_of(path: dict[str, Any]) -> list[str]:
+    """Milliseconds, both ratios and the outcome, as `run` prints them."""
+    times = ["-", "-", "-"]
+    if "median" in path:
+        times = [f"{1e3 * path['median']:.4g}", f"{path['ratio']:.2f}", f"{path['cpu_ratio']:.2f}"]
+    if "why_not" in path:
+        return [*times, path["why_not"].partition("\n")[0]]
+    return [*times, "WRONG, " * path["is_wrong"] + f"error {path['error']:.1e}"]
 
 
 def write_case(net: str, model: torch.nn.Module, x: torch.Tensor, folder: Path, names: Iterable[str]) -> Case:
@@ -257,7 +277,7 @@ def write_case(net: str, model: torch.nn.Module, x: torch.Tensor, folder: Path, 
 
 
 def merge(file: Path, row: dict[str, Any], workers: dict[str, Worker], venvs: Path) -> None:
-    """Into the file's rows; of a row that is there, paths that ran now replace those that ran before."""
+    """Add the row to the file's. If the file has it already, only the paths that ran now are replaced."""
     file.parent.mkdir(parents=True, exist_ok=True)
     about = json.loads(file.read_text()) if file.exists() else {"rows": []}
     key = ("mask", "sparsity")
@@ -323,7 +343,7 @@ def print_sparse(rows: list[dict[str, Any]], by: str) -> None:
         right = {name: path[by] for name, path in base.items() if "pomona" not in name and is_right(path, by)}
         fp32 = best_of({name: ratio for name, ratio in right.items() if "int8" not in name})
         int8 = best_of({name: ratio for name, ratio in right.items() if "int8" in name})
-        # Who computes in float32 is compared with float32, dense int8 with the faster of both.
+        # Rivals that compute in float32 are compared with Pomona's float32, dense int8 with the faster of its two.
         mine, fixed = (paths[n][by] if is_right(paths.get(n), by) else 0.0 for n in ("pomona", "pomona int16"))
         rivals = {f"dense fp32, {fp32[0]}": (fp32[1], mine), f"dense {int8[0]}": (int8[1], max(mine, fixed))}
         sparse = [name for name in ("mnn sparse", "deepsparse") if is_right(paths.get(name), by)]
@@ -335,8 +355,8 @@ def print_sparse(rows: list[dict[str, Any]], by: str) -> None:
                 f"{100 * row['sparsity']:.4g} %",
                 f"{100 * row['kept_macs'] / row['macs']:.1f} %",
                 ms(paths[REFERENCE]),
-                told(*fp32),
-                told(*int8),
+                ratio_cell(*fp32),
+                ratio_cell(*int8),
                 *(cell(paths.get(name), by) for name in SPARSE),
                 " / ".join(ms(paths[name]) for name in ("pomona", "pomona int16") if "median" in paths.get(name, {})),
                 "; ".join(behind) or "-",
@@ -367,7 +387,7 @@ def best_of(ratios: dict[str, float]) -> tuple[str, float]:
     return name, ratios.get(name, 0.0)
 
 
-def told(name: str, ratio: float) -> str:
+def ratio_cell(name: str, ratio: float) -> str:
     return f"{ratio:.2f} ({name.removesuffix(' int8')})" if name else "-"
 
 
