@@ -285,10 +285,11 @@ def merge(file: Path, row: dict[str, Any], workers: dict[str, Worker], venvs: Pa
     stamp = {"commit": machine()["commit"], "at": time.strftime("%Y-%m-%d %H:%M")}
     for path in row["paths"].values():
         path |= stamp
+    ran = [name for name, path in row["paths"].items() if "median" in path]
     if old:
         row["paths"] = old[0]["paths"] | row["paths"]
     rows = [other for other in about["rows"] if other not in old] + [row]
-    versions = about.get("versions", {}) | {name: version(workers[name], name) for name in workers}
+    versions = about.get("versions", {}) | {name: version(workers[name], name) for name in ran}
     words = [word.partition("=")[0] + "=FILE" if "=" in word else word for word in sys.argv[1:]]
     command = " ".join(["bench/inference.py", *words]).replace(str(venvs), "DIR")
     about = {"machine": machine(), "versions": versions, "command": command, "rows": rows}

@@ -8,10 +8,14 @@ import os
 import subprocess
 import sys
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+from pomona.benchmark.paths import Case
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the bench pins processes to cores as Linux does")
 
@@ -62,6 +66,24 @@ def test_peers_that_are_not_built_are_left_out_by_name(
     assert present(["onnxruntime", "mnn sparse", "pomona"], tmp_path) == ["onnxruntime", "pomona"]
     assert "mnn is left out: " in (error := capsys.readouterr().err)
     assert f"build --venvs {tmp_path} --peers mnn\n" in error
+
+
+@pytest.mark.slow
+def test_a_peer_whose_process_ends_does_not_stop_the_others(environments: ModuleType, tmp_path: Path) -> None:
+    inference = importlib.import_module("inference")
+    case = Case(inputs=str(tmp_path / "inputs.npz"))
+    x = np.ones((1, 2), np.float32)
+    np.savez(case.inputs, **{"0": x})
+    codes = {"onnxruntime": "lambda inputs: inputs", "mnn": "__import__('os')._exit(3)"}
+    with ExitStack() as stack:
+        workers = {}
+        for name, code in codes.items():
+            serve = f"from pomona.benchmark.paths import serve; serve({{{name!r}: lambda case, threads: {code}}})"
+            workers[name] = stack.enter_context(inference.Worker(name, code=serve))
+        for _ in range(2):
+            paths = inference.compare_and_time(workers, case, [x], threads=1, seconds=0.01)
+            assert paths["mnn"] == {"why_not": "its process ended with status 3"}
+            assert paths["onnxruntime"]["error"] == 0 and paths["onnxruntime"]["median"] > 0
 
 
 @pytest.mark.slow
