@@ -246,7 +246,7 @@ def test_an_overflowing_step_leaves_no_trace(case: Case, fused: bool) -> None:
     data = batches(STEPS)
     run = start(case, fused=fused)
     if fused:  # the scaler leaves the skipping to the optimizer, and so to us
-        with pytest.warns(UserWarning, match="a gradient is not finite at step 8; the step is skipped"):
+        with pytest.warns(UserWarning, match="a gradient is not finite at step 8; skipping this step"):
             train_scaled(run, data, overflow_at=7)
     else:
         train_scaled(run, data, overflow_at=7)

@@ -15,7 +15,7 @@ from pomona.selection import Everything, MaskSelection, Selection
 from pomona.selection.allocation import Allocation, allocate, check_allocation
 from pomona.selection.groups import check_fits
 from pomona.selection.top_k import channel_floors, check_floors, check_min_density, floor_of, select, top_k
-from pomona.weight import Weight
+from pomona.weight import Weight, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Budget:
         check_fits(weights, self.granularity)
         if self.sparsity is None:
             return
-        k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
+        k = num_kept(highest(self.sparsity), _total(weights))
         kind = parse(self.granularity)
         if isinstance(kind, Channel):
             self._check_channels(weights, k, kind)
@@ -96,7 +96,7 @@ class Budget:
         """How many weights each layer keeps; None if all layers are ranked together."""
         if self.allocation == "global":
             return None
-        return allocate(self.allocation, [w.shape for w in weights], self._k(weights, step))
+        return allocate(self.allocation, [w.shape for w in weights], self.num_kept(_total(weights), step))
 
     def keep(self, scores: Sequence[Score | Tensor], step: int, *, of: Sequence[Weight]) -> Selection:
         """Keep the weights with the largest scores: exactly ``num_kept``, fewer where scores are zero.
@@ -112,16 +112,14 @@ class Budget:
         Raises:
             ValueError: a score is NaN. (On a GPU it ranks above all others instead, without a check.)
         """
-        k = self._k(of, step)
-        if k == sum(w.numel for w in of):
+        total = _total(of)
+        k = self.num_kept(total, step)
+        if k == total:
             return Everything([w.value for w in of], [w.numel for w in of])
         if self.allocation == "global" and self.granularity == "weight":
             return select(scores, k, of=of, min_density=self.min_density)
         masks = top_k(scores, k, self.allocation, of=of, min_density=self.min_density, granularity=self.granularity)
         return MaskSelection(masks, [w.shard for w in of])
-
-    def _k(self, weights: Sequence[Weight], step: int) -> int:
-        return self.num_kept(sum(w.numel for w in weights), step)
 
     def floor(self, w: Weight) -> int:
         """How many weights of a layer stay at least."""
@@ -153,6 +151,10 @@ def num_kept(sparsity: float, total: int) -> int:
     """``floor((1 - sparsity) total)``, GSM's Q; 0.9 of 1,000 keeps 100 although 1 - 0.9 < 0.1 in floating point."""
     check_value("sparsity", sparsity, low=0.0, high=1.0)
     return math.floor(round((1.0 - sparsity) * total, 6))
+
+
+def _total(weights: Sequence[Weight]) -> int:
+    return weights.numel if isinstance(weights, Weights) else sum(w.numel for w in weights)
 
 
 def _num_groups(w: Weight, kind: Kind) -> int:

@@ -100,14 +100,14 @@ class Shard:
         start: in each dimension, the place of the block's first element in the whole tensor.
         ranks: those who hold the network together.
         counts: whether this copy of the block is the one that counts; each element of the whole has one such copy.
-        twins: those who hold copies of this block; None where it is the only one.
+        replicas: the ranks that hold copies of this block; None where it is the only one.
     """
 
     shape: torch.Size
     start: tuple[int, ...]
     ranks: Ranks
     counts: bool
-    twins: Ranks | None = None
+    replicas: Ranks | None = None
 
     def places(self, flat: Positions, shape: Sequence[int]) -> Positions:
         """Flat indices in the whole tensor, of flat indices in the block, which has this shape; rising as they do."""
@@ -210,7 +210,7 @@ def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
     if coordinate is None:
         raise ValueError(f"this rank is not on {mesh}, on which the weights are")
     ranks = _ranks(mesh, range(mesh.ndim))
-    twins: dict[tuple[int, ...], Ranks | None] = {}
+    copies: dict[tuple[int, ...], Ranks | None] = {}
     shards = {}
     scattered = ""
     for name, parameter in parameters.items():
@@ -219,10 +219,10 @@ def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
             scattered = scattered or name
             continue
         copied = tuple(d for d in range(mesh.ndim) if d not in split)
-        if copied not in twins:
-            twins[copied] = _ranks(mesh, copied) if math.prod(mesh.size(d) for d in copied) > 1 else None
+        if copied not in copies:
+            copies[copied] = _ranks(mesh, copied) if math.prod(mesh.size(d) for d in copied) > 1 else None
         counts = not any(coordinate[d] for d in copied)
-        shards[name] = Shard(parameter.shape, start, ranks, counts, twins[copied])
+        shards[name] = Shard(parameter.shape, start, ranks, counts, copies[copied])
     if ranks.any(bool(scattered)):
         placed: Any = parameters[scattered].placements if scattered else ""  # type: ignore[attr-defined]  # of DTensor
         raise ValueError(
@@ -337,12 +337,12 @@ def checksum(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
 
 
-def differing(tensors: Mapping[str, Tensor], twins: Ranks) -> list[str]:
+def differing(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     """Names of those plain tensors that are not the same on all ranks that should hold copies. One reduction."""
     if not tensors:
         return []
     sums = torch.stack([checksum(t).to("cpu") for t in tensors.values()])
-    largest = twins.max_(torch.cat([sums, ~sums]))  # ~x is -x - 1: its maximum is the minimum of x, and never overflows
+    largest = ranks.max_(torch.cat([sums, ~sums]))  # ~x is -x - 1: its maximum is the minimum of x, and never overflows
     return list(itertools.compress(tensors, (largest[: len(sums)] != ~largest[len(sums) :]).tolist()))
 
 

@@ -61,22 +61,30 @@ class Weight:
         """Learning rate of the group now."""
         return float(self.group["lr"])
 
+    def renew(
+        self, grad: Tensor, *, has_grad: bool, state: dict[str, Tensor], optimizer_state: Mapping[str, Any]
+    ) -> None:
+        """For the Pruner: what another step brings. To make each Weight anew would cost more than the step itself."""
+        write = object.__setattr__
+        write(self, "grad", grad)
+        write(self, "has_grad", has_grad)
+        write(self, "state", state)
+        write(self, "optimizer_state", optimizer_state)
+
 
 class Weights(tuple[Weight, ...]):
     """All pruned tensors, in the order of ``model.named_parameters()``, and what belongs to all of them together.
 
     Attributes:
         shared: what ``Method.init_shared`` returned, the same on all ranks; edit in place; saved by the Pruner.
+        numel: number of weights in the whole network.
     """
 
     shared: dict[str, Tensor]
+    numel: int
 
     def __new__(cls, weights: Iterable[Weight], shared: dict[str, Tensor] | None = None) -> Weights:
         self = super().__new__(cls, weights)
         self.shared = {} if shared is None else shared
+        self.numel = sum(w.numel for w in self)
         return self
-
-    @property
-    def numel(self) -> int:
-        """Number of weights in the whole network."""
-        return sum(w.numel for w in self)

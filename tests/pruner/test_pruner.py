@@ -303,7 +303,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
             optimizer.step()
 
     before = bits([model.state_dict(), optimizer.state_dict(), pruner.state_dict()["state"]])
-    with pytest.warns(UserWarning, match="a gradient is not finite at step 4; the step is skipped"):
+    with pytest.warns(UserWarning, match="a gradient is not finite at step 4; skipping this step"):
         poisoned_step()
     poisoned_step()  # without a word
     assert bits([model.state_dict(), optimizer.state_dict(), pruner.state_dict()["state"]]) == before
@@ -323,7 +323,7 @@ def test_an_overflow_that_only_another_rank_saw_is_skipped_too() -> None:
     loss_of(model, batches(1)[0]).backward()
     before = bits([model.state_dict(), optimizer.state_dict(), pruner.state_dict()["state"]])
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)  # type: ignore[attr-defined]
-    with pytest.warns(UserWarning, match="the step is skipped"):
+    with pytest.warns(UserWarning, match="skipping this step"):
         optimizer.step()
     assert bits([model.state_dict(), optimizer.state_dict(), pruner.state_dict()["state"]]) == before
     assert (pruner.num_steps, pruner.num_skipped) == (3, 1)
@@ -332,7 +332,7 @@ def test_an_overflow_that_only_another_rank_saw_is_skipped_too() -> None:
 def test_skipped_steps_are_remembered_by_a_resumed_run() -> None:
     model, optimizer, pruner = pruned()
     x, y = batches(1)[0]
-    with pytest.warns(UserWarning, match="the step is skipped"):
+    with pytest.warns(UserWarning, match="skipping this step"):
         train(model, optimizer, [(x, y * math.nan)])
     again, other, resumed = pruned(1)
     resumed.load_state_dict(pruner.state_dict())

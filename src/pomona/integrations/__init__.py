@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from pomona.distributed import checksum, is_sharded, local, shards_of, sum_counts
 from pomona.method import Method
-from pomona.pruner import Pruner
-from pomona.pruner.zeros import hold
+from pomona.pruner import Pruner, hold
 from pomona.scope import Scope
 
 

@@ -171,5 +171,5 @@ class PrunerCallback(*_bases()):  # type: ignore[misc]
 
     def _finish(self) -> None:
         assert self.pruner is not None
-        self.pruner._mark()  # an average that an earlier callback has put in place of the weights is no cause to warn
+        self.pruner.mark()  # an average that an earlier callback has put in place of the weights is no cause to warn
         self.report = self.pruner.harden() if self.harden else self.pruner.report()

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from pomona.distributed import like, local, take
 from pomona.method import Method
-from pomona.weight import Weight
+from pomona.pruner.placement import Placement
+from pomona.pruner.zeros import Zeros
+from pomona.weight import Weight, Weights
 
 FORMAT = 2  # of Pruner.state_dict()
 _KEYS = {
@@ -28,22 +31,49 @@ _KEYS = {
 }
 
 
-def check_state(
-    state: Mapping[str, Any],
-    method: Method,
-    shapes: Mapping[str, list[int]],
-    shapes_of: Mapping[str, Mapping[str, torch.Size]],
-    shared: Mapping[str, torch.Size],
-) -> None:
-    """ValueError unless ``state`` is of this method, these weights and state of these shapes; names what differs.
+def save(method: Method, placement: Placement, zeros: Zeros) -> dict[str, Any]:
+    """What the method remembers and what is pruned; the tensors are the live ones."""
+    parameters = placement.parameters()
+    # Present from the start: distributed checkpoints restore only the keys that they are shown.
+    pruned = zeros.pruned or {n: torch.zeros_like(local(p), dtype=torch.bool) for n, p in parameters.items()}
+    return {
+        "format": FORMAT,
+        "method": describe(method),
+        "is_hardened": zeros.are_written,
+        "cuts": {name: zeros.cuts.get(name, 0.0) for name in parameters},
+        "shapes": placement.shapes(),
+        "state": {
+            name: {key: like(parameters[name], t) if t.ndim else t for key, t in state.items()}
+            for name, state in placement.state.items()
+        },
+        "shared": dict(placement.shared),
+        "pruned": {name: like(parameters[name], mask) for name, mask in pruned.items()},
+    }
 
-    Args:
-        state: as loaded.
-        method: the Pruner's own.
-        shapes: weight -> its shape.
-        shapes_of: weight -> the shapes of its state.
-        shared: the shapes of the network's state.
+
+def load(state: Mapping[str, Any], method: Method, placement: Placement) -> Zeros:
+    """Fill what the method remembers from a saved state, and return what is pruned there.
+
+    Raises:
+        ValueError: the state is of another method, or of other weights; nothing has been changed then.
     """
+    weights = placement.weights(with_grad=False)
+    check_state(state, method, placement.shapes(), weights)
+    parameters = placement.parameters()
+    for w in weights:
+        for key, mine in w.state.items():
+            mine.copy_(take(state["state"][w.name][key], parameters[w.name], w.shard))
+    for key, mine in weights.shared.items():
+        mine.copy_(take(state["shared"][key], mine, None))
+    if not state["is_hardened"]:
+        return Zeros()
+    masks = {w.name: take(state["pruned"][w.name], parameters[w.name], w.shard) for w in weights}
+    pruned = {w.name: masks[w.name].to(w.value.device, torch.bool, copy=True) for w in weights}
+    return Zeros(pruned, state["cuts"])
+
+
+def check_state(state: Mapping[str, Any], method: Method, shapes: Mapping[str, list[int]], weights: Weights) -> None:
+    """ValueError unless ``state`` is of this method and these weights; names what differs."""
     if not isinstance(state, Mapping):
         raise TypeError(f"the state of a Pruner is what state_dict() returned, got {type(state).__name__}")
     if state.get("format") != FORMAT:
@@ -62,13 +92,13 @@ def check_state(
                 f"the state does not fit this model and scope: {name} has shape {state['shapes'].get(name)} "
                 f"there and {shapes.get(name)} here (names begin with module. or _orig_mod. in a wrapped model)"
             )
-    for part, wanted in (("state", shapes_of.keys()), ("pruned", shapes.keys())):
-        if state[part].keys() != wanted:
-            differing = ", ".join(sorted(state[part].keys() ^ wanted))
+    for part in ("state", "pruned"):
+        if state[part].keys() != shapes.keys():
+            differing = ", ".join(sorted(state[part].keys() ^ shapes.keys()))
             raise ValueError(f"the state is damaged: {part!r} lacks, or has beside the weights in scope, {differing}")
-    for name, wanted_of in shapes_of.items():
-        _check_tensors(name, state["state"][name], wanted_of)
-    _check_tensors("the network", state["shared"], shared)
+    for w in weights:
+        _check_tensors(w.name, state["state"][w.name], _whole_shapes(w))
+    _check_tensors("the network", state["shared"], {key: t.shape for key, t in weights.shared.items()})
 
 
 def _check_tensors(name: str, found: Mapping[str, Any], wanted: Mapping[str, torch.Size]) -> None:
@@ -79,9 +109,21 @@ def _check_tensors(name: str, found: Mapping[str, Any], wanted: Mapping[str, tor
             raise ValueError(f"{key} of {name} has shape {tuple(found[key].shape)} in the state")
 
 
-def whole_shapes(w: Weight) -> dict[str, torch.Size]:
-    """Shapes of the state of a weight, as it is saved: of the whole tensor."""
+def _whole_shapes(w: Weight) -> dict[str, torch.Size]:
+    """Shapes of the state of a weight as it is saved: of the whole tensor."""
     return {key: w.shape if t.ndim and t.shape == w.value.shape else t.shape for key, t in w.state.items()}
+
+
+def check_method_state(method: Method, weights: Weights) -> None:
+    """ValueError if the method remembers something that cannot be saved."""
+    for w in weights:
+        for key, t in w.state.items() if w.shard else ():
+            if t.ndim and t.shape != w.value.shape:
+                raise ValueError(
+                    f"{type(method).__name__} remembers {key} of shape {tuple(t.shape)} for {w.name}, which "
+                    f"is sharded over ranks; state that can be saved then is of the shape of w.value "
+                    f"({tuple(w.value.shape)} here) or of no dimension"
+                )
 
 
 def describe(value: Any) -> str:

@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from pomona.distributed import Shard, local, reshard, sum_counts
-from pomona.method import Method
+from pomona.distributed import Shard, local, max_over, reshard, sum_counts
 from pomona.native import core
 from pomona.ops import PIECE
-from pomona.scope import Scope
-from pomona.weight import Weight, Weights
+from pomona.pruner.placement import Placement
+from pomona.weight import Weights
 
-if TYPE_CHECKING:
-    from pomona.pruner import Pruner
+
+class Zeros:
+    """What ``harden()`` has zeroed, and holds at zero.
+
+    Attributes:
+        pruned: name -> True where the weight is held at zero; empty before ``harden()``.
+        cuts: name -> largest magnitude that the cut removed, on all ranks.
+    """
+
+    def __init__(self, pruned: Mapping[str, Tensor] | None = None, cuts: Mapping[str, float] | None = None) -> None:
+        self.pruned = dict(pruned or {})
+        self.cuts = dict(cuts or {})
+
+    @classmethod
+    @torch.no_grad()
+    def cut_(cls, weights: Weights, masks: Sequence[Tensor]) -> Zeros:
+        """Zero all but the masks (True = kept), which are used up: this may invert them in place."""
+        remembered = {t.data_ptr() for w in weights for t in w.state.values()}  # a method may return its own masks
+        pruned = [~mask if mask.data_ptr() in remembered else mask.logical_not_() for mask in masks]
+        largest = max_over(cut_([w.value for w in weights], pruned), [w.shard for w in weights])
+        names = [w.name for w in weights]
+        return cls(dict(zip(names, pruned, strict=True)), dict(zip(names, largest, strict=True)))
+
+    @property
+    def are_written(self) -> bool:
+        return bool(self.pruned)
+
+    def drop_gradients_(self, weights: Weights) -> None:
+        """Before a step: pruned weights get no gradient."""
+        zero_all_([w.grad for w in weights], [self.pruned[w.name] for w in weights])
+
+    def write_(self, weights: Weights) -> None:
+        """After a step: undo what momentum, moments or weight decay did to pruned weights."""
+        zero_all_([w.value for w in weights], [self.pruned[w.name] for w in weights])
+
+    def num_kept(self, placement: Placement) -> dict[str, int]:
+        """Name -> how many survive in the whole tensor; empty before ``harden()``."""
+        return placement.sum_counts({name: mask.numel() - num_true(mask) for name, mask in self.pruned.items()})
+
+    def count_revived(self, copy: nn.Module, shards: Mapping[str, Shard]) -> dict[str, int]:
+        """Name -> number of weights of ``copy`` that should be zero and are not, on all ranks; only where any are."""
+        found = same_names(copy, self.pruned)
+        here = [(value[self.pruned[name].to(value.device)] != 0).sum() for name, value in found.items()]
+        counts = sum_counts(here, [shards.get(name) for name in found])
+        return {name: count for name, count in zip(found, counts, strict=True) if count}
+
+
+def num_true(mask: Tensor) -> Tensor:
+    """How many are True."""
+    return mask.count_nonzero()
 
 
 @torch.no_grad()
@@ -91,71 +134,3 @@ def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, Tenso
             )
         found[name] = local(parameter)
     return found
-
-
-def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, int]:
-    """Name -> number of weights that should be zero in ``copy`` and are not, where there are any, on all ranks."""
-    found = same_names(copy, pruned)
-    here = [(value[pruned[name].to(value.device)] != 0).sum() for name, value in found.items()]
-    counts = sum_counts(here, [shards.get(name) for name in found])
-    return {name: count for name, count in zip(found, counts, strict=True) if count}
-
-
-@dataclass(frozen=True, slots=True)
-class _Zeros(Method):
-    """What is zero now stays zero."""
-
-    def support(self, weights: Weights, step: int) -> list[Tensor]:
-        return [w.value != 0 for w in weights]
-
-    def why(self, w: Weight, kept: int, density: float) -> str:
-        return "what was not zero when hold() was called"
-
-
-def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) -> Pruner:
-    """Keep the zeros that ``model`` has now while ``optimizer`` trains the rest, whoever made them.
-
-    At each step the gradients of zero weights are dropped and, after the step, exact zeros are written again, so
-    that neither momentum nor Adam's moments nor weight decay can revive a weight. Works with every optimizer that
-    evaluates its gradients once a step. One byte per weight.
-
-    Args:
-        model: a sparse model.
-        optimizer: the one that trains it.
-        scope: where zeros count; default: every trainable weight of two or more dimensions.
-
-    Returns:
-        The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.
-
-    A tensor that is zero throughout, such as a head initialised to zero, will stay so: this is warned of.
-
-    Raises:
-        ValueError: there is not one zero in scope. (When resuming, load the model's state first.)
-
-    Example:
-        >>> model = torch.nn.Linear(3, 1, bias=False)
-        >>> model.weight.data = torch.tensor([[0.5, 0.0, 2.0]])
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> pruner = hold(model, optimizer)
-        >>> model(torch.ones(1, 3)).sum().backward()
-        >>> optimizer.step()
-        >>> model.weight[0, 1].item()
-        0.0
-    """
-    from pomona.pruner import Pruner
-
-    pruner = Pruner(model, optimizer, _Zeros(), scope=scope)
-    report = pruner.harden()
-    if report.nonzero == report.total:
-        pruner.detach()
-        raise ValueError(
-            "hold() found no zero in the weights in scope; prune the model first (when "
-            "resuming: load its state first), or widen the scope"
-        )
-    empty = [layer.name for layer in report.layers if not layer.nonzero]
-    if empty:
-        warnings.warn(
-            f"{', '.join(empty)} is zero throughout and will stay so; Scope(exclude=[...]) lets it train",
-            stacklevel=2,
-        )
-    return pruner

@@ -2,9 +2,10 @@
 
 Float32 numbers >= 0 order like their bits, read as int32: these are the *keys*. On a CPU a random sample of the scores
 brackets the k-th largest key; one pass over all scores counts those above the bracket and gathers those inside; the
-answer is an order statistic of the few that were gathered. If the sample misled, histograms find it. Where the compiled
-core (``pomona.native.core``) was built, it does the same faster. On other devices it is the histograms at once, whose number
-of passes is fixed, so that the host waits for nothing. The result depends on the scores alone, never on the sample.
+answer is an order statistic of the few that were gathered. If the sample misled, histograms find it. The compiled core
+(``pomona.native.core``), where it was built, does the same faster. On other devices it is the histograms at once, whose
+number of passes is fixed, so that the host waits for nothing. The result depends on the scores alone, never on the
+sample.
 
 Scratch on a CPU: a few MiB, and at most a sixteenth of the scores where these are many; on other devices a few times
 the largest tensor.

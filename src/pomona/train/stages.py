@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from pomona._version import __version__
 from pomona.pages.pictures import draw_all
 from pomona.pages.run import write_page
-from pomona.pruner import Pruner
-from pomona.pruner.zeros import hold
+from pomona.pruner import Pruner, hold
 from pomona.train.checkpoint import write_atomically
 from pomona.train.progress import Progress
 from pomona.train.recipe import Recipe

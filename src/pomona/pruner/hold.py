@@ -1,0 +1,72 @@
+"""Keeping the zeros of any sparse model while it is fine-tuned."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pomona.method import Method
+from pomona.pruner.pruner import Pruner
+from pomona.scope import Scope
+from pomona.weight import Weight, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Zeros(Method):
+    """What is zero now stays zero."""
+
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
+        return [w.value != 0 for w in weights]
+
+    def why(self, w: Weight, kept: int, density: float) -> str:
+        return "what was not zero when hold() was called"
+
+
+def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) -> Pruner:
+    """Keep the zeros that ``model`` has now while ``optimizer`` trains the rest, whoever made them.
+
+    At each step the gradients of zero weights are dropped and, after the step, exact zeros are written again, so
+    that neither momentum nor Adam's moments nor weight decay can revive a weight. Works with every optimizer that
+    evaluates its gradients once a step. One byte per weight.
+
+    Args:
+        model: a sparse model.
+        optimizer: the one that trains it.
+        scope: where zeros count; default: every trainable weight of two or more dimensions.
+
+    Returns:
+        The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.
+
+    A tensor that is zero throughout, such as a head initialised to zero, will stay so: this is warned of.
+
+    Raises:
+        ValueError: there is not one zero in scope. (When resuming, load the model's state first.)
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> model.weight.data = torch.tensor([[0.5, 0.0, 2.0]])
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> pruner = hold(model, optimizer)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight[0, 1].item()
+        0.0
+    """
+    pruner = Pruner(model, optimizer, _Zeros(), scope=scope)
+    report = pruner.harden()
+    if report.nonzero == report.total:
+        pruner.detach()
+        raise ValueError(
+            "hold() found no zero in the weights in scope; prune the model first (when "
+            "resuming: load its state first), or widen the scope"
+        )
+    empty = [layer.name for layer in report.layers if not layer.nonzero]
+    if empty:
+        warnings.warn(
+            f"{', '.join(empty)} is zero throughout and will stay so; Scope(exclude=[...]) lets it train",
+            stacklevel=2,
+        )
+    return pruner

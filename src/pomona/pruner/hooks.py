@@ -1,0 +1,231 @@
+"""Around ``optimizer.step()``: hooks, closures, loss scales, and steps that must not be taken."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from pomona.distributed import local
+from pomona.ops import all_finite
+from pomona.pruner.placement import Placement
+from pomona.selection import NonFiniteError
+
+
+class StepHooks:
+    """Calls ``before`` and ``after`` around each real step of the optimizer, with final gradients.
+
+    A step with a gradient that is not finite is skipped as a whole and counted. A step with all learning rates and all
+    gradients zero is not a step (distributed checkpointing makes such ones). A subclass that calls ``super().step()``
+    fires the hooks twice; the second time is passed over.
+
+    Args:
+        optimizer: whose steps are meant.
+        placement: tells which parameters are in scope, and asks the other ranks.
+        before: called with the step's number when gradients are final and finite. If ``checks_gradients()`` is True,
+            it checks those of the weights in scope itself and raises NonFiniteError before it has changed anything.
+        after: called after each step, with True if it was a real one.
+        checks_gradients: see ``before``.
+
+    Attributes:
+        num_steps: real steps so far.
+        num_skipped: steps skipped so far.
+        refusal: if not empty, a step is an error with this message.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        placement: Placement,
+        *,
+        before: Callable[[int], None],
+        after: Callable[[bool], None],
+        checks_gradients: Callable[[], bool],
+    ) -> None:
+        self.num_steps = 0
+        self.num_skipped = 0
+        self.refusal = ""
+        self._optimizer = optimizer
+        self._placement = placement
+        self._before, self._after, self._checks_gradients = before, after, checks_gradients
+        self._in_step = False
+        self._prepared = (0, 0)  # id and version of the first gradient of the step under way
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+
+    # On and off
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are still on the optimizer; copies and pickles of an optimizer lose theirs."""
+        return bool(self._handles) and all(handle.id in _hooks(handle) for handle in self._handles)
+
+    def attach(self) -> None:
+        """Put the hooks on; ValueError if another Pruner prunes one of these weights."""
+        pre = self._optimizer.register_step_pre_hook(self._on_step)
+        self._handles = [pre, self._optimizer.register_step_post_hook(self._on_stepped)]
+        for hook in _hooks(pre).values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, StepHooks) and other is not self:
+                theirs = {id(p) for p in other._placement.parameters().values()}
+                shared = [name for name, p in self._placement.parameters().items() if id(p) in theirs]
+                if shared:
+                    self.detach()
+                    raise ValueError(
+                        f"{shared[0]} is already pruned by another Pruner on this optimizer; call its "
+                        f"detach() first, or give the two scopes that do not overlap"
+                    )
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks do not survive deepcopy and pickle; a copied Pruner attaches itself to its copied optimizer.
+        return {**self.__dict__, "_handles": []}
+
+    # Before the step
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _on_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._prepare()
+            return None
+        pruning = self._wrap(closure)
+        if len(args) > 1:
+            return (args[0], pruning, *args[2:]), kwargs
+        return args, {**kwargs, "closure": pruning}
+
+    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """With ``step(closure)`` the gradients do not exist before the closure has run."""
+        num_calls = 0
+
+        def pruning_closure() -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls > 1:
+                raise RuntimeError(
+                    f"{type(self._optimizer).__name__} called its closure twice in one step; Pomona prunes by the one "
+                    f"gradient of a step and cannot work with it"
+                )
+            loss = closure()
+            self._prepare()
+            return loss
+
+        return pruning_closure
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Look at the gradients, then call ``before``, or skip the step."""
+        if self.refusal:
+            raise RuntimeError(self.refusal)
+        grads = {id(p): p.grad for p in self._all_parameters() if p.grad is not None}
+        if self._in_step and self._prepared == _version_of(grads.values()):
+            return
+        self._in_step = False
+        if self._is_phantom(grads):
+            return
+        # Over ranks the gradients are checked here, because all ranks have to go the same way.
+        is_left = self._checks_gradients() and not self._placement.shards
+        inside = {id(p) for p in self._placement.parameters().values() if p.is_cpu} if is_left else set()
+        if not self._are_usable(grads, but_for=inside):
+            self._skip()
+            return
+        try:
+            self._before(self.num_steps + 1)
+        except NonFiniteError:
+            if not is_left or all_finite(list(grads.values())):
+                raise
+            self._skip()
+            return
+        self.num_steps += 1
+        self._in_step = True
+        self._prepared = _version_of(grads.values())
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _is_phantom(self, grads: Mapping[int, Tensor]) -> bool:
+        if not grads:
+            return True
+        if any(group["lr"] != 0.0 for group in self._optimizer.param_groups):
+            return False
+        return not self._placement.on_any_rank(any(bool(local(g).any()) for g in grads.values()))
+
+    def _are_usable(self, grads: Mapping[int, Tensor], *, but_for: set[int]) -> bool:
+        """Undo a loss scale that the optimizer itself would undo; True if all gradients are finite.
+
+        Args:
+            grads: id of the parameter -> its gradient.
+            but_for: parameters whose gradients are left to ``before``.
+        """
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        if found_inf is not None and self._placement.on_any_rank(bool(local(found_inf))):
+            return False
+        scale = getattr(self._optimizer, "grad_scale", None)
+        if scale is not None:
+            for grad in map(local, grads.values()):
+                grad.div_(local(scale).to(grad.device))
+            self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
+        checked = [local(grad) for key, grad in grads.items() if key not in but_for]
+        return not self._placement.on_any_rank(not all_finite(checked))
+
+    def _skip(self) -> None:
+        if self.num_skipped == 0:
+            warnings.warn(
+                f"a gradient is not finite at step {self.num_steps + 1}; skipping this step. Later ones are skipped "
+                f"silently and counted in Pruner.num_skipped",
+                stacklevel=2,
+            )
+        self.num_skipped += 1
+        # An optimizer passes over parameters without a gradient: no update, no decay, no momentum, no step count.
+        for parameter in self._all_parameters():
+            if parameter.grad is not None:
+                self._hidden.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    # After the step
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _on_stepped(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        was_real, self._in_step = self._in_step, False
+        hidden, self._hidden = self._hidden, []
+        for parameter, grad in hidden:
+            parameter.grad = grad
+        self._after(was_real)
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside a wrapper that does not forward hooks, such as accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    found = inner if isinstance(inner, Optimizer) else optimizer
+    if not isinstance(found, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(found, LBFGS):
+        raise ValueError(
+            "LBFGS evaluates its closure several times a step, so there is no one gradient to prune by; use SGD "
+            "or another optimizer that evaluates it once"
+        )
+    return found
+
+
+def _hooks(handle: RemovableHandle) -> Mapping[int, Any]:
+    hooks: Mapping[int, Any] | None = handle.hooks_dict_ref()
+    return hooks if hooks is not None else {}
+
+
+def _version_of(grads: Iterable[Tensor]) -> tuple[int, int]:
+    """Identity and version of the first gradient; a change means that backward() has run since."""
+    grad = next(iter(grads), None)
+    return (0, 0) if grad is None else (id(grad), grad._version)

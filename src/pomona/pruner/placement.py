@@ -1,0 +1,230 @@
+"""Where the weights in scope are: in which module, in which parameter group, and on which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pomona.distributed import (
+    Ranks,
+    differing,
+    is_sharded,
+    local,
+    replicas,
+    reshard,
+    shards_of,
+    sum_counts,
+)
+from pomona.weight import Weight, Weights
+
+
+class Placement:
+    """Finds the weights in scope anew at every step, by name, and the ranks that hold them together.
+
+    Args:
+        model: where the modules are.
+        optimizer: which must hold every weight in scope.
+        inside: name -> parameter in scope.
+
+    Attributes:
+        shards: name -> this rank's block; empty if nothing is sharded.
+        group_of: name -> index of its parameter group.
+        state: name -> what the method remembers of the weight.
+        shared: what the method remembers of the network.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, inside: Mapping[str, nn.Parameter]) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.shards = shards_of(inside)
+        self.group_of = _find_groups(optimizer, inside)
+        self.state: dict[str, dict[str, Tensor]] = {name: {} for name in inside}
+        self.shared: dict[str, Tensor] = {}
+        self._owners = {name: _owner(model, name) for name in inside}
+        self._is_sharded = [is_sharded(p) for p in inside.values()]
+        self._known: list[nn.Parameter] = []  # what `_weights` was made of
+        self._weights: Weights | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._owners)
+
+    def groups(self) -> list[int]:
+        """Indices of the parameter groups that hold weights in scope."""
+        return sorted(set(self.group_of.values()))
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Name -> shape of the whole tensor."""
+        return {name: list(p.shape) for name, p in self.parameters().items()}
+
+    # Looking up
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter in scope, looked up in the model now."""
+        found = self._look_up()
+        if self.shards and self._changed(found):
+            reshard(self.model)  # a forward pass without a backward pass leaves whole weights in the root module
+            found = self._look_up()
+        if (i := self._changed(found)) is not None:
+            raise RuntimeError(
+                f"{self.names[i]} was {'a DTensor' if self._is_sharded[i] else 'no DTensor'} when the Pruner was made "
+                f"and has been replaced since: shard first (fully_shard, parallelize_module), then make the optimizer, "
+                f"then the Pruner"
+            )
+        return dict(zip(self._owners, found, strict=True))
+
+    def _look_up(self) -> list[nn.Parameter]:
+        return [getattr(module, leaf) for module, leaf in self._owners.values()]
+
+    def _changed(self, found: Sequence[nn.Parameter]) -> int | None:
+        """The place of the first that was sharded, or put together, since the Pruner was made."""
+        pairs = enumerate(zip(found, self._is_sharded, strict=True))
+        return next((i for i, (p, was_sharded) in pairs if is_sharded(p) != was_sharded), None)
+
+    def first(self) -> Tensor:
+        """The first weight of which this rank has a part; every step of an optimizer moves it."""
+        found = self._look_up()
+        return next((p for p in found if local(p).numel()), found[0])
+
+    def replaced(self) -> str | None:
+        """The first name under which the model now has another parameter than when this was made."""
+        for name, (module, leaf) in self._owners.items():
+            now, then = _owner(self.model, name)[0], module
+            if getattr(now, leaf) is not getattr(then, leaf):
+                return name
+        return None
+
+    def weights(self, *, with_grad: bool) -> Weights:
+        """The weights as a method sees them, with the gradients of this step or without."""
+        parameters = self._known if self._is_known() else list(self.parameters().values())
+        if self._weights is None or parameters is not self._known:
+            self._known = parameters
+            self._weights = Weights([self._weight(name, p) for name, p in zip(self._owners, parameters, strict=True)])
+        weights = self._weights
+        weights.shared = self.shared
+        remembered = self.optimizer.state
+        for w, p in zip(weights, parameters, strict=True):
+            grad = p.grad
+            w.renew(
+                gradient(w.name, p) if with_grad else w.value.new_empty(0),
+                has_grad=grad is not None,
+                state=self.state[w.name],
+                optimizer_state=remembered.get(p, _NOTHING),
+            )
+        return weights
+
+    def _weight(self, name: str, parameter: nn.Parameter) -> Weight:
+        value = local(parameter)
+        group = self.optimizer.param_groups[self.group_of[name]]
+        return Weight(name, value, value.new_empty(0), group, self.state[name], shard=self.shards.get(name))
+
+    def _is_known(self) -> bool:
+        """Whether parameters, their memory and their groups are those of the last time: a quick yes for most steps."""
+        if self._weights is None or self.shards:
+            return False
+        groups = self.optimizer.param_groups
+        for (module, leaf), p, w in zip(self._owners.values(), self._known, self._weights, strict=True):
+            if module._parameters.get(leaf) is not p or not w.value.is_set_to(p):
+                return False
+            if groups[self.group_of[w.name]] is not w.group:
+                return False
+        return True
+
+    # Over ranks
+
+    def on_any_rank(self, claim: bool) -> bool:
+        """Whether it is true on any rank that holds a part of the weights."""
+        return next(iter(self.shards.values())).ranks.any(claim) if self.shards else claim
+
+    def ranks(self) -> list[Ranks]:
+        """All with whom this process shares one budget: by shards, by copies, or by both."""
+        by_shards = [shard.ranks for shard in self.shards.values()][:1]
+        by_copies = replicas(self.model)
+        return by_shards + ([by_copies] if by_copies else [])
+
+    def sum_counts(self, counts: Mapping[str, Tensor | int]) -> dict[str, int]:
+        """Name -> the count of the whole tensor, from the counts of this rank's blocks."""
+        sums = sum_counts(list(counts.values()), [self.shards.get(name) for name in counts])
+        return dict(zip(counts, sums, strict=True))
+
+    def check_replicas(self, num_steps: int) -> None:
+        """RuntimeError if the weights of data-parallel ranks have drifted apart, for the ranks would then prune apart too."""
+        copies = replicas(self.model)
+        drifted = differing({name: local(p) for name, p in self.parameters().items()}, copies) if copies else []
+        if drifted:
+            raise RuntimeError(
+                f"{', '.join(drifted[:3])} {'differ' if len(drifted) > 1 else 'differs'} between the ranks of "
+                f"DistributedDataParallel at step {num_steps:,}, so the ranks would prune different weights. "
+                f"Something changes them on some ranks only, such as an edit by hand, an optimizer state that was "
+                f"loaded on one rank, or gradients that are not synchronised (no_sync)"
+            )
+
+    def disagreements(self, pruned: Mapping[str, Tensor], steps: str) -> list[str]:
+        """What ranks that hold copies of a weight, or share the state of the network, do not agree on."""
+        values = {name: local(p) for name, p in self.parameters().items()}
+        copies: dict[Ranks | None, list[str]] = {replicas(self.model): list(values)}
+        for name, shard in self.shards.items():
+            copies.setdefault(shard.replicas, []).append(name)
+        wrong = []
+        for ranks, names in copies.items():
+            masks = {f"what is pruned of {name}": pruned[name] for name in names}
+            ours = {name: values[name] for name in names} | masks
+            wrong += [f"{name} is not the same on all ranks" for name in (differing(ours, ranks) if ranks else ())]
+        for ranks in self.ranks():
+            shared = {f"the method's {key}": t.reshape(-1) for key, t in self.shared.items()}
+            wrong += [f"{name} is not the same on all ranks" for name in differing(shared, ranks)]
+            if not ranks.agree(steps):
+                wrong.append(f"another rank does not have {steps}")
+        return wrong
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Process groups cannot be copied; shards are found anew.
+        return {**self.__dict__, "shards": {}, "_known": [], "_weights": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.shards = shards_of(dict(zip(self._owners, self._look_up(), strict=True)))
+
+
+_NOTHING: Mapping[str, Any] = {}
+
+
+def _find_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    missing = [name for name, p in parameters.items() if id(p) not in group_of]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"the optimizer does not hold {', '.join(missing[:3])}{more}, which the scope wants pruned. Give "
+            f"these parameters to {type(optimizer).__name__}, or leave them out: "
+            f"Scope(exclude=[{missing[0]!r}]). (If the model was moved or wrapped after the optimizer was made, "
+            f"make the optimizer afterwards.)"
+        )
+    return {name: group_of[id(p)] for name, p in parameters.items()}
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def gradient(name: str, parameter: nn.Parameter) -> Tensor:
+    """The gradient, or this rank's block of it; zeros for a weight that took no part in this step."""
+    grad = parameter.grad
+    if grad is None:
+        return torch.zeros_like(local(parameter))
+    if grad.layout is not torch.strided:
+        raise ValueError(f"{name} has a sparse gradient; make its module with sparse=False, or exclude it")
+    if not is_sharded(grad) and not is_sharded(parameter):
+        return grad.detach() if grad.requires_grad else grad
+    laid_out, wanted = (getattr(t, "placements", None) for t in (grad, parameter))
+    if laid_out != wanted:
+        raise ValueError(
+            f"the gradient of {name} is placed as {laid_out} and the weight as {wanted}; before optimizer.step(), "
+            f"bring it there: p.grad = p.grad.redistribute(placements=p.placements)"
+        )
+    return local(grad)
