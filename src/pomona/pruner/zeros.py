@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,17 @@ def cut_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
         largest.append(largest_among(value, mask))
         zero_(value, mask)
     return largest
+
+
+@torch.no_grad()
+def all_but(kept: Sequence[Tensor], remembered: Iterable[Tensor]) -> list[Tensor]:
+    """The masks of what is pruned from those of what is kept, which must not be used afterwards.
+
+    They are inverted in place, so that a cut needs one byte per weight and not two, unless a mask is one of those that
+    are remembered, or occurs twice, or is a view that repeats its elements.
+    """
+    seen = Counter(t.data_ptr() for t in (*remembered, *kept))
+    return [m.logical_not_() if seen[m.data_ptr()] == 1 and m.is_contiguous() else ~m for m in kept]
 
 
 def _fit_core(values: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
