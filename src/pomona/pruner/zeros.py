@@ -30,7 +30,7 @@ def zero_(value: Tensor, pruned: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zero_all_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> None:
-    """``zero_`` each tensor, without a word from a device to the host."""
+    """Apply ``zero_`` to each tensor, without device-to-host synchronization."""
     if _fit_core(values, pruned):
         core.zero_(values, pruned)
         return
@@ -40,7 +40,7 @@ def zero_all_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def cut_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
-    """``zero_`` each tensor and return the largest magnitude that it lost, 0 where nothing is pruned."""
+    """Apply ``zero_`` to each tensor; return the largest magnitude that each lost, 0 if nothing of it is pruned."""
     if _fit_core(values, pruned):
         return core.zero_(values, pruned)
     largest = []
@@ -67,7 +67,7 @@ def _fit_core(values: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def largest_among(value: Tensor, chosen: Tensor) -> float:
-    """The largest magnitude where ``chosen`` is True, 0 where nowhere; a piece at a time."""
+    """Return the largest magnitude where ``chosen`` is True, or 0 if it is True nowhere; looks piece by piece."""
     pieces = zip(torch.split(value.reshape(-1), PIECE), torch.split(chosen.reshape(-1), PIECE), strict=True)
     maxima = [piece.abs().masked_fill_(~mask, 0.0).max() for piece, mask in pieces if piece.numel()]
     return float(torch.stack(maxima).max()) if maxima else 0.0
@@ -78,15 +78,15 @@ def zero_copy_(copy: nn.Module, pruned: Mapping[str, Tensor]) -> None:
     """Write the zeros of a pruned model into a copy of it, such as an exponential moving average.
 
     An average of zeros stays zero, so once is enough. Parameters are found by name, with or without the
-    ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front. Of a sharded model each rank
-    zeroes its blocks of a copy that is sharded alike.
+    ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front. If the model is sharded, the copy
+    must be sharded alike, and each rank zeroes its blocks.
     """
     for name, value in same_names(copy, pruned).items():
         zero_(value, pruned[name].to(value.device))
 
 
 def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's blocks of the copy's weights, by the names of the pruned model, whose blocks are of their shapes."""
+    """This rank's blocks of the copy's weights, by the names in the pruned model. Raises if names or shapes differ."""
     reshard(copy)
     parameters = dict(copy.named_parameters(remove_duplicate=False))  # tied ones under each of their names
     found = {}
@@ -105,7 +105,7 @@ def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, int]:
-    """Name -> number of weights that should be zero in ``copy`` and are not, where there are any, on all ranks."""
+    """Name -> number of weights in ``copy``, on all ranks, that should be zero and are not, where there are any."""
     found = same_names(copy, pruned)
     here = [(value[pruned[name].to(value.device)] != 0).sum() for name, value in found.items()]
     counts = sum_counts(here, [shards.get(name) for name in found])
@@ -127,8 +127,8 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     """Keep the zeros that ``model`` has now while ``optimizer`` trains the rest, whoever made them.
 
     At each step the gradients of zero weights are dropped and, after the step, exact zeros are written again, so
-    that neither momentum nor Adam's moments nor weight decay can revive a weight. Works with every optimizer that
-    evaluates its gradients once a step. One byte per weight.
+    that neither momentum nor Adam's moments nor weight decay can revive a weight. It works with every optimizer that
+    evaluates its gradients once per step, and takes one byte per weight.
 
     Args:
         model: a sparse model.
@@ -138,7 +138,7 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     Returns:
         The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.
 
-    A tensor that is zero throughout, such as a head initialised to zero, will stay so: this is warned of.
+    A tensor that is zero throughout, such as a head initialised to zero, stays zero; a warning says so.
 
     Raises:
         ValueError: there is not one zero in scope. (When resuming, load the model's state first.)
