@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pomona.budget import global_top_k, select
 from pomona.native import core
 from pomona.score import Score, magnitude, saliency
 from pomona.selection import NonFiniteError, cpu, device, keys, kth_largest, ranks, select_largest
 from pomona.selection.cpu import find_threshold
 from pomona.selection.device import select_on_device
+from pomona.selection.top_k import global_top_k, select
 from tests import oracles
 
 INF, NAN = math.inf, math.nan

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pomona.distributed import Shard, local, reshard, sum_counts
-from pomona.method import Method, Weight
+from pomona.method import Method
 from pomona.native import core
 from pomona.ops import PIECE
 from pomona.scope import Scope
+from pomona.weight import Weight, Weights
 
 if TYPE_CHECKING:
     from pomona.pruner import Pruner
@@ -116,10 +117,10 @@ def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor], shards: Mapping
 class _Zeros(Method):
     """What is zero now stays zero."""
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         return [w.value != 0 for w in weights]
 
-    def why(self, total: int, kept: int, density: float) -> str:
+    def why(self, w: Weight, kept: int, density: float) -> str:
         return "what was not zero when hold() was called"
 
 

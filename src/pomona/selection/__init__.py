@@ -11,7 +11,8 @@ Scratch memory on a CPU: a few MiB, or up to a sixteenth of the scores if there 
 the largest tensor.
 
 The keys and passes over them are in ``keys``, selection on one machine in ``cpu`` and ``device``, selection over ranks
-in ``ranks``, what all selections have in common in ``kinds``, and selection of groups in ``groups``.
+in ``ranks``, and what all selections have in common in ``kinds``. Selection of groups is in ``groups``, the shares of
+layers are in ``allocation``, and ``top_k`` puts all together.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pomona.selection.cpu import find_threshold, resolve
 from pomona.selection.device import DeviceSelection, select_on_device
 from pomona.selection.keys import NonFiniteError as NonFiniteError
 from pomona.selection.keys import as_float
+from pomona.selection.kinds import Everything as Everything
 from pomona.selection.kinds import JoinedSelection as JoinedSelection
 from pomona.selection.kinds import MaskSelection as MaskSelection
 from pomona.selection.kinds import Selection as Selection
@@ -35,7 +37,7 @@ from pomona.selection.ranks import find_threshold_over_ranks
 from pomona.selection.ranks import select_over_ranks as select_over_ranks
 
 if TYPE_CHECKING:
-    from pomona.method import Weight
+    from pomona.weight import Weight
 
 
 def select_largest(scores: Sequence[Score], k: int) -> CPUSelection | DeviceSelection:

@@ -18,7 +18,7 @@ from pomona.selection.keys import NAN, NonFiniteError
 from pomona.selection.ranks import find_shards
 
 if TYPE_CHECKING:
-    from pomona.method import Weight
+    from pomona.weight import Weight
 
 _BITS = 18  # of a score in a sum of squares: 2^27 of these squares fit into an int64
 _PIECE = 1 << 20  # scores that are looked at together

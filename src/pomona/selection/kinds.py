@@ -1,4 +1,4 @@
-"""What a selection can do, wherever it was made; and selections that are made of others, or of masks."""
+"""What all selections can do, and those that consist of other selections or of masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+from pomona.distributed import Shard, sum_counts
 
 T = TypeVar("T")
 
@@ -16,14 +19,14 @@ class Selection(Protocol):
 
     @property
     def counts(self) -> Sequence[int | Tensor]:
-        """How many each tensor keeps; on other devices than a CPU an int64 tensor each."""
+        """How many scores of each tensor are kept; on other devices than a CPU as int64 tensors."""
 
     @property
-    def num_infinite(self) -> int:
-        """Scores that are infinite; 0 on other devices than a CPU, where nobody looks."""
+    def num_infinite(self) -> int | None:
+        """Number of infinite scores; 0 on other devices than a CPU, None where nobody has counted them."""
 
     def masks(self) -> list[Tensor]:
-        """Boolean, of the shapes of the scores, True = kept."""
+        """A boolean mask for each tensor, of its shape; True = kept."""
 
     def multiply_(self, tensors: Sequence[Tensor]) -> None:
         """Multiply each tensor by its mask in place, as ``mul_`` does: a dropped NaN or infinity becomes NaN."""
@@ -31,10 +34,10 @@ class Selection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JoinedSelection:
-    """Several selections as one.
+    """Several selections in one.
 
     Attributes:
-        parts: each with the places of its tensors among all.
+        parts: the selections, each with the places of its tensors among all tensors.
     """
 
     parts: list[tuple[list[int], Selection]]
@@ -44,8 +47,9 @@ class JoinedSelection:
         return self._in_order([(places, part.counts) for places, part in self.parts])
 
     @property
-    def num_infinite(self) -> int:
-        return sum(part.num_infinite for _, part in self.parts)
+    def num_infinite(self) -> int | None:
+        known = [number for _, part in self.parts if (number := part.num_infinite) is not None]
+        return sum(known) if len(known) == len(self.parts) else None
 
     def masks(self) -> list[Tensor]:
         return self._in_order([(places, part.masks()) for places, part in self.parts])
@@ -66,13 +70,20 @@ class MaskSelection:
 
     Attributes:
         kept: the masks, or this rank's part of them.
-        counts: how many each tensor keeps on all ranks together.
-        num_infinite: not looked at.
+        shards: the shard of each tensor, None where this rank holds all of it.
     """
 
     kept: list[Tensor]
-    counts: list[int]
-    num_infinite: int = 0
+    shards: Sequence[Shard | None]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many each tensor keeps, on all ranks together."""
+        return sum_counts([mask.count_nonzero() for mask in self.kept], self.shards)
+
+    @property
+    def num_infinite(self) -> int | None:
+        return None
 
     def masks(self) -> list[Tensor]:
         return self.kept
@@ -80,3 +91,26 @@ class MaskSelection:
     def multiply_(self, tensors: Sequence[Tensor]) -> None:
         for tensor, mask in zip(tensors, self.kept, strict=True):
             tensor.mul_(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """All stay, zero scores too.
+
+    Attributes:
+        tensors: any of the shapes and on the devices of the scores.
+        counts: how many weights each tensor has, on all ranks together.
+    """
+
+    tensors: list[Tensor]
+    counts: list[int]
+
+    @property
+    def num_infinite(self) -> int | None:
+        return None
+
+    def masks(self) -> list[Tensor]:
+        return [torch.ones_like(t, dtype=torch.bool) for t in self.tensors]
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        pass

@@ -32,7 +32,7 @@ from pomona.selection.keys import (
 )
 
 if TYPE_CHECKING:
-    from pomona.method import Weight
+    from pomona.weight import Weight
 
 _NAN_BIN = LAST >> LEVELS[0][0]  # in the first histogram, whose bins above that of infinity are not used
 _INFINITE_BIN = INFINITY >> LEVELS[0][0]
