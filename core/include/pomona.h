@@ -59,8 +59,8 @@ typedef struct {
   const void* b; /* NULL: the score is |a| */
   int64_t n;
   int32_t a_type, b_type; /* POMONA_F32...; b_type is ignored where b is NULL */
-  const uint8_t* inside;  /* NULL: all scores count; else those where it is not 0 are raised to at least the smallest
-                             normal float32, so that none of them is zero, and the others are zero */
+  const uint8_t* inside;  /* NULL, or a mask: scores where it is 0 are zero, and the others are raised to at least the
+                             smallest normal float32, so that none of them is zero */
 } pomona_score;
 
 typedef struct {

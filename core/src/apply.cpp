@@ -23,8 +23,8 @@ int check_keep(int32_t threshold, int64_t num_ties) {
   return threshold < 1 || num_ties < -1 ? POMONA_BAD_VALUE : POMONA_OK;
 }
 
-// How many keys equal to its tensor's threshold come before each chunk; empty where no tensor limits its ties. To be
-// called before anything is written.
+// For each chunk, how many keys equal to its tensor's threshold precede it in that tensor; empty if no tensor limits its
+// ties. Must be called before anything is written.
 template <typename ScoreOf, typename KeepOf>
 std::vector<int64_t> ties_before(const Work& work, ScoreOf&& score_of, KeepOf&& keep_of) {
   bool is_limited = false;
@@ -51,8 +51,8 @@ std::vector<int64_t> ties_before(const Work& work, ScoreOf&& score_of, KeepOf&& 
   return before;
 }
 
-// Calls f(begin, n, above) for consecutive parts of [0, n), in which exactly the keys > above are to be kept, and sums
-// what it returns. At most `left` ties are kept (-1: all).
+// Calls f(begin, n, above) for consecutive parts of [0, n), in each of which exactly the keys > above are to be kept.
+// Returns the sum of its results. At most `left` ties are kept (-1: all).
 template <typename F>
 int64_t split_at_ties(const float* a, const float* b, int64_t n, int32_t threshold, int64_t* left, F&& f) {
   if (*left < 0) return f(0, n, threshold - 1);
@@ -67,7 +67,7 @@ int64_t split_at_ties(const float* a, const float* b, int64_t n, int32_t thresho
     if (*left == 0) return kept + f(begin, n - begin, threshold);
     int64_t part = std::min(kTieBlock, n - begin);
     int64_t equal = count_equal(begin, part);
-    if (equal > *left) {  // the last tie to be kept is in this block: the part ends behind it
+    if (equal > *left) {  // the last tie to be kept is in this block: the part ends after it
       equal = 0;
       for (part = 0; equal < *left; ++part) equal += count_equal(begin + part, 1);
     }
@@ -78,8 +78,8 @@ int64_t split_at_ties(const float* a, const float* b, int64_t n, int32_t thresho
   return kept;
 }
 
-// Runs f(chunk, left) for all chunks, where at most `left` (-1: all) of the chunk's ties are to be kept; f returns how
-// many it kept.
+// Runs f(chunk, left) for all chunks. At most `left` (-1: all) of the chunk's ties are to be kept; f returns how many keys
+// it kept.
 template <typename ScoreOf, typename KeepOf, typename F>
 void run_masked(const Work& work, int64_t num_tensors, int64_t* kept, ScoreOf&& score_of, KeepOf&& keep_of, F&& f) {
   const std::vector<int64_t> before = ties_before(work, score_of, keep_of);
@@ -106,7 +106,7 @@ int64_t for_parts(const pomona_score& score, const Chunk& chunk, int32_t thresho
   return kept;
 }
 
-// x *= 0 by bits, for types that are not multiplied here: infinities and NaNs become a NaN, the others a signed zero.
+// x *= 0 by bits, for types without arithmetic here: infinities and NaNs become a NaN, all others a signed zero.
 template <typename Bits>
 void drop(Bits* values, const uint8_t* mask, int64_t n, Bits exponent) {
   const Bits sign = static_cast<Bits>(Bits{1} << (sizeof(Bits) * 8 - 1)), nan = static_cast<Bits>(~sign);
@@ -188,7 +188,7 @@ int check_arrays(const void* const* values, const int64_t* sizes, const int32_t*
   return POMONA_OK;
 }
 
-// Of magnitudes of this type, as their bits.
+// The number whose bits, in this type, are these.
 double real_of(uint64_t bits, int32_t type) {
   double value = 0.0;
   float narrow = 0.0f;
@@ -197,8 +197,8 @@ double real_of(uint64_t bits, int32_t type) {
     return value;
   }
   if (type == POMONA_F32) {
-    const uint32_t half = static_cast<uint32_t>(bits);
-    std::memcpy(&narrow, &half, sizeof narrow);
+    const uint32_t single = static_cast<uint32_t>(bits);
+    std::memcpy(&narrow, &single, sizeof narrow);
   } else {
     const uint16_t half = static_cast<uint16_t>(bits);
     kernels().to_float(&half, 1, type, &narrow);

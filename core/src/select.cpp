@@ -1,9 +1,9 @@
 // The k-th largest key of many tensors, exactly, usually in one pass over them.
 //
-// A sample gives a bracket [low, high] that most probably holds the wanted key. One pass counts the keys above it and
-// gathers the few inside, among which the order statistic is found. When the bracket missed, the counts tell on which
-// side, and a wider one follows; when it holds too many keys to gather, as with ties, a histogram of it narrows it down.
-// Both shrink an interval of which everything is known exactly, so the result does not depend on the sample.
+// A sample gives a bracket [low, high] that very probably holds the wanted key. One pass counts the keys above it and
+// gathers the few inside, among which the order statistic is found. If the bracket missed, the counts show on which side,
+// and a wider one follows. If it holds too many keys to gather, as with ties, a histogram of it narrows it down. Both
+// shrink an interval whose counts are known exactly, so the result does not depend on the sample.
 
 #include <algorithm>
 #include <atomic>
@@ -24,8 +24,8 @@ constexpr int64_t kBins = int64_t{1} << kBits;
 constexpr int64_t kSmallTotal = int64_t{1} << 15;     // so few that all their keys are gathered
 constexpr int64_t kSampleBlock = 16;                  // a cache line of float32
 constexpr int64_t kMinSampleBlocks = int64_t{1} << 10;
-// Standard deviations of a sample of independent keys on either side. Keys of one block of a convolution's weights are
-// alike, which makes the true deviation about 2.4 times as large.
+// Half the width of a bracket, in standard deviations of a sample of independent keys. Keys of one block of a
+// convolution's weights are alike, which makes the true deviation about 2.4 times as large.
 constexpr double kHalfWidth = 8.0;
 
 // A bracket holds more keys the more there are in all, like the square root of their number even where the sample grows
@@ -75,7 +75,7 @@ Found select_among(const int32_t* keys, int64_t n, int64_t rank, int32_t low, in
       n = inside;
       break;
     }
-    // One more than fit: each key is written, and stays if it is inside.
+    // Room for one more: each key is written, and the next one overwrites it unless it is inside.
     std::unique_ptr<int32_t[]> fewer(new int32_t[static_cast<size_t>(inside) + 1]);
     int64_t m = 0;
     for (int64_t j = 0; j < n; ++j) {
@@ -96,7 +96,7 @@ class Sample {
   Sample(const pomona_score* scores, const Work& work, int64_t k) : total_(work.total) {
     const double share = static_cast<double>(k) / static_cast<double>(total_);
     share_ = share;
-    // As many as leave about a quarter of what may be gathered inside the bracket.
+    // As many as it takes for the bracket to hold about a quarter of the keys that there is room for.
     const double wanted = 2.0 * kHalfWidth * static_cast<double>(total_) / (static_cast<double>(max_gathered(total_)) / 4.0);
     const double keys = wanted * wanted * share * (1.0 - share);
     int64_t num_blocks = static_cast<int64_t>(std::min(keys / kSampleBlock, static_cast<double>(max_sample_blocks(total_))));
@@ -118,10 +118,10 @@ class Sample {
 
  private:
   static constexpr int kCoarse = 31 - kBits;       // bits below the coarse bins
-  static constexpr int kFine = kCoarse - 10;       // and below the fine ones: bounds are as exact as 1 in 8,192
+  static constexpr int kFine = kCoarse - 10;       // and below the fine ones: bounds are exact to 1 in 8,192
 
   void draw(const pomona_score* scores, const Work& work, int64_t num_blocks) {
-    // One block in each of num_blocks equal stretches, so that places come in order and a chunk is found by walking on.
+    // One block in each of num_blocks equal stretches: so the places are in order, and each chunk is found from the last.
     struct Place {
       int64_t tensor, begin;
     };
@@ -222,13 +222,13 @@ Tally sum(const std::vector<Worker>& workers) {
   return total;
 }
 
-// What a chunk has above the bracket, and where its keys inside are.
+// How many keys of a chunk are above the bracket, and where those inside it were put.
 struct Segment {
   int64_t greater, begin, n;
 };
 
-// Copies keys in [low, high] to `keys` as far as there is room. Returns how many there are, or, if that is more and
-// `segments` are wanted (one a chunk), which need them all, something above `capacity`.
+// Copies keys in [low, high] to `keys` as far as there is room. Returns how many there are in all. If there is no room for
+// all and `segments` are wanted (one per chunk), it stops early and returns some number above `capacity`.
 int64_t gather_all(const pomona_score* scores, const Work& work, int32_t low, int32_t high, int32_t* keys,
                    int64_t capacity, Segment* segments, Tally* tally) {
   const Kernels& kernel = kernels();
@@ -291,7 +291,7 @@ struct Count {
 
 std::vector<Count> count_all(const pomona_score* scores, const Work& work, int32_t threshold) {
   const Kernels& kernel = kernels();
-  std::vector<Count> counts(work.chunks.size());  // of each chunk
+  std::vector<Count> counts(work.chunks.size());
   work.run([&](const Chunk& chunk, int64_t index, int) {
     Count count{};
     for_floats(scores[chunk.tensor], chunk.begin, chunk.n, [&](const float* a, const float* b, int64_t, int64_t m) {
@@ -305,7 +305,7 @@ std::vector<Count> count_all(const pomona_score* scores, const Work& work, int32
 // Shrinks an interval of keys until the wanted one is known.
 class Selector {
  public:
-  // `counts`: of each tensor the keys above the threshold and equal to it.
+  // `counts`: for each tensor the number of keys above the threshold and equal to it.
   Selector(const pomona_score* scores, const Work& work, int64_t k, pomona_counts* counts)
       : scores_(scores), work_(work), k_(k), counts_(counts) {}
 
@@ -343,7 +343,7 @@ class Selector {
     }
   }
 
-  // One pass that gathers [low, high]; false if there is no room, which tells nothing.
+  // One pass that gathers [low, high]. Returns false if there is no room; then nothing is known.
   bool gather(int32_t low, int32_t high) {
     const int64_t capacity = std::min(max_gathered(work_.total), num_inside_ < 0 ? work_.total : num_inside_);
     const std::unique_ptr<int32_t[]> keys(new int32_t[static_cast<size_t>(capacity)]);
@@ -368,7 +368,7 @@ class Selector {
     return true;
   }
 
-  // From what one pass gathered.
+  // Counts each tensor from what one pass gathered.
   void count_each(const std::vector<Segment>& segments, const int32_t* keys) {
     for (size_t i = 0; i < segments.size(); ++i) {
       const Segment& s = segments[i];
@@ -382,7 +382,7 @@ class Selector {
     has_counts_ = true;
   }
 
-  // By one more pass.
+  // Counts each tensor in one more pass.
   void count_each() {
     const std::vector<Count> counts = count_all(scores_, work_, low_);
     ++num_passes_;

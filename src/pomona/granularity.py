@@ -1,4 +1,4 @@
-"""WHAT goes together: single weights, n of every m, blocks, or whole channels; group scores, and masks of whole groups.
+"""WHAT is pruned together: single weights, n of every m, blocks, or whole channels.
 
 Unstructured zeros make a small file. Kernels for 2:4, block kernels and smaller dense layers want zeros that lie
 together, and ``granularity=`` says how:
@@ -6,22 +6,22 @@ together, and ``granularity=`` says how:
 ``"weight"``
     Each weight by itself.
 ``"n:m"``, such as ``"2:4"``
-    Of every ``m`` neighbouring inputs of an output at most ``n`` weights stay, those with the largest scores.
+    At most ``n`` of every ``m`` neighbouring inputs of an output are kept, those with the largest scores.
 ``"RxC"`` or ``(R, C)``, such as ``"1x4"``
-    Blocks of R neighbouring outputs by C neighbouring inputs go or stay as a whole.
+    Blocks of R neighbouring outputs by C neighbouring inputs are kept or pruned as a whole.
 ``"channel"``
-    All weights of an output go or stay together (the first dimension).
+    All weights of an output are kept or pruned together (the first dimension).
 ``"input channel"``
-    All weights that read an input go or stay together (the second dimension).
+    All weights that read an input are kept or pruned together (the second dimension).
 
-A weight of shape ``(outputs, inputs, *kernel)``, as of ``Linear`` and ``Conv``, is seen as one matrix of outputs and
-inputs for each place of the kernel, so that groups run along the input channels and never from one place of a kernel
-into the next. That is where the 2:4 format of ``pomona.export`` has them, and GPU kernels on channels_last layers.
+A weight of shape ``(outputs, inputs, *kernel)``, as in ``Linear`` and ``Conv``, is seen as one matrix of outputs and
+inputs for each place of the kernel. So groups run along the input channels and never from one place of a kernel into
+the next, which is what the 2:4 format of ``pomona.export`` and GPU kernels for channels_last layers expect.
 
-**The score of a block or a channel** is the root of the mean of its squared scores. Of all ways to keep so many blocks,
-the best by this score changes the weights least; the mean lets channels of different layers be compared.
-It is summed in whole numbers, each score rounded to 2^-18 of the largest in its group, and so does not depend on
-the order of summation: it is the same on every device, and however the weights are sharded.
+**The score of a block or a channel** is the root of the mean of its squared scores. Keeping the blocks with the largest
+scores changes the weights least, and the mean makes channels of different layers comparable. The squares are summed as
+integers, each score rounded to 2^-18 of the largest in its group. So the score does not depend on the order of
+summation: it is the same on every device, however the weights are sharded.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Single:
         return "weight"
 
     def size(self, shape: Sequence[int]) -> int:
-        """Weights of a group, in a tensor of this shape."""
+        """How many weights a group has in a tensor of this shape."""
         return 1
 
 
 @dataclass(frozen=True, slots=True)
 class NOfM:
-    """Of every ``m`` neighbouring inputs ``n`` stay."""
+    """At most ``n`` of every ``m`` neighbouring inputs are kept."""
 
     n: int
     m: int
@@ -62,10 +62,10 @@ class NOfM:
         return f"{self.n}:{self.m}"
 
     def size(self, shape: Sequence[int]) -> int:
-        return 1  # which stays or goes by itself
+        return 1  # each weight is kept or pruned by itself
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The groups of a tensor, in the last dimension: a view."""
+        """View of a tensor with its groups in the last dimension."""
         rows = tensor.movedim(1, -1)
         return rows.view(*rows.shape[:-1], rows.shape[-1] // self.m, self.m)
 
@@ -84,12 +84,12 @@ class Block:
         return self.rows * self.columns
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The weights of a block in dimensions 1 and 3, the grid of blocks in the others: a view."""
+        """View of a tensor with the weights of a block in dimensions 1 and 3, and the grid of blocks in the others."""
         down, across, *kernel = self.grid(tensor.shape)
         return tensor.view(down, self.rows, across, self.columns, *kernel)
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """How many blocks, in each dimension."""
+        """How many blocks there are in each dimension."""
         return (shape[0] // self.rows, shape[1] // self.columns, *shape[2:])
 
 
@@ -106,7 +106,7 @@ class Channel:
         return math.prod(shape) // shape[self.dim] if math.prod(shape) else 1
 
     def view(self, tensor: Tensor) -> Tensor:
-        """One row a channel."""
+        """The weights, one row per channel."""
         rows = tensor.movedim(self.dim, 0)
         return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
 
@@ -116,11 +116,11 @@ _NAMED: dict[str, Kind] = {str(kind): kind for kind in (Single(), Channel(0), Ch
 
 
 def parse(granularity: Granularity) -> Kind:
-    """What the word means.
+    """The kind of groups that a granularity names.
 
     Raises:
         TypeError: it is neither text nor a pair of integers.
-        ValueError: it is no granularity; tells which there are.
+        ValueError: it is not a granularity; the message lists them.
 
     Example:
         >>> parse("2:4"), parse((1, 4)), parse("1x4")
@@ -154,7 +154,7 @@ def canonical(granularity: Granularity) -> str:
 
 
 def check_granularity(granularity: Granularity, sparsity: Value | None, allocation: str = "global") -> None:
-    """ValueError where n:m, which gives every layer the same share, does not fit what else a method was told."""
+    """Raise ValueError if n:m, which gives every layer the same share, contradicts a method's other settings."""
     kind = parse(granularity)
     if not isinstance(kind, NOfM):
         return
@@ -180,7 +180,7 @@ def _share(kind: NOfM) -> str:
 
 
 def check_shapes(kind: Kind, shapes: Mapping[str, Sequence[int]]) -> None:
-    """ValueError unless tensors of these shapes, by name, fall into groups."""
+    """Raise ValueError, with the names, unless tensors of these shapes fall into groups."""
     unfit = {name: tuple(shape) for name, shape in shapes.items() if not _fits(kind, shape)}
     if not unfit:
         return
@@ -200,7 +200,7 @@ def check_shapes(kind: Kind, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def group_steps(kind: Kind) -> tuple[int, int]:
-    """Size of a group in the first two dimensions."""
+    """The size of a group in the first two dimensions."""
     if isinstance(kind, NOfM):
         return 1, kind.m
     return (kind.rows, kind.columns) if isinstance(kind, Block) else (1, 1)

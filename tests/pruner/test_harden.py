@@ -21,6 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pomona
 from pomona import GSM, Budget, Pruner, Weights
+from pomona.native import core
+from pomona.pruner.zeros import all_but, cut_, zero_all_
 from tests.problems import NUM_WEIGHTS, batches, bits, loss_of, net, sparse_net, train
 
 KEPT = 18  # of the 72 weights, at sparsity 0.75
@@ -59,6 +61,45 @@ def assert_plus_zero(model: nn.Module, zeros: dict[str, Tensor], prefix: str = "
 
 
 # The cut
+
+
+@pytest.mark.parametrize("with_core", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_cut_writes_zeros_and_returns_the_largest_it_removed(dtype: torch.dtype, with_core: bool) -> None:
+    values = [
+        torch.tensor([[1.0, -4.0], [-0.0, 2.0]], dtype=dtype),
+        torch.ones(3, dtype=dtype),
+        torch.ones(0, dtype=dtype),
+    ]
+    pruned = [
+        torch.tensor([[False, True], [True, True]]),
+        torch.zeros(3, dtype=torch.bool),
+        torch.ones(0, dtype=torch.bool),
+    ]
+    again = [value.clone() for value in values]
+    with core.switched(with_core):
+        assert cut_(values, pruned) == [4.0, 0.0, 0.0]
+        zero_all_(again, pruned)
+    assert values[0].tolist() == again[0].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert not values[0].signbit().any() and values[1].tolist() == again[1].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_masks_are_inverted_in_place_unless_somebody_else_sees_them() -> None:
+    remembered, ours, twice = torch.tensor([True, False]), torch.tensor([True, True]), torch.tensor([False, False])
+    repeated = torch.ones(1, dtype=torch.bool).expand(2)
+    pruned = all_but([remembered, ours, twice, twice.clone(), repeated], [remembered])
+    assert [mask.tolist() for mask in pruned] == [
+        [False, True],
+        [False, False],
+        [True, True],
+        [True, True],
+        [False, False],
+    ]
+    assert remembered.tolist() == [True, False]
+    assert pruned[1].data_ptr() == ours.data_ptr()
+    same = torch.tensor([True, False])
+    first, second = all_but([same, same], [])
+    assert first.tolist() == second.tolist() == [False, True]
 
 
 def test_the_cut_keeps_the_largest_writes_plus_zero_and_changes_nothing_else() -> None:

@@ -1,14 +1,14 @@
-"""The compiled core: exact selection over many tensors, and updates masked by it, without a temporary of model size.
+"""The compiled core: exact selection over many tensors, and masked updates, without a temporary of the model's size.
 
-A thin binding by ctypes; ``core/include/pomona.h`` says what each function computes. The core is optional: where the
-package was installed without a compiler, :func:`is_available` is false, :func:`why_not` tells why, and callers take
-another path. ``POMONA_CORE=0`` in the environment switches it off; ``portable``, ``avx2`` or ``avx512`` limit it to an
-instruction set, which changes no result.
+This is a thin binding by ctypes; ``core/include/pomona.h`` documents what each function computes. The core is optional:
+if the package was installed without a compiler, :func:`is_available` is false, :func:`why_not` gives the reason, and
+callers take another path. ``POMONA_CORE=0`` in the environment switches it off; ``portable``, ``avx2`` or ``avx512``
+limit it to an instruction set, which changes no result.
 
-A score is named by its *key*, the bits of the float32 ``|a b|`` or ``|a|`` as an int32: keys order as scores do, zero
-is 0, and NaNs come last. All tensors are on the CPU, in float32, bfloat16, float16 or float64, dense, and tensors that
-belong together lie in memory in the same order (:func:`fits`); "the first" of equal scores are the first in that order.
-Every call uses up to ``torch.get_num_threads()`` threads, and no result depends on how many.
+A score is identified by its *key*: the bits of the float32 ``|a b|`` or ``|a|``, read as int32. Keys have the order of
+the scores; zero is 0, and NaNs are the largest. All tensors are on the CPU, dense, in float32, bfloat16, float16 or
+float64. Tensors that belong together have the same order in memory (:func:`fits`), and "the first" of equal scores are
+the first in that order. Every call uses up to ``torch.get_num_threads()`` threads; no result depends on how many.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pomona.native.library import switched as switched
 from pomona.native.library import use_isa as use_isa
 from pomona.native.library import why_not as why_not
 
-KEY_INFINITE = 0x7F800000  # the key of an infinity; NaNs are above
+KEY_INFINITE = 0x7F800000  # the key of an infinity; those of NaNs are larger
 KEY_MAX = 0x7FFFFFFF
 
 ROUND_LOOP, ROUND_FUSED, ROUND_SEPARATE = range(3)  # see `sgd_rounding`
@@ -95,7 +95,7 @@ def _check(status: int) -> None:
 
 
 def fits(first: Tensor, *others: Tensor) -> bool:
-    """Whether the core can take these tensors, which belong together: on the CPU, dense, alike in memory."""
+    """Whether the core can take these tensors together: on the CPU, dense, with the same order in memory."""
     if not first.is_cpu or first.dtype not in _TYPES or first.layout is not torch.strided:
         return False
     is_plain = first.is_contiguous()
@@ -186,24 +186,24 @@ def _pack(form: str, values: Sequence[int]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class KthLargest:
-    """The k-th largest of scores, as a key, and what is on either side of it."""
+    """The k-th largest of all scores, as a key, and how many scores are on either side of it."""
 
-    threshold: int  # 1 where fewer than k scores are not zero: all of those are kept then
+    threshold: int  # 1 if fewer than k scores are not zero: then all of those are kept
     num_greater: int  # keys above the threshold, at most k
     num_equal: int
     num_infinite: int  # of all scores
     num_nan: int
     num_passes: int  # over all scores
-    greater: list[int]  # keys above the threshold of each tensor
+    greater: list[int]  # for each tensor the number of keys above the threshold
     equal: list[int]
 
     def num_ties(self, k: int) -> int:
-        """How many of the scores equal to the threshold are to be kept."""
+        """How many of the scores equal to the threshold must be kept."""
         return min(self.num_equal, k - self.num_greater)
 
 
 def select(scores: Scores, k: int) -> KthLargest:
-    """The k-th largest of all scores together, exactly, 0 <= k <= number of scores."""
+    """Find the k-th largest of all scores together, exactly; 0 <= k <= number of scores."""
     out, counts = _KthLargest(), (ctypes.c_int64 * (2 * scores.num))()
     _check(
         _library().pomona_select(scores.packed, scores.num, k, torch.get_num_threads(), ctypes.byref(out), counts),
@@ -213,7 +213,7 @@ def select(scores: Scores, k: int) -> KthLargest:
 
 
 def count(scores: Scores, threshold: int) -> tuple[list[int], list[int]]:
-    """For each tensor the number of keys greater than ``threshold`` and equal to it."""
+    """Return for each tensor how many keys are greater than ``threshold``, and how many are equal to it."""
     greater, equal = (ctypes.c_int64 * scores.num)(), (ctypes.c_int64 * scores.num)()
     _check(
         _library().pomona_count(scores.packed, scores.num, threshold, greater, equal, torch.get_num_threads()),
@@ -223,7 +223,7 @@ def count(scores: Scores, threshold: int) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How many keys are in each bin, above the last one, infinite, NaN."""
+    """How many keys are in each bin, above the last bin, infinite, and NaN."""
 
     bins: Tensor  # int64
     num_greater: int
@@ -232,7 +232,7 @@ class Histogram:
 
 
 def histogram(scores: Scores, low: int, high: int, *, shift: int) -> Histogram:
-    """Keys of [low, high] counted in bins ``(key - low) >> shift``, at most 65,536 of them."""
+    """Count keys in [low, high] by bin, ``(key - low) >> shift``; there may be at most 65,536 bins."""
     if not (0 <= low <= high <= KEY_MAX and 0 <= shift <= 30):
         raise ValueError(f"0 <= low <= high <= KEY_MAX and 0 <= shift <= 30 must hold, got {low}, {high}, {shift}")
     bins = torch.empty(((high - low) >> shift) + 1, dtype=torch.int64)
@@ -254,7 +254,7 @@ def histogram(scores: Scores, low: int, high: int, *, shift: int) -> Histogram:
 
 
 def gather(scores: Scores, low: int, high: int, *, capacity: int) -> tuple[Tensor, int]:
-    """At most ``capacity`` of the keys in [low, high], int32 in any order, and how many there are."""
+    """Return at most ``capacity`` of the keys in [low, high], int32 in any order, and how many there are in all."""
     keys = torch.empty(capacity, dtype=torch.int32)
     num = ctypes.c_int64()
     _check(
@@ -273,9 +273,9 @@ def gather(scores: Scores, low: int, high: int, *, capacity: int) -> tuple[Tenso
 
 
 def mask(scores: Scores, thresholds: Sequence[int], num_ties: Sequence[int]) -> tuple[list[Tensor], list[int]]:
-    """For each tensor what is kept of it, as a new boolean tensor, and how many that are.
+    """Return for each tensor a new boolean mask of what is kept, and how many that are.
 
-    Kept are the keys above its threshold (>= 1), and of the equal ones the first ``num_ties`` (-1: all).
+    The keys above the tensor's threshold (>= 1) are kept, and the first ``num_ties`` of the equal ones (-1: all).
     """
     masks = [torch.empty_like(a, dtype=torch.bool, requires_grad=False) for a in scores.tensors[0]]
     kept = (ctypes.c_int64 * scores.num)()
@@ -296,10 +296,10 @@ def mask(scores: Scores, thresholds: Sequence[int], num_ties: Sequence[int]) -> 
 def multiply_(
     scores: Scores, thresholds: Sequence[int], num_ties: Sequence[int], targets: Sequence[Tensor]
 ) -> list[int]:
-    """Multiply each target by the mask that ``mask`` would give, and return how many are kept of each.
+    """Multiply each target by the mask that ``mask`` would return, and return how many of each are kept.
 
-    As ``target.mul_(mask)`` does: a negative number becomes -0.0, and what is infinite or NaN becomes NaN. A target may
-    be one of the tensors that its scores are made of.
+    The result is that of ``target.mul_(mask)``: a negative number becomes -0.0; an infinity or a NaN becomes NaN. A
+    target may be one of the tensors that its scores are made of.
     """
     kept = (ctypes.c_int64 * scores.num)()
     if len(targets) != scores.num:
@@ -320,7 +320,7 @@ def multiply_(
 
 
 def num_nonfinite(tensors: Sequence[Tensor]) -> int:
-    """How many of all values are infinite or NaN."""
+    """Count the values of all tensors that are infinite or NaN."""
     num = ctypes.c_int64()
     _check(_library().pomona_finite(*_packed(tensors), len(tensors), torch.get_num_threads(), ctypes.byref(num)))
     return num.value
@@ -403,9 +403,10 @@ def gsm_step_(
     rounding: int,
     mask_grads: bool = False,
 ) -> list[int]:
-    """A step of ``torch.optim.SGD`` on gradients masked by the scores ``|w g|``, in one pass.
+    """Take a step of ``torch.optim.SGD`` on gradients masked by the scores ``|w g|``, in one pass.
 
-    Bit for bit what ``multiply_`` and then the optimizer give, if ``rounding`` is what :func:`sgd_rounding` says.
+    The result is bit for bit that of ``multiply_`` followed by the optimizer, if ``rounding`` is what
+    :func:`sgd_rounding` returns.
 
     Args:
         weights: float32, changed in place.
@@ -413,8 +414,8 @@ def gsm_step_(
         buffers: float32, the optimizer's momentum, changed in place; None where the momentum is 0.
         groups: the scalars.
         group_of: for each weight the index of its group.
-        thresholds: as of ``mask``, or 0 for a weight whose gradient is not masked.
-        num_ties: as of ``mask``.
+        thresholds: as in ``mask``, or 0 for a weight whose gradient is not masked.
+        num_ties: as in ``mask``.
         is_first: for each weight whether its buffer is not yet set.
         rounding: how torch rounds on this machine.
         mask_grads: whether to write the masked gradients too.
@@ -450,9 +451,9 @@ def gsm_step_(
 def sgd_rounding(*, fused: bool) -> int | None:
     """Which rounding makes ``gsm_step_`` equal to ``torch.optim.SGD`` bit for bit, with this torch on this machine.
 
-    Found by trying, once, in a few milliseconds. ``ROUND_LOOP`` or, with ``fused``, ``ROUND_FUSED`` is what torch does
-    with AVX2 or better, ``ROUND_SEPARATE`` what it does without. None if it is none of them: then leave the step to
-    torch.
+    It is found by trying, once, in a few milliseconds. With AVX2 or better torch rounds as ``ROUND_LOOP`` or, with
+    ``fused``, as ``ROUND_FUSED``; without, as ``ROUND_SEPARATE``. None if it does none of these: then leave the step
+    to torch.
     """
     for rounding in (ROUND_FUSED, ROUND_LOOP, ROUND_SEPARATE) if fused else (ROUND_LOOP, ROUND_SEPARATE):
         if all(_agrees(scalars, rounding, fused=fused) for scalars in _TRIALS):

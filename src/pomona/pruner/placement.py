@@ -152,7 +152,7 @@ class Placement:
         return dict(zip(counts, sums, strict=True))
 
     def check_replicas(self, num_steps: int) -> None:
-        """RuntimeError if the weights of data-parallel ranks have drifted apart, for the ranks would then prune apart too."""
+        """RuntimeError if the weights of data-parallel ranks differ: the ranks would then prune different weights."""
         copies = replicas(self.model)
         drifted = differing({name: local(p) for name, p in self.parameters().items()}, copies) if copies else []
         if drifted:

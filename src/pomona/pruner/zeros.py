@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,8 @@ class Zeros:
     @classmethod
     @torch.no_grad()
     def cut_(cls, weights: Weights, masks: Sequence[Tensor]) -> Zeros:
-        """Zero all but the masks (True = kept), which are used up: this may invert them in place."""
-        remembered = {t.data_ptr() for w in weights for t in w.state.values()}  # a method may return its own masks
-        pruned = [~mask if mask.data_ptr() in remembered else mask.logical_not_() for mask in masks]
+        """Zero all but the masks (True = kept), which must not be used afterwards."""
+        pruned = all_but(masks, [t for w in weights for t in w.state.values()])
         largest = max_over(cut_([w.value for w in weights], pruned), [w.shard for w in weights])
         names = [w.name for w in weights]
         return cls(dict(zip(names, pruned, strict=True)), dict(zip(names, largest, strict=True)))
@@ -73,7 +73,7 @@ def zero_(value: Tensor, pruned: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zero_all_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> None:
-    """``zero_`` each tensor, without a word from a device to the host."""
+    """Apply ``zero_`` to each tensor, without device-to-host synchronization."""
     if _fit_core(values, pruned):
         core.zero_(values, pruned)
         return
@@ -83,7 +83,7 @@ def zero_all_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def cut_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
-    """``zero_`` each tensor and return the largest magnitude that it lost, 0 where nothing is pruned."""
+    """Apply ``zero_`` to each tensor; return the largest magnitude that each lost, 0 if nothing of it is pruned."""
     if _fit_core(values, pruned):
         return core.zero_(values, pruned)
     largest = []
@@ -93,13 +93,24 @@ def cut_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
     return largest
 
 
+@torch.no_grad()
+def all_but(kept: Sequence[Tensor], remembered: Iterable[Tensor]) -> list[Tensor]:
+    """The masks of what is pruned from those of what is kept, which must not be used afterwards.
+
+    They are inverted in place, so that a cut needs one byte per weight and not two, unless a mask is one of those that
+    are remembered, or occurs twice, or is a view that repeats its elements.
+    """
+    seen = Counter(t.data_ptr() for t in (*remembered, *kept))
+    return [m.logical_not_() if seen[m.data_ptr()] == 1 and m.is_contiguous() else ~m for m in kept]
+
+
 def _fit_core(values: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
     return core.is_available() and all(core.fits_mask(v, mask) for v, mask in zip(values, masks, strict=True))
 
 
 @torch.no_grad()
 def largest_among(value: Tensor, chosen: Tensor) -> float:
-    """The largest magnitude where ``chosen`` is True, 0 where nowhere; a piece at a time."""
+    """Return the largest magnitude where ``chosen`` is True, or 0 if it is True nowhere; looks piece by piece."""
     pieces = zip(torch.split(value.reshape(-1), PIECE), torch.split(chosen.reshape(-1), PIECE), strict=True)
     maxima = [piece.abs().masked_fill_(~mask, 0.0).max() for piece, mask in pieces if piece.numel()]
     return float(torch.stack(maxima).max()) if maxima else 0.0
@@ -110,15 +121,15 @@ def zero_copy_(copy: nn.Module, pruned: Mapping[str, Tensor]) -> None:
     """Write the zeros of a pruned model into a copy of it, such as an exponential moving average.
 
     An average of zeros stays zero, so once is enough. Parameters are found by name, with or without the
-    ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front. Of a sharded model each rank
-    zeroes its blocks of a copy that is sharded alike.
+    ``module.`` that ``AveragedModel`` and ``DistributedDataParallel`` put in front. If the model is sharded, the copy
+    must be sharded alike, and each rank zeroes its blocks.
     """
     for name, value in same_names(copy, pruned).items():
         zero_(value, pruned[name].to(value.device))
 
 
 def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's blocks of the copy's weights, by the names of the pruned model, whose blocks are of their shapes."""
+    """This rank's blocks of the copy's weights, by the names in the pruned model. Raises if names or shapes differ."""
     reshard(copy)
     parameters = dict(copy.named_parameters(remove_duplicate=False))  # tied ones under each of their names
     found = {}

@@ -2,13 +2,17 @@
 
 Float32 numbers >= 0 order like their bits, read as int32: these are the *keys*. On a CPU a random sample of the scores
 brackets the k-th largest key; one pass over all scores counts those above the bracket and gathers those inside; the
-answer is an order statistic of the few that were gathered. If the sample misled, histograms find it. The compiled core
-(``pomona.native.core``), where it was built, does the same faster. On other devices it is the histograms at once, whose
-number of passes is fixed, so that the host waits for nothing. The result depends on the scores alone, never on the
-sample.
+answer is an order statistic of the few that were gathered. If the sample was misleading, histograms find the key. Where
+the compiled core (:mod:`pomona.native.core`) was built, it does the same faster. On other devices histograms are used
+from the start: their number of passes is fixed, so that the host never waits. The result depends on the scores alone,
+never on the sample.
 
-Scratch on a CPU: a few MiB, and at most a sixteenth of the scores where these are many; on other devices a few times
+Scratch memory on a CPU: a few MiB, or up to a sixteenth of the scores if there are many; on other devices: a few times
 the largest tensor.
+
+The keys and passes over them are in ``keys``, selection on one machine in ``cpu`` and ``device``, selection over ranks
+in ``ranks``, and what all selections have in common in ``kinds``. Selection of groups is in ``groups``, the shares of
+layers are in ``allocation``, and ``top_k`` puts all together.
 """
 
 from __future__ import annotations
@@ -37,14 +41,17 @@ if TYPE_CHECKING:
 
 
 def select_largest(scores: Sequence[Score], k: int) -> CPUSelection | DeviceSelection:
-    """The ``k`` largest, ties by position: the earlier tensor, then the smaller flat index, stays. Never a zero.
+    """Select the ``k`` largest scores, but never a zero.
+
+    Ties are broken by position: the earlier tensor, then the smaller flat index, is kept.
 
     Args:
         scores: on one device.
         k: how many to keep in all, 0 <= k <= number of scores.
 
     Raises:
-        NonFiniteError: a score is NaN (on other devices than a CPU they are kept: a look at them would wait).
+        NonFiniteError: a score is NaN. On other devices than a CPU NaNs are kept instead, because looking for them
+            would make the host wait.
     """
     if any(score.device.type != "cpu" for score in scores):
         return select_on_device(scores, k)
@@ -52,12 +59,12 @@ def select_largest(scores: Sequence[Score], k: int) -> CPUSelection | DeviceSele
 
 
 def kth_largest(scores: Sequence[Score], k: int, *, of: Sequence[Weight] | None = None) -> float:
-    """The ``k``-th largest score, k >= 1; 0 where fewer are not zero. The host waits for it.
+    """Return the ``k``-th largest score, k >= 1, or 0 if fewer scores are not zero. The host waits for it.
 
     Args:
         scores: on one device.
         k: which one, counted from 1.
-        of: the weights that the scores are of; needed where weights are sharded over ranks.
+        of: the weights that the scores belong to; required if weights are sharded over ranks.
     """
     shards = find_shards(scores, of)
     if shards is not None:

@@ -1,8 +1,8 @@
 """Selection on a CPU, by the compiled core where it was built and by numpy otherwise.
 
-A random sample of the scores brackets the k-th largest key; one pass over all scores counts those above the bracket and
-gathers those inside; the answer is an order statistic of the few that were gathered. If the sample misled, histograms
-find it.
+A random sample of the scores brackets the k-th largest key. One pass over all scores counts those above the bracket and
+gathers those inside. The answer is an order statistic of the few that were gathered; if the sample was misleading,
+histograms find it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from pomona.selection.keys import (
     pick,
 )
 
-_BLOCK = 16  # neighbours that are sampled together: a cache line
+_BLOCK = 16  # neighbours that are sampled together: one cache line
 _NUM_BLOCKS = 1 << 12
-_WIDTH = 8.0  # of the bracket to either side, in standard deviations of independent draws; neighbours are alike
+_WIDTH = 8.0  # of each half of the bracket, in standard deviations of independent draws; neighbours are alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Threshold:
 
     Attributes:
         key: at least 1, so that a score of zero is never kept.
-        greater: of each tensor the number of scores with a larger key.
-        equal: of each tensor the number of scores with this key.
-        num_infinite: scores that are infinite.
+        greater: for each tensor the number of scores with a larger key.
+        equal: for each tensor the number of scores with this key.
+        num_infinite: how many scores are infinite.
         packed: the scores for the compiled core, if it can take them.
     """
 
@@ -58,15 +58,15 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True)
 class CPUSelection:
-    """Kept are the scores above the threshold, and in each tensor the first in index order of those equal to it.
+    """Keeps the scores above a threshold and, in each tensor, the first in index order of those equal to it.
 
     Attributes:
-        scores: what was chosen from.
+        scores: what was selected from.
         key: the threshold.
-        greater: of each tensor how many scores are above it.
-        equal: how many are equal to it.
-        ties: how many of these stay.
-        num_infinite: scores that are infinite.
+        greater: for each tensor how many scores are above it.
+        equal: for each tensor how many are equal to it.
+        ties: for each tensor how many of the equal ones are kept.
+        num_infinite: how many scores are infinite.
         packed: the scores for the compiled core, if it can take them.
     """
 
@@ -102,7 +102,7 @@ class CPUSelection:
                 flat[start : start + len(piece)].mul_(piece)
 
     def _has_memory_order(self) -> bool:
-        """Whether the first ties in memory, which the core keeps, are the first in index order."""
+        """Whether the ties that come first in memory, which the core keeps, also come first in index order."""
         places = zip(self.scores, self.ties, self.equal, strict=True)
         return all(ties in (0, equal) or score.w.is_contiguous() for score, ties, equal in places)
 
@@ -118,7 +118,7 @@ class CPUSelection:
         return mask
 
     def _pieces(self, i: int) -> Iterator[tuple[int, Tensor]]:
-        """Position and mask, piece by piece; the mask is of bool, or of float32 zeros and ones."""
+        """Yield the flat index at which each piece begins, and its mask: bool, or float32 zeros and ones."""
         threshold = as_float(self.key)
         left = self.ties[i]
         score = self.scores[i]
@@ -140,7 +140,7 @@ class CPUSelection:
 
 
 def resolve(scores: Sequence[Score], found: Threshold, k: int) -> CPUSelection:
-    """Hand out what is left of ``k`` to the scores equal to the threshold, tensor by tensor."""
+    """Fill up to ``k`` with scores equal to the threshold, tensor by tensor."""
     left = k - sum(found.greater)
     ties = []
     for equal in found.equal:
@@ -150,7 +150,7 @@ def resolve(scores: Sequence[Score], found: Threshold, k: int) -> CPUSelection:
 
 
 def find_threshold(scores: Sequence[Score], k: int) -> Threshold:
-    """The ``k``-th largest key of scores on a CPU; of ``k = 0`` one that no score reaches."""
+    """The ``k``-th largest key of scores on a CPU; for ``k = 0`` a key that no score exceeds."""
     total = sum(score.numel() for score in scores)
     packed = pack(scores)
     if packed is not None:
@@ -165,7 +165,7 @@ def find_threshold(scores: Sequence[Score], k: int) -> Threshold:
 
 
 def _in_bracket(scores: Sequence[Score], k: int, low: int, high: int) -> Threshold | None:
-    """The threshold if it lies in [low, high], and not too many scores do."""
+    """The threshold, if it lies in [low, high] and not too many scores do."""
     most = max(CHUNK, sum(score.numel() for score in scores) // 16)
     inside: list[list[Keys]] = [[] for _ in scores]
     above = [0] * len(scores)
@@ -177,7 +177,7 @@ def _in_bracket(scores: Sequence[Score], k: int, low: int, high: int) -> Thresho
         found = keys[is_high]
         offset = 0
         for span in chunk.spans:
-            # One tensor in the chunk, as is usual: no need to count.
+            # Usually the chunk holds one tensor, and nothing has to be counted.
             num = len(found) if len(chunk.spans) == 1 else int(np.count_nonzero(is_high[span.place]))
             mine = found[offset : offset + num]
             offset += num
@@ -201,7 +201,7 @@ def _in_bracket(scores: Sequence[Score], k: int, low: int, high: int) -> Thresho
 
 
 def _by_histograms(scores: Sequence[Score], k: int) -> Threshold:
-    """Three passes, each of which settles some bits of the key, from the highest on."""
+    """Find it in three passes, each of which settles some bits of the key, beginning with the highest."""
     prefix, left = 0, k
     for shift, bits in LEVELS:
         bins = np.zeros(1 << bits, np.int64)
@@ -227,7 +227,7 @@ def _count(scores: Sequence[Score], key: int) -> Threshold:
 
 
 def _bracket(scores: Sequence[Score], total: int, k: int) -> tuple[int, int]:
-    """Keys between which the ``k``-th largest lies, almost always: from a random sample of blocks of neighbours."""
+    """Two keys between which the ``k``-th largest almost always lies, from a random sample of blocks of neighbours."""
     ends = np.cumsum([score.numel() for score in scores])
     num_blocks = min(_NUM_BLOCKS, max(_NUM_BLOCKS // 8, total // (32 * _BLOCK)))  # a small part of all
     starts = np.random.default_rng(0).integers(0, total, num_blocks)

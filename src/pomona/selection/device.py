@@ -1,6 +1,6 @@
 """Selection on other devices than a CPU, by histograms.
 
-Nothing here makes the host wait, nor depends on values, so that a CUDA graph can hold it.
+Nothing here makes the host wait, and no control flow depends on values, so that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _DEVICE_CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class DeviceSelection:
-    """As ``CPUSelection``, with the numbers on the device.
+    """Like ``CPUSelection``, but its numbers are on the device.
 
     Attributes:
-        scores: what was chosen from.
-        key: int32, the threshold of all.
-        quota: int64, how many of the scores equal to it stay, the first of all.
-        num_infinite: not looked at.
+        scores: what was selected from.
+        key: int32, the threshold of all tensors.
+        quota: int64, how many of the scores equal to it are kept: the first ones of all tensors together.
+        num_infinite: always 0; nobody looks.
     """
 
     scores: list[Score]
@@ -54,7 +54,7 @@ class DeviceSelection:
 
 
 def select_on_device(scores: Sequence[Score], k: int) -> DeviceSelection:
-    """As ``select_largest``, without a word from the device to the host; a NaN ranks above all."""
+    """Like ``select_largest``, but without device-to-host synchronization. A NaN ranks above everything."""
     device = scores[0].device
     key = torch.zeros((), dtype=torch.int32, device=device)
     left = torch.full((), k, dtype=torch.int64, device=device)
@@ -69,7 +69,7 @@ def select_on_device(scores: Sequence[Score], k: int) -> DeviceSelection:
         above = from_above.gather(0, place.view(1)) - bins.flip(0).gather(0, place.view(1))
         left = left - above.view(())
         key = (key << bits) | (len(bins) - 1 - place).int()
-    # A threshold of zero: fewer than k are not zero, and all of them stay, those equal to the smallest number too.
+    # If the threshold is zero, fewer than k scores are not zero. All of these are kept, with the smallest number too.
     everything = key == 0
     if k == 0:
         return DeviceSelection(list(scores), torch.full_like(key, LAST), torch.zeros_like(left))
@@ -77,7 +77,7 @@ def select_on_device(scores: Sequence[Score], k: int) -> DeviceSelection:
 
 
 def device_pieces(score: Score) -> Iterator[tuple[int, Tensor]]:
-    """Position and keys, piece by piece."""
+    """Yield the flat index at which each piece begins, and its keys."""
     flat = score.flat()
     for start in range(0, flat.numel(), _DEVICE_CHUNK):
         yield start, flat.piece(start, start + _DEVICE_CHUNK).tensor().view(torch.int32)

@@ -25,15 +25,15 @@ _PIECE = 1 << 20  # scores that are looked at together
 
 
 def check_fits(weights: Sequence[Weight], granularity: Granularity) -> None:
-    """ValueError unless all weights fall into such groups, no group on two ranks; names those that do not.
+    """Raise ValueError, with the names, unless all weights fall into such groups and no group lies on two ranks.
 
-    All ranks must call it where weights are sharded.
+    If weights are sharded, call this on every rank.
     """
     kind = parse(granularity)
     check_shapes(kind, {w.name: w.shape for w in weights})
     steps = group_steps(kind)
     if isinstance(kind, (Single, Channel)):
-        return  # channels are summed over ranks
+        return  # channels may be cut: their sums are taken over the ranks
     torn = [float(w.shard is not None and not _is_aligned(steps, w.shard, w.value.shape)) for w in weights]
     for w, is_torn in zip(weights, max_over(torn, [w.shard for w in weights]), strict=True):
         if is_torn:
@@ -53,11 +53,11 @@ def _is_aligned(steps: tuple[int, int], shard: Shard, shape: Sequence[int]) -> b
 
 
 def top_n_of_m(score: Tensor, kind: NOfM, quota: Tensor | None = None) -> Tensor:
-    """The mask of the ``n`` largest scores of every ``m``, ties by position, a zero never; needs scores >= 0.
+    """The mask of the ``n`` largest of every ``m`` scores. Ties are broken by position, and a zero is never kept.
 
     Args:
-        score: float32, of the weight's shape.
-        quota: in place of ``n`` how many of each group; of the shape of the groups, the last dimension 1.
+        score: float32, >= 0, of the weight's shape.
+        quota: how many to keep of each group, instead of ``n``; of the shape of the groups, with 1 as last dimension.
     """
     mask = torch.zeros_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
     groups, kept = kind.view(score), kind.view(mask)
@@ -72,7 +72,7 @@ def top_n_of_m(score: Tensor, kind: NOfM, quota: Tensor | None = None) -> Tensor
 
 
 def _rank(groups: Tensor) -> Tensor:
-    """Of each score how many of its group go before it; five times faster than to sort so few."""
+    """Rank of each score within its group. (Five times faster than sorting such short rows.)"""
     places = groups.movedim(-1, 0).contiguous()
     rank = torch.zeros_like(places, dtype=torch.int32)
     for i in range(len(places)):
@@ -82,12 +82,12 @@ def _rank(groups: Tensor) -> Tensor:
 
 
 def num_in_groups(mask: Tensor, kind: NOfM) -> Tensor:
-    """How many are True in every ``m``; the last dimension is 1."""
+    """Count the True in every ``m``; the last dimension of the result is 1."""
     return kind.view(mask).sum(-1, keepdim=True)
 
 
 def _slices(groups: Tensor) -> Iterator[slice]:
-    """Of the first dimension, a piece of the tensor each."""
+    """Slices of the first dimension that cut the tensor into pieces."""
     step = max(1, _PIECE // max(1, math.prod(groups.shape[1:])))
     return (slice(start, start + step) for start in range(0, groups.shape[0], step))
 
@@ -96,7 +96,7 @@ def _slices(groups: Tensor) -> Iterator[slice]:
 
 
 def block_scores(score: Score | Tensor, kind: Block, w: Weight | None) -> tuple[Tensor, Weight | None]:
-    """The scores of the blocks as a tensor of their own, and the weight it stands for, sharded as the blocks are."""
+    """The scores of all blocks as one tensor, and a weight that stands for them, sharded as the blocks are."""
     groups = kind.view(_tensor(score))
     pieces = [_mean_square_root(groups[rows], (1, 3)) for rows in _slices(groups)]
     scores = torch.cat(pieces) if pieces else groups.new_zeros(kind.grid(score.shape))
@@ -110,7 +110,7 @@ def block_scores(score: Score | Tensor, kind: Block, w: Weight | None) -> tuple[
 
 
 def expand_blocks(mask: Tensor, kind: Block) -> Tensor:
-    """The mask of the weights from that of the blocks."""
+    """The mask of the weights, given the mask of the blocks."""
     return mask.repeat_interleave(kind.rows, 0).repeat_interleave(kind.columns, 1)
 
 
@@ -122,7 +122,7 @@ def _mean_square_root(groups: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _sum_of_squares(groups: Tensor, largest: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """In units of the square of ``1 / _scale(largest)``."""
+    """The sum of squares in units of ``1 / _scale(largest) ** 2``."""
     return (groups.double() * _scale(largest)).round_().long().square_().sum(dims)
 
 
@@ -132,7 +132,7 @@ def _root(sums: Tensor, largest: Tensor, size: int) -> Tensor:
 
 
 def _scale(largest: Tensor) -> Tensor:
-    """The power of two, as float64, that brings the numbers to between 2^17 and 2^18; made of its bits, to be exact."""
+    """The power of two (float64) that scales the numbers to [2^17, 2^18). It is built from its bits, to be exact."""
     exponent = torch.frexp(largest).exponent.long().clamp(-200, 200)
     return ((_BITS + 1023 - exponent) << 52).view(torch.float64)
 
@@ -149,8 +149,8 @@ def top_channels(
 ) -> list[Tensor]:
     """Masks of the channels with the largest scores of all tensors: as many as fit into ``k`` weights.
 
-    First each tensor keeps its ``floors`` best channels; of the others, largest score first, ties by position, all up
-    to the first that does not fit. A channel of which all scores are zero is never kept.
+    First each tensor keeps its ``floors`` best channels. The others follow by falling score, ties by position, up to
+    the first that does not fit. A channel whose scores are all zero is never kept.
     """
     shapes = [s.shape for s in scores] if of is None else [w.shape for w in of]
     ranked = _channel_scores(scores, kind, of, shapes)
@@ -178,7 +178,7 @@ def _shards(scores: Sequence[Score | Tensor], of: Sequence[Weight] | None) -> li
 
 
 def _spread(mask: Tensor, score: Score | Tensor, kind: Channel, shard: Shard | None) -> Tensor:
-    """From all channels of the whole tensor to this rank's weights."""
+    """Expand a mask of all channels of the full tensor to this rank's weights."""
     mine = _own(mask, kind, score.shape, shard).to(score.device)
     shape = [1] * len(score.shape)
     shape[kind.dim] = -1
@@ -186,7 +186,7 @@ def _spread(mask: Tensor, score: Score | Tensor, kind: Channel, shard: Shard | N
 
 
 def _own(whole: Tensor, kind: Channel, shape: Sequence[int], shard: Shard | None) -> Tensor:
-    """Of a vector with one number a channel those of this rank: a view."""
+    """View of this rank's slice of a per-channel vector."""
     start = 0 if shard is None else shard.start[kind.dim]
     return whole[start : start + shape[kind.dim]]
 
@@ -194,7 +194,7 @@ def _own(whole: Tensor, kind: Channel, shape: Sequence[int], shard: Shard | None
 def _channel_scores(
     scores: Sequence[Score | Tensor], kind: Channel, of: Sequence[Weight] | None, shapes: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """One float32 number a channel of the whole tensors, on the CPU; two sums over ranks where these share them."""
+    """One float32 score per channel of the full tensors, on the CPU. Sharded tensors take two sums over the ranks."""
     shards = _shards(scores, of)
     largest = [torch.zeros(shape[kind.dim]) for shape in shapes]
     for score, shard, most in zip(scores, shards, largest, strict=True):
@@ -227,7 +227,7 @@ def _largest_of_ranks(vectors: list[Tensor], shards: Sequence[Shard | None]) -> 
 
 
 def violations(granularity: Granularity, pruned: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> list[str]:
-    """What in the masks (True = zero) breaks the granularity, a sentence each; the same on all ranks."""
+    """Say in one sentence per tensor where masks (True = zero) break the granularity; the same on all ranks."""
     kind = parse(granularity)
     if isinstance(kind, Single) or not pruned:
         return []
@@ -238,12 +238,12 @@ def violations(granularity: Granularity, pruned: Mapping[str, Tensor], shards: M
         broken = [int(((c > 0) & (c < s)).sum()) for c, s in zip(sum_vectors(counts, blocks), sizes, strict=True)]
     else:
         broken = sum_counts([_num_broken(mask, kind) for mask in pruned.values()], blocks)
-    told = {
+    said = {
         NOfM: f"groups of {{}} keep more than {str(kind).replace(':', ' of ')} weights",
         Block: f"blocks of {kind} of {{}} are cut in part",
         Channel: f"{kind}s of {{}} are cut in part",
     }[type(kind)]
-    return [f"{num:,} {told.format(name)}" for name, num in zip(pruned, broken, strict=True) if num]
+    return [f"{num:,} {said.format(name)}" for name, num in zip(pruned, broken, strict=True) if num]
 
 
 def _num_broken(pruned: Tensor, kind: NOfM | Block) -> Tensor:

@@ -1,6 +1,6 @@
-"""Scores as *keys*, and passes over them a cacheful at a time.
+"""Scores as *keys*: the bits of float32 numbers >= 0, read as int32, which have the same order as the numbers.
 
-Float32 numbers >= 0 order like their bits, read as int32: these are the keys.
+Passes over all scores compute them one cacheful at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pomona.score import Score, rank_inside_
 Keys = NDArray[np.int32]
 
 LEVELS = ((20, 11), (10, 10), (0, 10))  # shift and bits of the histograms
-INFINITY = 0x7F800000  # the key of infinity; those of NaN are larger
-LAST = 0x7FFFFFFF
+INFINITY = 0x7F800000  # the key of infinity; the keys of NaNs are larger
+LAST = 0x7FFFFFFF  # the largest key
 
 CHUNK = 1 << 18  # scores at a time: 1 MiB, which stays in a core's cache
 NAN = "a score is NaN; check the gradients before selecting"
@@ -31,24 +31,25 @@ class NonFiniteError(ValueError):
 
 
 def as_float(key: int) -> float:
+    """The score that has this key."""
     return float(np.int32(key).view(np.float32))
 
 
 def digits(keys: Keys, prefix: int, shift: int, bits: int) -> Keys:
-    """Of the keys that begin with ``prefix`` the ``bits`` that follow, ``shift`` bits from the end."""
+    """The ``bits`` that follow ``prefix``, ``shift`` bits from the end, for each key that begins with ``prefix``."""
     mine = keys if prefix == 0 and shift + bits == 31 else keys[keys >> (shift + bits) == prefix]
     return (mine >> shift) & ((1 << bits) - 1)
 
 
 def pick(bins: NDArray[np.int64], k: int) -> tuple[int, int]:
-    """The bin that holds the ``k``-th largest, and how many are in the bins above; bin 0 if there are fewer."""
+    """Return the bin that holds the ``k``-th largest (bin 0 if there are fewer) and how many are above that bin."""
     from_above = bins[::-1].cumsum()
     place = min(int(np.searchsorted(from_above, k)), len(bins) - 1)
     return len(bins) - 1 - place, int(from_above[place] - bins[len(bins) - 1 - place])
 
 
 def check_finite(keys: Keys) -> int:
-    """How many are infinite; NonFiniteError if one is NaN."""
+    """Count the infinite ones. Raises NonFiniteError if one is NaN."""
     largest = int(keys.max())
     if largest > INFINITY:
         raise NonFiniteError(NAN)
@@ -56,7 +57,7 @@ def check_finite(keys: Keys) -> int:
 
 
 def pack(scores: Sequence[Score]) -> core.Scores | None:
-    """The scores for the compiled core; None if it is not there, or cannot take them."""
+    """The scores as the compiled core takes them, or None if there is no core or it cannot take them."""
     if not scores or not core.is_available():
         return None
     if not all(core.fits(score.w) if score.g is None else core.fits(score.w, score.g) for score in scores):
@@ -72,12 +73,13 @@ def pack(scores: Sequence[Score]) -> core.Scores | None:
 
 
 def are_on_cpu(scores: Sequence[Score]) -> bool:
+    """Whether all of them are."""
     return all(score.device.type == "cpu" for score in scores)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of one tensor in a chunk: ``place`` there, from ``start`` of the flat tensor on."""
+    """Part of a chunk: ``place`` in the chunk holds the scores of one tensor from its flat index ``start`` on."""
 
     tensor: int
     start: int
@@ -86,7 +88,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Scores of one tensor or several small ones, in scratch memory that the next chunk takes over."""
+    """Scores of one tensor or of several small ones, in scratch memory that the next chunk overwrites."""
 
     values: Tensor  # float32, 1-d
     spans: list[Span]
@@ -96,7 +98,7 @@ class Chunk:
 
 
 def chunks(scores: Sequence[Score]) -> Iterator[Chunk]:
-    """All scores in order, a cacheful at a time; a tensor that is not contiguous is copied."""
+    """Yield all scores in order, one cacheful at a time. A tensor that is not contiguous is copied."""
     scratch = torch.empty(min(CHUNK, sum(score.numel() for score in scores)))
     spans: list[Span] = []
     filled = 0

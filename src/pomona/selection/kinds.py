@@ -1,4 +1,4 @@
-"""What a selection can do, wherever it was made; and selections that are made of others, or of masks."""
+"""What all selections can do, and those that consist of other selections or of masks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Selection(Protocol):
 
     @property
     def counts(self) -> Sequence[int | Tensor]:
-        """How many each tensor keeps; on other devices than a CPU an int64 tensor each."""
+        """How many scores of each tensor are kept; on other devices than a CPU as int64 tensors."""
 
     @property
     def num_infinite(self) -> int | None:
         """Number of infinite scores; 0 on other devices than a CPU, None where nobody has counted them."""
 
     def masks(self) -> list[Tensor]:
-        """Boolean, of the shapes of the scores, True = kept."""
+        """A boolean mask for each tensor, of its shape; True = kept."""
 
     def multiply_(self, tensors: Sequence[Tensor]) -> None:
         """Multiply each tensor by its mask in place, as ``mul_`` does: a dropped NaN or infinity becomes NaN."""
@@ -34,10 +34,10 @@ class Selection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JoinedSelection:
-    """Several selections as one.
+    """Several selections in one.
 
     Attributes:
-        parts: each with the places of its tensors among all.
+        parts: the selections, each with the places of its tensors among all tensors.
     """
 
     parts: list[tuple[list[int], Selection]]

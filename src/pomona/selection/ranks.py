@@ -1,4 +1,4 @@
-"""Selection over ranks: each counts its own scores, and decisions depend on sums over the ranks, so that all agree."""
+"""Selection over ranks. Each rank counts its own scores; all decisions depend on sums over the ranks, so all agree."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from pomona.selection.keys import (
 if TYPE_CHECKING:
     from pomona.weight import Weight
 
-_NAN_BIN = LAST >> LEVELS[0][0]  # of the first histogram, whose bins above that of infinity are free
+_NAN_BIN = LAST >> LEVELS[0][0]  # in the first histogram, whose bins above that of infinity are not used
 _INFINITE_BIN = INFINITY >> LEVELS[0][0]
 _INDEX_BITS = 11
-_GATHERED = 1 << 11  # numbers that are worth one message, 16 KiB, where histograms would take several
+_GATHERED = 1 << 11  # numbers to send in one message of 16 KiB, where histograms would take several messages
 
 
 @dataclass(frozen=True, slots=True)
 class RankSelection:
-    """What this rank keeps of a selection among the scores of all ranks.
+    """What this rank keeps in a selection among the scores of all ranks.
 
     Attributes:
-        here: this rank's part of it; its counts are those of this rank.
-        counts: how many each tensor keeps on all ranks together.
-        num_infinite: scores of all ranks that are infinite.
+        here: this rank's part of the selection, with the counts of this rank.
+        counts: how many scores of each tensor are kept, on all ranks together.
+        num_infinite: how many scores are infinite, on all ranks together.
     """
 
     here: CPUSelection | DeviceSelection
@@ -63,11 +63,11 @@ class RankSelection:
 
 @dataclass(frozen=True, slots=True)
 class RankThreshold(Threshold):
-    """A threshold whose numbers are of all ranks together.
+    """A threshold whose numbers cover all ranks together.
 
     Attributes:
-        greater_here: of each tensor the number of this rank's scores with a larger key.
-        equal_here: of each tensor the number of this rank's scores with this key.
+        greater_here: for each tensor the number of this rank's scores with a larger key.
+        equal_here: for each tensor the number of this rank's scores with this key.
     """
 
     greater_here: list[int] = field(default_factory=list)
@@ -75,11 +75,11 @@ class RankThreshold(Threshold):
 
 
 def find_shards(scores: Sequence[Score], of: Sequence[Weight] | None) -> list[Shard] | None:
-    """The shards that the scores are of; None if the scores are all there are.
+    """The shards that the scores belong to, or None if this rank has all scores.
 
     Raises:
-        RuntimeError: ``of`` is missing where weights are sharded.
-        ValueError: the scores are not of these weights.
+        RuntimeError: ``of`` is missing although the weights are sharded.
+        ValueError: the scores do not belong to these weights.
     """
     if of is None:
         if is_working_on_shards():
@@ -98,10 +98,10 @@ def find_shards(scores: Sequence[Score], of: Sequence[Weight] | None) -> list[Sh
 
 
 def select_over_ranks(scores: Sequence[Score], shards: Sequence[Shard], k: int) -> RankSelection:
-    """As ``select_largest`` of the whole tensors; each rank gets the masks of its blocks. All ranks must call it.
+    """``select_largest`` over the full (unsharded) tensors. Each rank gets the masks of its blocks; all must call it.
 
-    Five sums over the ranks, of at most 16 KiB and of 16 bytes a tensor; one less where no tie is cut, and some more
-    where a tie of hundreds is. The host waits for them.
+    This takes five sums over the ranks, of at most 16 KiB and of 16 bytes per tensor: one less if no tie is cut, and
+    some more if a tie of hundreds is. The host waits for them.
     """
     found = find_threshold_over_ranks(scores, shards, k)
     whole = resolve(scores, found, k)
@@ -111,7 +111,7 @@ def select_over_ranks(scores: Sequence[Score], shards: Sequence[Shard], k: int) 
             ties[i] = 0
         elif kept < equal:  # so in one tensor at most
             ties[i] = _num_among_first(scores[i], shards[i], found.key, kept, equal)
-    # A block's elements are in the order of the whole: those that stay of a tie are the first of this rank's, too.
+    # A block keeps the order of the whole tensor, so the ties to keep are also the first ones of this rank.
     if not are_on_cpu(scores):
         device = scores[0].device
         key = torch.tensor(found.key, dtype=torch.int32, device=device)
@@ -123,7 +123,7 @@ def select_over_ranks(scores: Sequence[Score], shards: Sequence[Shard], k: int) 
 
 
 def find_threshold_over_ranks(scores: Sequence[Score], shards: Sequence[Shard], k: int) -> RankThreshold:
-    """The ``k``-th largest key of the whole tensors; of ``k = 0`` one that no score reaches."""
+    """The ``k``-th largest key of the full tensors; for ``k = 0`` a key that no score exceeds."""
     ranks = shards[0].ranks
     own = _OwnKeys(scores, [shard.counts for shard in shards])
     prefix, left, num_infinite = 0, k, 0
@@ -148,10 +148,10 @@ def find_threshold_over_ranks(scores: Sequence[Score], shards: Sequence[Shard], 
 
 
 class _OwnKeys:
-    """This rank's keys. They are looked at twice: for the first histogram, and to gather those of the bin it leads to.
+    """This rank's keys. They are read twice: for the first histogram, and to gather the keys of the bin that it finds.
 
-    Where these are many, and on other devices than a CPU, they are not gathered but looked at for each histogram. That
-    is up to each rank: the numbers are the same.
+    If that bin holds many, and on other devices than a CPU, keys are not gathered but read again for each histogram.
+    Each rank decides this by itself, because the numbers are the same.
     """
 
     def __init__(self, scores: Sequence[Score], counts: Sequence[bool]) -> None:
@@ -165,7 +165,7 @@ class _OwnKeys:
         self.above = [0] * len(scores)  # keys larger than those
 
     def histogram(self, prefix: int, shift: int, bits: int) -> Tensor:
-        """How many keys that begin with ``prefix`` have each of the ``bits`` that follow; on the host."""
+        """Count the keys that begin with ``prefix`` by the ``bits`` that follow; the counts are on the host."""
         if not self.is_on_cpu:
             return self._histogram_on_device(prefix, shift, bits)
         if self.gathered is not None:
@@ -195,7 +195,7 @@ class _OwnKeys:
         return bins.cpu()
 
     def narrow(self, digit: int) -> None:
-        """Gather the keys of this bin of the first histogram. Zeros, which are never kept, stay out."""
+        """Gather the keys in this bin of the first histogram, except zeros, which are never kept."""
         if not self.is_on_cpu:
             return
         most = max(CHUNK, sum(score.numel() for score in self.scores) // 16)
@@ -218,7 +218,7 @@ class _OwnKeys:
         self.inside, self.above = inside, above
 
     def count(self, key: int) -> tuple[list[int], list[int]]:
-        """Of each tensor how many keys are larger, and how many are equal."""
+        """Return for each tensor how many keys are larger and how many are equal."""
         if not self.is_on_cpu:
             return self._count_on_device(key)
         if self.packed is not None:
@@ -252,7 +252,7 @@ class _OwnKeys:
 
 
 def _num_among_first(score: Score, shard: Shard, key: int, quota: int, num: int) -> int:
-    """Of this rank's scores with this key, how many are among the first ``quota`` of ``num`` in the whole tensor."""
+    """How many of this rank's scores with this key are among the first ``quota`` of all ``num`` in the full tensor."""
     if num * shard.ranks.size <= _GATHERED:
         last = _gather_nth(score, shard, key, quota, num)
     else:
@@ -261,7 +261,7 @@ def _num_among_first(score: Score, shard: Shard, key: int, quota: int, num: int)
 
 
 def _gather_nth(score: Score, shard: Shard, key: int, quota: int, num: int) -> int:
-    """The flat index of the ``quota``-th of the tied, from the indices of all."""
+    """The flat index of the ``quota``-th tied score, found among the indices of all of them."""
     nowhere = shard.shape.numel()
     own = torch.full((num,), nowhere, dtype=torch.int64)
     if shard.counts:
@@ -273,7 +273,7 @@ def _gather_nth(score: Score, shard: Shard, key: int, quota: int, num: int) -> i
 
 
 def _narrow_to_nth(score: Score, shard: Shard, key: int, quota: int) -> int:
-    """The same, some bits of the index at a time."""
+    """The same, found by a few bits of the index at a time."""
     last, left = 0, quota
     for shift in reversed(range(0, (shard.shape.numel() - 1).bit_length(), _INDEX_BITS)):
         bins = np.zeros(1 << _INDEX_BITS, np.int64)
@@ -288,7 +288,7 @@ def _narrow_to_nth(score: Score, shard: Shard, key: int, quota: int) -> int:
 
 
 def _tied(score: Score, shard: Shard, key: int) -> Iterator[Positions]:
-    """Flat indices in the whole tensor of this rank's scores with this key, rising."""
+    """Yield flat indices in the full tensor of this rank's scores with this key, in rising order."""
     if are_on_cpu([score]):
         pieces: Iterator[tuple[int, Keys]] = ((chunk.spans[0].start, chunk.keys()) for chunk in chunks([score]))
         for start, keys in pieces:
