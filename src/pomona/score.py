@@ -1,7 +1,7 @@
-"""HOW a weight is ranked: scores >= 0 of the weight's shape; a larger one stays.
+"""HOW a weight is ranked: scores >= 0 in the weight's shape; larger scores survive.
 
-Scores are float32 whatever the weights are: a product of two half-precision numbers underflows to zero long
-before the weight stops mattering.
+Scores are float32 for weights of any dtype: a product of two half-precision numbers underflows to zero long before
+the weight stops mattering.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Score:
-    """``|w|``, or ``|w g|``, of one tensor: a description, computed where it is needed, a piece at a time.
+    """``|w|`` or ``|w g|`` of one tensor: a description, evaluated on demand, one piece at a time.
 
     Attributes:
         w: any shape and floating dtype.
-        g: the second factor, of the same shape; None if there is none.
+        g: the second factor, with the same shape; None if there is none.
     """
 
     w: Tensor
@@ -36,7 +36,7 @@ class Score:
         return self.w.numel()
 
     def tensor(self) -> Tensor:
-        """The scores: a new float32 tensor, outside of autograd."""
+        """Compute the scores: a new float32 tensor, detached from autograd."""
         w = self.w.detach()
         if self.g is None:
             return w.to(torch.float32, copy=True).abs_()
@@ -49,7 +49,7 @@ def magnitude(w: Tensor) -> Score:
 
 
 def saliency(w: Tensor, g: Tensor) -> Score:
-    """``|w g|``: what the loss changes by, to first order, if the weight goes to zero.
+    """``|w g|``: the first-order change of the loss if the weight becomes zero.
 
     GSM's metric T (arXiv 1909.12778, eq. 4), the first-order Taylor term.
 
@@ -57,5 +57,7 @@ def saliency(w: Tensor, g: Tensor) -> Score:
         ValueError: the shapes differ.
     """
     if w.shape != g.shape:
-        raise ValueError(f"a weight and its gradient have one shape, got {tuple(w.shape)} and {tuple(g.shape)}")
+        raise ValueError(
+            f"a weight and its gradient must have the same shape, got {tuple(w.shape)} and {tuple(g.shape)}"
+        )
     return Score(w, g)
