@@ -107,7 +107,7 @@ def fault_of_one(first: Any, parts: list[str], text: str) -> str:
     except TypeError as error:
         return f"{text}: {error}"
     how = keywords.get("quantize")
-    if target is pomona.export and isinstance(how, ast.Constant):
+    if target is pomona.export and isinstance(how, ast.Constant) and isinstance(how.value, str):
         try:
             Quantization.parse(how.value)
         except ValueError as error:

@@ -124,7 +124,7 @@ def test_a_wheel_with_the_core(build: Build, tmp_path: Path) -> None:
         }
         ours = {name for name in ours if "__pycache__" not in name and "/_core." not in name}
         metadata = next(archive.read(name).decode() for name in names if name.endswith("/METADATA"))
-    cores = {name for name in names if name.startswith("pomona/_core.")}
+    cores = {name for name in names if name.startswith("pomona/native/_core.")}
     assert len(cores) == 1
     assert {name for name in names if name.startswith("pomona/")} - cores == ours >= {"pomona/py.typed"}
     assert f"\nVersion: {pomona.__version__}\n" in metadata
