@@ -14,18 +14,16 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pomona import METHODS, Method, Weight, cli, magnitude
-from pomona.budget import check_budget, num_kept, top_k
+from pomona import METHODS, Method, Weight, Weights, cli, magnitude
 from pomona.ops import drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of
-from pomona.schedule import Value, check_value, highest, value_at
-from pomona.score import Score, saliency
+from pomona.schedule import Value, check_value
+from pomona.score import saliency
 from pomona.studies.compare import base_key, conclude
 from pomona.train.progress import Progress
 from pomona.train.recipe import load_recipe, recipe_from_dict
@@ -62,33 +60,25 @@ class Fade(Method):
     min_density: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        Method.__post_init__(self)
         check_value("average", self.average, low=0.0, high=1.0)
-
-    def check_weights(self, weights: Sequence[Weight]) -> None:
-        check_budget(
-            weights,
-            num_kept(highest(self.sparsity), sum(w.numel for w in weights)),
-            "global",
-            min_density=self.min_density,
-        )
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {"mask": torch.ones_like(w.value, dtype=torch.bool), "s": torch.zeros_like(w.value, dtype=torch.float32)}
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+    def before_step(self, weights: Weights, step: int) -> None:
         if step <= self.steps:
             for w in weights:
                 now = magnitude(w.value) if self.score == "magnitude" else saliency(w.value, w.grad)
                 w.state["s"].mul_(self.average).add_(now.tensor(), alpha=1.0 - self.average)
             scores = [magnitude(w.state["s"]) for w in weights]
-            for w, mask in zip(weights, self._top(weights, scores, step), strict=True):
+            for w, mask in zip(weights, self.budget.keep(scores, step, of=weights).masks(), strict=True):
                 w.state["mask"].copy_(mask)
         drop_gradients_(weights, masks_of(weights))
         if step == self.steps + 1:
             drop_buffers_(weights, masks_of(weights))
 
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+    def after_step(self, weights: Weights, step: int) -> None:
         left = self.steps - step + 1
         if left <= 1:
             drop_weights_(weights, masks_of(weights))
@@ -96,19 +86,12 @@ class Fade(Method):
         for w in weights:
             w.value.mul_(torch.where(w.state["mask"], 1.0, (left - 1) / left))
 
-    def _top(self, weights: Sequence[Weight], scores: Sequence[Score], step: int) -> list[Tensor]:
-        k = num_kept(value_at(self.sparsity, step), sum(w.numel for w in weights))
-        return top_k(scores, k, of=weights, min_density=self.min_density)
-
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         if step >= self.steps:
             return masks_of(weights)
-        return self._top(weights, [magnitude(w.value) for w in weights], step)
+        return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()
 
-    def budget(self, total: int, step: int) -> int:
-        return num_kept(value_at(self.sparsity, step), total)
-
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+    def metrics(self, weights: Weights) -> dict[str, float]:
         return {"sparsity": sparsity_of(weights)}
 
 

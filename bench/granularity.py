@@ -27,7 +27,8 @@ import pomona
 from nets import NETS, count, kernels, make
 from pomona.benchmark.bench import TOLERANCE, Worker, export_onnx, take_turns, write_network
 from pomona.benchmark.paths import Case, relative_error
-from pomona.budget import num_kept, top_k
+from pomona.budget import num_kept
+from pomona.selection.top_k import top_k
 from pomona.train.progress import Progress
 from pomona.train.recipe import load_recipe
 from pomona.train.run import evaluate

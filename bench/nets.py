@@ -1,8 +1,8 @@
 """The networks of the table in bench/inference.py: plain modules with weights from a seed, and masks on them.
 
 Weights are random, since speed does not depend on them, and scaled so that activations neither fade nor grow; a state
-dict that Pomona trained can take their place (`make`). Batch norms are folded into the convolution before them, as
-every runtime does by itself, so that all of them get one and the same network.
+dict that Pomona trained can take their place (`make`). Batch norms are folded into the convolution before them, which
+every runtime would do by itself, so that all runtimes get the same network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pomona.budget import deal
+from pomona.selection.allocation import allocate
 from pomona.zoo.models import MODELS
 
 Kernel = nn.Conv2d | nn.Linear
@@ -27,7 +27,7 @@ FIRST_AT_MOST = 0.5  # sparsity of a convnet's first layer under a uniform mask
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which strides), 1x1, beside a shortcut (arXiv 1512.03385)."""
+    """Convolutions of 1x1, 3x3 (with the stride) and 1x1, beside a shortcut (arXiv 1512.03385)."""
 
     def __init__(self, width: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50() -> nn.Module:
-    """25.5 million weights, for images of 224 x 224."""
+    """ResNet-50: 25.5 million weights, for images of 224 x 224."""
     blocks: list[nn.Module] = []
     width = 64
     for planes, num, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
@@ -78,7 +78,7 @@ def mobilenet() -> nn.Module:
 
 
 class MLP(nn.Module):
-    """The dense half of a block of BERT: two layers with a GELU between, added to what came in."""
+    """The dense half of a block of BERT: two layers with a GELU between, added to the input."""
 
     def __init__(self, width: int = 768) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ NETS = {
 
 
 def make(name: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The network as it is run: in eval mode, batch norms folded, weights from a seed or those of a trained state."""
+    """Make the network as it will run: in eval mode, batch norms folded, weights from a seed or a trained state."""
     model = NETS[name].build().eval().requires_grad_(False)
     if state is None:
         _draw(model, torch.Generator().manual_seed(0))
@@ -117,7 +117,7 @@ def make(name: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
 
 
 def _draw(model: nn.Module, generator: torch.Generator) -> None:
-    """Kernels normal with variance 2 / fan_in, and statistics as norms have them after training."""
+    """Draw kernels with variance 2 / fan_in, and norms with statistics like those after training."""
     for module in model.modules():
         if isinstance(module, Kernel):
             module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5, generator=generator)
@@ -131,7 +131,7 @@ def _draw(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _fold(model: nn.Module) -> None:
-    """Each batch norm into the convolution that was registered just before it: so are all of `NETS` written."""
+    """Fold each batch norm into the convolution registered just before it; all of `NETS` are written in this order."""
     for parent in list(model.modules()):
         for (first, conv), (second, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(norm, nn.BatchNorm2d):
@@ -140,16 +140,16 @@ def _fold(model: nn.Module) -> None:
 
 
 def mask_(model: nn.Module, allocation: Allocation, sparsity: float) -> None:
-    """Set random weights to zero, and raise the others so that a layer's output keeps its variance.
+    """Set random weights to zero, and scale the others up so that a layer's output keeps its variance.
 
-    Depthwise kernels stay dense, as usual (they are 1 % of MobileNet's weights). The others together lose `sparsity`:
-    by "erk" as `pomona.budget.deal` shares it out; by "uniform" the same part of each, but the first layer of a convnet
-    no more than half.
+    Depthwise kernels stay dense, as usual (they are 1 % of MobileNet's weights). The others together get `sparsity`:
+    by "erk" as `pomona.selection.allocation` says; by "uniform" each gets the same, except that the first layer of a
+    convnet loses half of its weights at most.
     """
     layers = [layer for layer in kernels(model) if not _is_depthwise(layer)]
     shapes = [layer.weight.shape for layer in layers]
     if allocation == "erk":
-        counts = deal("erk", shapes, round((1 - sparsity) * sum(shape.numel() for shape in shapes)))
+        counts = allocate("erk", shapes, round((1 - sparsity) * sum(shape.numel() for shape in shapes)))
     else:
         counts = [round((1 - sparsity) * shape.numel()) for shape in shapes]
         if isinstance(layers[0], nn.Conv2d):
@@ -172,7 +172,7 @@ def kernels(model: nn.Module) -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Count:
-    """Of one sample."""
+    """Weights and multiplications for one sample."""
 
     weights: int  # of kernels
     kept: int
@@ -181,7 +181,7 @@ class Count:
 
 
 def count(model: nn.Module, shape: tuple[int, ...]) -> Count:
-    """Weights and multiplications, of the network as it is and without its zeros."""
+    """Count weights and multiplications, with zeros and without."""
     macs = kept_macs = 0
 
     def add(layer: Kernel, _: object, output: Tensor) -> None:
@@ -199,5 +199,5 @@ def count(model: nn.Module, shape: tuple[int, ...]) -> Count:
     return Count(weights, int(kept), macs, kept_macs)
 
 
-# For `pomona bench nets:resnet_50` and the like, in this folder.
+# For `pomona bench nets:resnet_50`, run in this folder.
 resnet_50, resnet_56, mobilenet_v1, bert_mlp, lenet_5, lenet_300_100 = (partial(make, name) for name in NETS)

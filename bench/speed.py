@@ -168,14 +168,10 @@ def candidates(model: Callable[[], nn.Module], compression: float, only: list[st
 
     net, optimizer = fresh()
     yield Candidate("SGD", optimizer.step, list(net.parameters()))
-    for name, fused, with_core in (
-        ("GSM, fused", True, True),
-        ("GSM", False, True),
-        ("GSM, no compiler", False, False),
-    ):
+    for name, with_core in (("GSM", True), ("GSM, no compiler", False)):
         if wanted(name) and (core.is_available() or not with_core):
             net, optimizer = fresh()
-            pomona.Pruner(net, optimizer, pomona.GSM(sparsity, min_density=0.0), fused=fused)
+            pomona.Pruner(net, optimizer, pomona.GSM(sparsity, min_density=0.0))
             yield Candidate(name, using_core(optimizer.step, with_core), list(net.parameters()))
     if wanted("original"):
         net, optimizer = fresh()

@@ -6,25 +6,20 @@ import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from pomona.budget import (
-    Allocation,
-    check_allocation,
-    deal,
-    erk,
-    global_top_k,
-    num_kept,
-    tell_share,
-    top_k,
-)
+import pomona
+from pomona.budget import Budget, num_kept
+from pomona.granularity import Granularity
 from pomona.score import saliency
+from pomona.selection.allocation import Allocation, allocate, check_allocation, erk
+from pomona.selection.top_k import global_top_k, top_k
 from tests import oracles
 
 INF, NAN = math.inf, math.nan
@@ -393,8 +388,8 @@ def test_where_the_tensors_are_cut_does_not_matter(layers: list[list[float]], da
 
 
 def test_uniform_gives_each_layer_its_share() -> None:
-    assert deal("uniform", [(10, 10), (20, 10), (5, 2, 2, 5)], 40) == [10, 20, 10]
-    assert deal("uniform", [(3,), (3,), (3,)], 4) == [2, 1, 1]  # thirds are equal: the first in order
+    assert allocate("uniform", [(10, 10), (20, 10), (5, 2, 2, 5)], 40) == [10, 20, 10]
+    assert allocate("uniform", [(3,), (3,), (3,)], 4) == [2, 1, 1]  # thirds are equal: the first in order
 
 
 # LeNet-300-100: epsilon (784 + 300) + epsilon (300 + 100) + epsilon (100 + 10) = 26,620 gives the last layer 1,837 of
@@ -403,7 +398,7 @@ LENET300 = [(300, 784), (100, 300), (10, 100)]
 
 
 def test_erk_of_lenet_300_100_by_hand() -> None:
-    assert deal("erk", LENET300, 26_620) == [18_714, 6_906, 1_000]
+    assert allocate("erk", LENET300, 26_620) == [18_714, 6_906, 1_000]
     epsilon = 25_620 / 1_484
     assert erk(LENET300, 26_620) == pytest.approx([epsilon * 1_084 / 235_200, epsilon * 400 / 30_000, 1.0], rel=1e-12)
 
@@ -411,38 +406,38 @@ def test_erk_of_lenet_300_100_by_hand() -> None:
 def test_erk_of_convolutions_adds_up_all_four_dimensions() -> None:
     shapes = [(8, 4, 3, 3), (8, 8, 3, 3)]  # 18 of 288 and 22 of 576 times epsilon = 2
     assert erk(shapes, 80) == pytest.approx([36 / 288, 44 / 576], rel=1e-15)
-    assert deal("erk", shapes, 80) == [36, 44]
+    assert allocate("erk", shapes, 80) == [36, 44]
 
 
 def test_erk_keeps_several_layers_whole_one_after_the_other() -> None:
     # 300 of 10,000 + 100 + 25 + 4: epsilon = 300 / 234 makes the last whole, for 5.1 > 4; then 296 / 230 the third,
     # 12.9 of 25, is not; at 700, 700 / 234 makes 12 and 29.9 whole, then 671 / 220 the second 61
     shapes = [(100, 100), (10, 10), (5, 5), (2, 2)]
-    assert deal("erk", shapes, 300) == [257, 26, 13, 4]  # 257.4, 25.7, 12.9
-    assert deal("erk", shapes, 700) == [610, 61, 25, 4]
+    assert allocate("erk", shapes, 300) == [257, 26, 13, 4]  # 257.4, 25.7, 12.9
+    assert allocate("erk", shapes, 700) == [610, 61, 25, 4]
     assert erk(shapes, 700)[2:] == [1.0, 1.0]
 
 
 def test_erk_of_vectors_scalars_and_nothing() -> None:
     shapes = [(50, 50), (7,), (), (0, 3)]
-    assert deal("erk", shapes, 100) == [93, 6, 1, 0]  # epsilon = 100 / 108 gives 92.6, 6.5 and 0.9
-    assert deal("uniform", shapes, 2508) == [2500, 7, 1, 0]
+    assert allocate("erk", shapes, 100) == [93, 6, 1, 0]  # epsilon = 100 / 108 gives 92.6, 6.5 and 0.9
+    assert allocate("uniform", shapes, 2508) == [2500, 7, 1, 0]
     assert erk(shapes, 2508) == [1.0] * 4
-    assert deal("erk", [], 0) == deal("uniform", [], 0) == []
-    assert deal("erk", [(0, 3)], 0) == [0]
+    assert allocate("erk", [], 0) == allocate("uniform", [], 0) == []
+    assert allocate("erk", [(0, 3)], 0) == [0]
 
 
 def test_with_less_budget_no_layer_gets_more() -> None:
     """Largest remainders deal 10 as 4, 4, 2 but 11 as 5, 5, 1: a layer pruned before would have to grow again."""
-    dealt = [deal("uniform", [(6,), (6,), (2,)], k) for k in (10, 11, 12)]
+    dealt = [allocate("uniform", [(6,), (6,), (2,)], k) for k in (10, 11, 12)]
     assert dealt == [[5, 4, 1], [5, 5, 1], [5, 5, 2]]
 
 
 def test_no_layer_is_empty_while_the_budget_suffices() -> None:
     shapes = [(1000, 1000), (3, 3), (2, 1)]
-    assert deal("uniform", shapes, 100) == [98, 1, 1]
-    assert deal("uniform", shapes, 3) == [1, 1, 1]
-    assert deal("uniform", shapes, 2) == [1, 1, 0]
+    assert allocate("uniform", shapes, 100) == [98, 1, 1]
+    assert allocate("uniform", shapes, 3) == [1, 1, 1]
+    assert allocate("uniform", shapes, 2) == [1, 1, 0]
 
 
 SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=4).map(tuple), min_size=1, max_size=6)
@@ -457,13 +452,13 @@ def test_counts_add_up_and_fit_and_grow_with_the_budget(
 ) -> None:
     sizes = [math.prod(shape) for shape in shapes]
     k = data.draw(st.integers(0, sum(sizes)), label="k")
-    counts = deal(allocation, shapes, k)
+    counts = allocate(allocation, shapes, k)
     assert sum(counts) == k
     assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
     if k >= sum(size > 0 for size in sizes):
         assert all(count > 0 for count, size in zip(counts, sizes, strict=True) if size)
     if k < sum(sizes):
-        more = deal(allocation, shapes, k + 1)
+        more = allocate(allocation, shapes, k + 1)
         assert sorted(b - a for a, b in zip(counts, more, strict=True)) == [0] * (len(shapes) - 1) + [1]
 
 
@@ -485,7 +480,7 @@ def test_counts_are_those_of_dealing_one_by_one(
             if counts[i] < sizes[i]
         }
         counts[min(turns, key=lambda i: (turns[i], i))] += 1
-    assert deal(allocation, shapes, k) == counts
+    assert allocate(allocation, shapes, k) == counts
 
 
 @given(SHAPES, st.data())
@@ -529,12 +524,12 @@ def test_top_k_by_layer_keeps_no_zero_and_gives_none_away(allocation: Literal["u
 @pytest.mark.parametrize("k", [-1, 11])
 def test_a_budget_out_of_range_is_told_with_the_range(k: int) -> None:
     with pytest.raises(ValueError, match=rf"^k must be in \[0, 10\], the number of weights, got {k}$"):
-        deal("erk", [(2, 2), (3, 2)], k)
+        allocate("erk", [(2, 2), (3, 2)], k)
 
 
 def test_a_broken_budget_is_refused() -> None:
     with pytest.raises(TypeError):
-        deal("uniform", [(2, 2)], 1.5)  # type: ignore[arg-type]
+        allocate("uniform", [(2, 2)], 1.5)  # type: ignore[arg-type]
 
 
 def test_an_unknown_allocation_is_told_with_those_there_are() -> None:
@@ -547,12 +542,59 @@ def test_an_unknown_allocation_is_told_with_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "kept", "told"),
+    ("budget", "shape", "kept", "reason"),
     [
-        (100, 40, "2x the network's share, by allocation='erk'"),
-        (300, 20, "0.33x the network's share, by allocation='erk'"),
-        (300, 0, "emptied by allocation='erk'"),
+        (Budget(0.8, "erk"), (10, 10), 40, "2x the network's share, by allocation='erk'"),
+        (Budget(0.8, "erk"), (30, 10), 20, "0.33x the network's share, by allocation='erk'"),
+        (Budget(0.8, "erk"), (30, 10), 0, "emptied by allocation='erk'"),
+        (Budget(0.5, granularity="2:4"), (4, 8), 16, "2:4, as every layer"),
+        (Budget(0.8, min_density=0.02), (64, 64), 82, "held at the floor min_density=0.02"),
+        (Budget(0.8, min_density=0.02), (64, 64), 84, "0.1x the network's share, by allocation='global'"),
+        # 2 % of 1,024 blocks of 4 are 21 blocks, and 2 % of 64 channels of 64 are 2 channels.
+        (Budget(0.8, min_density=0.02, granularity=(1, 4)), (64, 64), 84, "held at the floor min_density=0.02"),
+        (Budget(0.8, min_density=0.02, granularity="channel"), (64, 64), 128, "held at the floor min_density=0.02"),
+        (Budget(0.8, min_density=0.02, granularity="channel"), (64, 64), 82, "0.1x the network's share, by "),
+        (Budget(0.8, "uniform", min_density=0.2), (10, 10), 20, "1x the network's share, by allocation='uniform'"),
     ],
 )
-def test_how_a_layer_came_to_its_count_is_told(total: int, kept: int, told: str) -> None:
-    assert tell_share(total, kept, 0.2, "erk") == told
+def test_the_reason_for_a_layers_count(budget: Budget, shape: tuple[int, ...], kept: int, reason: str) -> None:
+    value = torch.zeros(shape)
+    assert budget.why(pomona.Weight("w", value, value, {}, {}), kept, 0.2).startswith(reason)
+
+
+@pytest.mark.parametrize("granularity", ["weight", (1, 4), "channel"])
+def test_a_layer_held_at_its_floor_is_reported_so_for_groups_too(granularity: Granularity) -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 16, bias=False))
+    model[0].weight.data *= 1e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, weight_decay=0.0)
+    pruner = pomona.Pruner(model, optimizer, pomona.Magnitude(0.9, min_density=0.02, granularity=granularity))
+    model(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    assert pruner.harden().layers[0].reason == "held at the floor min_density=0.02"
+
+
+def test_a_budget_of_all_weights_keeps_zeros_too() -> None:
+    value = torch.tensor([0.0, 1.0, 0.0])
+    weights = [pomona.Weight("w", value, value, {}, {})]
+    for budget in (Budget(), Budget(0.0), Budget(0.0, "uniform", granularity="1x1")):
+        selection = budget.keep([value], 1, of=weights)
+        assert lists(selection.masks()) == [[True] * 3] and list(selection.counts) == [3]
+
+
+def test_a_budget_follows_its_schedule() -> None:
+    budget = Budget(pomona.Linear(0.0, 0.5, steps=10))
+    assert [budget.num_kept(100, step) for step in (0, 5, 10, 99)] == [100, 75, 50, 50]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": 90.0}, r"sparsity must be in \[0, 1\), got 90"),
+        ({"sparsity": 0.9, "allocation": "ERK"}, "allocation must be one of global, uniform, erk, got 'ERK'"),
+        ({"sparsity": 0.9, "min_density": 2.0}, r"min_density must be in \[0, 1\], got 2"),
+        ({"sparsity": 0.9, "granularity": "2:4"}, "so that sparsity must be 0.5, got 0.9"),
+    ],
+)
+def test_a_budget_refuses_what_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**fields)

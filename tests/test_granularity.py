@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import pomona
-from pomona.budget import Allocation, check_budget, num_kept, top_k
-from pomona.granularity import Block, Channel, NOfM, Single, canonical, fold, parse, violations
-from pomona.method import Weight
+from pomona.budget import Budget, num_kept
+from pomona.granularity import Block, Channel, NOfM, Single, canonical, parse
 from pomona.schedule import Cosine, Cubic
 from pomona.score import saliency
 from pomona.selection import NonFiniteError
+from pomona.selection.allocation import Allocation
+from pomona.selection.groups import block_scores, violations
+from pomona.selection.top_k import top_k
 from pomona.train.recipe import RecipeError, load_recipe
+from pomona.weight import Weight
 from tests.oracles import granularity as oracle
 from tests.problems import bits
 
@@ -209,7 +212,9 @@ def test_the_score_of_a_group_depends_on_no_order_of_summation(seed: int, granul
             other[i] = w[group[j]]
     kind = parse(granularity)
     if isinstance(kind, Block):
-        assert torch.equal(fold(torch.from_numpy(w), kind, None)[0], fold(torch.from_numpy(other), kind, None)[0])
+        assert torch.equal(
+            block_scores(torch.from_numpy(w), kind, None)[0], block_scores(torch.from_numpy(other), kind, None)[0]
+        )
     for k in (30, 50, 70):
         a, b = (top_k([torch.from_numpy(x)], k, granularity=granularity)[0] for x in (w, other))
         assert torch.equal(a, b)
@@ -222,7 +227,7 @@ def test_scores_of_any_size_are_ranked(scale: float) -> None:
     w[1] = 3
     (mask,) = top_k([w * scale], 8, granularity="1x4")
     assert mask.tolist() == [[False] * 8, [True] * 8]
-    score = fold(w * scale, Block(1, 4), None)[0]
+    score = block_scores(w * scale, Block(1, 4), None)[0]
     assert torch.allclose(score, (w * scale)[:, ::4], rtol=2**-18, atol=0)  # what the scores are rounded to
 
 
@@ -302,7 +307,9 @@ def test_fewer_than_n_of_m_cannot_be_asked_for() -> None:
 )
 def test_layers_that_do_not_fall_into_groups_are_named_with_the_way_out(granularity: str, needs: str) -> None:
     with pytest.raises(ValueError, match=re.escape(needs)):
-        check_budget(weights_of([(4, 6), (4, 8), (3, 8), (4, 8, 3, 3)]), 30, "uniform", granularity=granularity)
+        Budget(0.5, "uniform", granularity=granularity).check_weights(
+            weights_of([(4, 6), (4, 8), (3, 8), (4, 8, 3, 3)])
+        )
 
 
 def test_a_selection_among_scores_that_do_not_fit_is_refused_too() -> None:
@@ -311,18 +318,18 @@ def test_a_selection_among_scores_that_do_not_fit_is_refused_too() -> None:
 
 
 def test_vectors_have_channels_and_no_input_channels() -> None:
-    check_budget(weights_of([(4, 6), (4,)]), 14, "global", granularity="channel")
+    Budget(0.5, granularity="channel").check_weights(weights_of([(4, 6), (4,)]))
     with pytest.raises(ValueError, match=re.escape("needs two dimensions, which w1 (4,) does not have")):
-        check_budget(weights_of([(4, 6), (4,)]), 14, "global", granularity="input channel")
+        Budget(0.5, granularity="input channel").check_weights(weights_of([(4, 6), (4,)]))
 
 
 def test_a_layer_that_would_lose_every_channel_is_named() -> None:
     with pytest.raises(ValueError, match=re.escape("leaves w0 (4, 6) 4 weights, and a channel of it has 6; lower")):
-        check_budget(weights_of([(4, 6), (40, 6)]), 40, "uniform", granularity="channel")
+        Budget(1 - 40 / 264, "uniform", granularity="channel").check_weights(weights_of([(4, 6), (40, 6)]))
     with pytest.raises(
         ValueError, match=re.escape("min_density=0.5 alone keeps 22 channels of 132 weights, more than the budget")
     ):
-        check_budget(weights_of([(4, 6), (40, 6)]), 40, "global", min_density=0.5, granularity="channel")
+        Budget(1 - 40 / 264, min_density=0.5, granularity="channel").check_weights(weights_of([(4, 6), (40, 6)]))
     with pytest.raises(ValueError, match="leaves 148 weights for 3 layers, one channel each"):
         start(pomona.RigL(0.95, allocation="uniform", granularity="channel"))
 
@@ -423,7 +430,7 @@ def test_as_the_schedule_rises_groups_go_from_m_to_n_and_the_count_is_exact_at_e
         steps(model, optimizer, 1, seed=step)
         masks = [state["mask"] for state in pruner.state_dict()["state"].values()]
         last_cut = step - (step - 1) % 2
-        assert sum(int(m.sum()) for m in masks) == method.budget(2976, last_cut)
+        assert sum(int(m.sum()) for m in masks) == method.budget.num_kept(2976, last_cut)
         in_groups = torch.cat([m.movedim(1, -1).reshape(-1, 4).sum(1) for m in masks])
         assert int(in_groups.min()) >= 2
         if last_cut >= 20:
@@ -475,7 +482,7 @@ def test_what_grows_keeps_the_groups_at_every_step(make: Any, granularity: str) 
 def test_rigl_grows_in_each_group_by_the_largest_gradient() -> None:
     w = Weight("w", torch.tensor([[5.0, 1.0, 0.0, 0.0, 3.0, 4.0, 0.0, 0.0]]), torch.empty(0), {}, {})
     w.state["mask"] = w.value != 0
-    from pomona.methods.rigl import drop_and_grow_
+    from pomona.methods.drop_and_grow import drop_and_grow_
 
     drop_and_grow_(w, 0.5, torch.tensor([[0.0, 0.0, 1.0, 2.0, 9.0, 0.0, 9.0, 8.0]]), "2:4")
     # 1 and 3 go; in the first group the fourth comes at zero, in the second what went comes back with its value
@@ -492,13 +499,6 @@ def test_gsm_gives_gradients_to_the_most_salient_of_every_group() -> None:
     (mask,) = oracle.n_of_m_masks([t], "2:4", t.size // 2)
     assert torch.equal(weight.grad, grad * torch.from_numpy(mask))
     assert int(pruner.metrics()["active"]) == 1488
-
-
-def test_a_fused_step_drops_single_gradients_only() -> None:
-    with pytest.raises(
-        ValueError, match="drops the gradients of single weights, and granularity='2:4' those of groups"
-    ):
-        start(pomona.GSM(0.5, granularity="2:4"), fused=True)
 
 
 def test_one_granularity_written_in_two_ways_is_one_state() -> None:

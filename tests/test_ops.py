@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pomona.budget import global_top_k
-from pomona.method import Weight
 from pomona.ops import (
     among,
     count,
@@ -25,6 +23,8 @@ from pomona.ops import (
     sparsity_of,
     total,
 )
+from pomona.selection.top_k import global_top_k
+from pomona.weight import Weight
 from tests.problems import bits
 
 CPU = torch.device("cpu")

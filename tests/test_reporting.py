@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from pomona.native import core
 from pomona.reporting import LayerReport, Report, report, report_layer
 from pomona.scope import Scope
 
@@ -89,6 +90,20 @@ def test_a_transposed_weight_is_counted_by_its_rows() -> None:
 def test_of_an_all_zero_layer_nothing_is_kept() -> None:
     layer = report_layer("fc", torch.zeros(2, 2))
     assert (layer.nonzero, layer.dead_channels, layer.smallest_kept, layer.density) == (0, 2, None, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (8, 5, 3, 3), (700,), ()])
+def test_the_core_changes_no_number(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.1)
+    for bad in (0.0, math.inf, math.nan):
+        value = value.clone()
+        value.view(-1)[:1] = bad
+        layers = []
+        for with_core in (True, False):
+            with core.switched(with_core):
+                layers.append(str(report_layer("fc", value)))  # as text, in which one nan equals another
+        assert layers[0] == layers[1]
 
 
 def test_a_parameter_may_be_counted_and_is_left_alone() -> None:

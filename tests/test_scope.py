@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from pomona.scope import Scope, Selection
+from pomona.scope import Scope, ScopedParameters
 from pomona.zoo.models import LeNet5, LeNet300100
 
 scope_of: Any = Scope  # for what its tuples are made from: lists and single values
@@ -96,7 +96,7 @@ def test_kernel_counts_of_gsm(model: Callable[[], nn.Module], count: int) -> Non
 
 
 def test_a_selection_needs_no_reasons() -> None:
-    assert Selection({}).outside == {}
+    assert ScopedParameters({}).outside == {}
 
 
 # min_ndim

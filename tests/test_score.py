@@ -101,3 +101,13 @@ def test_a_score_tells_its_size_without_being_computed() -> None:
 def test_a_gradient_of_another_shape_is_told() -> None:
     with pytest.raises(ValueError, match=r"the same shape, got \(2,\) and \(3,\)"):
         score.saliency(torch.ones(2), torch.ones(3))
+
+
+def test_inside_a_mask_a_zero_ranks_above_everything_outside() -> None:
+    w = torch.tensor([[0.0, -3.0], [2.0, 1e-45]], dtype=torch.float64)
+    inside = torch.tensor([[True, False], [True, True]])
+    tiny = torch.finfo(torch.float32).tiny
+    masked = score.Score(w, inside=inside)
+    assert masked.tensor().tolist() == [[tiny, 0.0], [2.0, tiny]]
+    assert masked.flat().piece(1, 3).tensor().tolist() == [0.0, 2.0]
+    assert masked.take(torch.tensor([3, 2])).tensor().tolist() == [tiny, 2.0]

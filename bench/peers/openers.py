@@ -1,4 +1,4 @@
-"""Paths of bench/inference.py that are no part of Pomona: MNN, and DeepSparse, whose licence allows evaluation only."""
+"""Paths that only bench/inference.py has: MNN, and DeepSparse, whose licence allows evaluation only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_mnn_sparse(case: Case, threads: int) -> Run:
 
 
 def _session(case: Case, threads: int, options: list[str]) -> Run:
-    """Converted by the function of the package's converter; its command line would install things and phone home."""
+    """The package's converter is called as a function: its command line would install packages and phone home."""
     import _tools
     import MNN
 
@@ -47,12 +47,12 @@ def _session(case: Case, threads: int, options: list[str]) -> Run:
             results.append(np.array(host.getNumpyData(), copy=True).reshape(shape))
         return results
 
-    run.keep = interpreter, session  # type: ignore[attr-defined]  # the tensors do not hold them
+    run.keep = interpreter, session  # type: ignore[attr-defined]  # the tensors do not keep them alive
     return run
 
 
 def open_deepsparse(case: Case, threads: int) -> Run:
-    """The engine alone: importing the package as a whole would need a dozen others, and report its use."""
+    """The engine alone: importing the whole package would need the requirements left out in `PEERS`, and report use."""
     if "deepsparse" not in sys.modules:
         spec = importlib.util.find_spec("deepsparse")
         if spec is None or spec.submodule_search_locations is None:

@@ -10,8 +10,8 @@
  * - `num_threads` >= 1 is an upper bound; 1 touches no thread. Results never depend on it, nor on the instruction set.
  * - Functions return POMONA_OK or a negative POMONA_* error, and have then changed no tensor. They may be called from any
  *   thread, and in a process that was forked from one that used them.
- * - Scratch memory: at most 16 MiB for keys in pomona_select, a few MiB for its sample, 64 KiB a thread (16 bytes a bin
- *   in pomona_histogram), and 40 bytes for every 2^14 elements.
+ * - Scratch memory: in pomona_select at most 16 MiB or one byte per 32 elements for keys, whichever is more, and half as
+ *   much for its sample; 64 KiB per thread (16 bytes per bin in pomona_histogram); and 40 bytes per 2^14 elements.
  */
 #ifndef POMONA_H
 #define POMONA_H
@@ -32,7 +32,7 @@
 extern "C" {
 #endif
 
-#define POMONA_ABI 4 /* to be raised with every change of a signature, a struct or a constant in this file */
+#define POMONA_ABI 5 /* to be raised with every change of a signature, a struct or a constant in this file */
 
 #define POMONA_KEY_INFINITE 0x7f800000
 #define POMONA_KEY_MAX 0x7fffffff
@@ -59,6 +59,8 @@ typedef struct {
   const void* b; /* NULL: the score is |a| */
   int64_t n;
   int32_t a_type, b_type; /* POMONA_F32...; b_type is ignored where b is NULL */
+  const uint8_t* inside;  /* NULL: all scores count; else those where it is not 0 are raised to at least the smallest
+                             normal float32, so that none of them is zero, and the others are zero */
 } pomona_score;
 
 typedef struct {
@@ -68,10 +70,10 @@ typedef struct {
   int64_t num_nan;      /* keys > POMONA_KEY_INFINITE */
   int32_t threshold;
   int32_t num_passes; /* over all scores, the sample apart: 1 unless the sample misled or keys tie by the million */
-} pomona_selection;
+} pomona_kth_largest;
 
 typedef struct {
-  int64_t num_greater, num_equal; /* as of pomona_selection, of one tensor */
+  int64_t num_greater, num_equal; /* as of pomona_kth_largest, of one tensor */
 } pomona_counts;
 
 /* The k-th largest key of all scores together, 0 <= k <= number of scores.
@@ -81,7 +83,7 @@ typedef struct {
  * first min(num_equal, k - num_greater) equal ones are to be kept. `counts` has room for
  * num_scores, and costs no pass of its own unless the threshold was found by histograms. */
 POMONA_API int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads,
-                             pomona_selection* out, pomona_counts* counts);
+                             pomona_kth_largest* out, pomona_counts* counts);
 
 typedef struct {
   int64_t num_greater; /* keys > high */
@@ -166,6 +168,17 @@ POMONA_API int pomona_gsm_step(const pomona_step* steps, int64_t num_steps, cons
 /* How many values are infinite or NaN; `types` as of the elements. */
 POMONA_API int pomona_finite(const void* const* tensors, const int64_t* sizes, const int32_t* types,
                              int64_t num_tensors, int num_threads, int64_t* num_bad);
+
+/* Write +0.0 over values[i][j] where pruned[i][j] is not 0. largest[i], if largest is not NULL, is the largest magnitude
+ * that was there: 0 where nothing is pruned, NaN where a NaN was. */
+POMONA_API int pomona_zero(void* const* values, const int64_t* sizes, const int32_t* types,
+                           const uint8_t* const* pruned, int64_t num_tensors, int num_threads, double* largest);
+
+/* counts[i] has for each row of tensor i, row_sizes[i] >= 1 elements that follow each other, how many are not zero.
+ * smallest[i] is the smallest magnitude of these in all rows: infinity where there is none, NaN where one is NaN. */
+POMONA_API int pomona_survey(const void* const* values, const int64_t* sizes, const int32_t* types,
+                             const int64_t* row_sizes, int64_t num_tensors, int num_threads, int64_t* const* counts,
+                             double* smallest);
 
 POMONA_API const char* pomona_version(void); /* of the package that this was built for */
 POMONA_API int pomona_abi(void);             /* POMONA_ABI, as compiled */

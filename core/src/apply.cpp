@@ -1,7 +1,8 @@
-// Masks, and what is multiplied or stepped under them.
+// Masks, what is multiplied, stepped or zeroed under them, and what is left afterwards.
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -174,6 +175,56 @@ int64_t step_part(const pomona_step& s, const StepPlan& plan, int64_t begin, int
   return kept + run(middle, end, plan.form | kStepSwapped);
 }
 
+int check_arrays(const void* const* values, const int64_t* sizes, const int32_t* types, int64_t num, int num_threads) {
+  if (num < 0) return POMONA_BAD_SIZE;
+  if (num_threads < 1) return POMONA_BAD_VALUE;
+  if (num > 0 && (values == nullptr || sizes == nullptr || types == nullptr)) return POMONA_BAD_POINTER;
+  int64_t total = 0;
+  for (int64_t i = 0; i < num; ++i) {
+    if (const int error = check_array(values[i], sizes[i], types[i])) return error;
+    if (total > kMaxTotal / 8 - sizes[i]) return POMONA_BAD_SIZE;
+    total += sizes[i];
+  }
+  return POMONA_OK;
+}
+
+// Of magnitudes of this type, as their bits.
+double real_of(uint64_t bits, int32_t type) {
+  double value = 0.0;
+  float narrow = 0.0f;
+  if (type == POMONA_F64) {
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  if (type == POMONA_F32) {
+    const uint32_t half = static_cast<uint32_t>(bits);
+    std::memcpy(&narrow, &half, sizeof narrow);
+  } else {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    kernels().to_float(&half, 1, type, &narrow);
+  }
+  return narrow;
+}
+
+uint64_t infinity_of(int32_t type) {
+  switch (type) {
+    case POMONA_BF16: return 0x7f80;
+    case POMONA_F16: return 0x7c00;
+    case POMONA_F64: return 0x7ff0000000000000;
+    default: return POMONA_KEY_INFINITE;
+  }
+}
+
+struct Extent {
+  uint64_t smallest = std::numeric_limits<uint64_t>::max();
+  uint64_t largest = 0;
+
+  double smallest_as(int32_t type) const {
+    if (largest > infinity_of(type)) return std::numeric_limits<double>::quiet_NaN();
+    return smallest >= infinity_of(type) ? std::numeric_limits<double>::infinity() : real_of(smallest, type);
+  }
+};
+
 }  // namespace
 }  // namespace pomona
 
@@ -259,7 +310,7 @@ int pomona_gsm_step(const pomona_step* steps, int64_t num_steps, const pomona_sg
     }
     work.use_threads(num_threads);
     const auto score_of = [&](int64_t i) {
-      return pomona_score{steps[i].w, steps[i].g, steps[i].n, POMONA_F32, POMONA_F32};
+      return pomona_score{steps[i].w, steps[i].g, steps[i].n, POMONA_F32, POMONA_F32, nullptr};
     };
     const auto keep_of = [&](int64_t i) {
       return Keep{steps[i].threshold, steps[i].threshold == 0 ? -1 : steps[i].num_ties};
@@ -280,15 +331,9 @@ int pomona_finite(const void* const* tensors, const int64_t* sizes, const int32_
                   int num_threads, int64_t* num_bad) {
   return guarded([&]() -> int {
     Work work;
-    if (num_tensors < 0) return POMONA_BAD_SIZE;
-    if (num_threads < 1) return POMONA_BAD_VALUE;
     if (num_bad == nullptr) return POMONA_BAD_POINTER;
-    if (num_tensors > 0 && (tensors == nullptr || sizes == nullptr || types == nullptr)) return POMONA_BAD_POINTER;
-    for (int64_t i = 0; i < num_tensors; ++i) {
-      if (const int error = check_array(tensors[i], sizes[i], types[i])) return error;
-      if (work.total > kMaxTotal / 8 - sizes[i]) return POMONA_BAD_SIZE;
-      work.add(i, sizes[i]);
-    }
+    if (const int error = check_arrays(tensors, sizes, types, num_tensors, num_threads)) return error;
+    for (int64_t i = 0; i < num_tensors; ++i) work.add(i, sizes[i]);
     work.use_threads(num_threads);
     std::vector<int64_t> bad(work.chunks.size());
     work.run([&](const Chunk& chunk, int64_t index, int) {
@@ -297,6 +342,71 @@ int pomona_finite(const void* const* tensors, const int64_t* sizes, const int32_
     });
     *num_bad = 0;
     for (const int64_t n : bad) *num_bad += n;
+    return POMONA_OK;
+  });
+}
+
+int pomona_zero(void* const* values, const int64_t* sizes, const int32_t* types, const uint8_t* const* pruned,
+                int64_t num_tensors, int num_threads, double* largest) {
+  return guarded([&]() -> int {
+    Work work;
+    if (const int error = check_arrays(values, sizes, types, num_tensors, num_threads)) return error;
+    if (num_tensors > 0 && pruned == nullptr) return POMONA_BAD_POINTER;
+    for (int64_t i = 0; i < num_tensors; ++i) {
+      if (sizes[i] > 0 && pruned[i] == nullptr) return POMONA_BAD_POINTER;
+      work.add(i, sizes[i]);
+    }
+    work.use_threads(num_threads);
+    std::vector<uint64_t> lost(work.chunks.size());
+    work.run([&](const Chunk& chunk, int64_t index, int) {
+      const int32_t type = types[chunk.tensor];
+      char* begin = static_cast<char*>(values[chunk.tensor]) + chunk.begin * size_of(type);
+      lost[static_cast<size_t>(index)] = kernels().zero(begin, pruned[chunk.tensor] + chunk.begin, chunk.n, type);
+    });
+    if (largest == nullptr) return POMONA_OK;
+    std::vector<uint64_t> most(static_cast<size_t>(num_tensors));
+    for (size_t i = 0; i < lost.size(); ++i) {
+      uint64_t& mine = most[static_cast<size_t>(work.chunks[i].tensor)];
+      mine = std::max(mine, lost[i]);
+    }
+    for (int64_t i = 0; i < num_tensors; ++i) largest[i] = real_of(most[static_cast<size_t>(i)], types[i]);
+    return POMONA_OK;
+  });
+}
+
+int pomona_survey(const void* const* values, const int64_t* sizes, const int32_t* types, const int64_t* row_sizes,
+                  int64_t num_tensors, int num_threads, int64_t* const* counts, double* smallest) {
+  return guarded([&]() -> int {
+    Work work;
+    if (const int error = check_arrays(values, sizes, types, num_tensors, num_threads)) return error;
+    if (num_tensors > 0 && (row_sizes == nullptr || counts == nullptr || smallest == nullptr)) return POMONA_BAD_POINTER;
+    for (int64_t i = 0; i < num_tensors; ++i) {
+      if (row_sizes[i] < 1 || sizes[i] % row_sizes[i] != 0) return POMONA_BAD_SIZE;
+      if (sizes[i] > 0 && counts[i] == nullptr) return POMONA_BAD_POINTER;
+      work.add_rows(i, sizes[i], row_sizes[i]);
+    }
+    work.use_threads(num_threads);
+    std::vector<Extent> extents(work.chunks.size());
+    work.run([&](const Chunk& chunk, int64_t index, int) {
+      Extent& extent = extents[static_cast<size_t>(index)];
+      const int32_t type = types[chunk.tensor];
+      const int64_t row = row_sizes[chunk.tensor];
+      for (int64_t begin = chunk.begin; begin < chunk.begin + chunk.n; begin += row) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < row; i += kChunk) {
+          const char* piece = element(values[chunk.tensor], type, begin + i);
+          count += kernels().survey(piece, std::min(kChunk, row - i), type, &extent.smallest, &extent.largest);
+        }
+        counts[chunk.tensor][begin / row] = count;
+      }
+    });
+    std::vector<Extent> whole(static_cast<size_t>(num_tensors));
+    for (size_t i = 0; i < extents.size(); ++i) {
+      Extent& mine = whole[static_cast<size_t>(work.chunks[i].tensor)];
+      mine.smallest = std::min(mine.smallest, extents[i].smallest);
+      mine.largest = std::max(mine.largest, extents[i].largest);
+    }
+    for (int64_t i = 0; i < num_tensors; ++i) smallest[i] = whole[static_cast<size_t>(i)].smallest_as(types[i]);
     return POMONA_OK;
   });
 }

@@ -51,6 +51,12 @@ struct Kernels {
   int64_t (*multiply)(const float* a, const float* b, int64_t n, int32_t above, float* target);
   int64_t (*step)(float* w, float* g, float* z, int64_t n, int32_t above, const StepScalars& scalars, int form);
   int64_t (*nonfinite)(const void* values, int64_t n, int type);
+  // The magnitudes of scores inside a mask, at least the smallest normal number each; zero outside.
+  void (*among)(const float* a, const float* b, const uint8_t* inside, int64_t n, float* out);
+  // Writes +0.0 where `pruned` is not 0. Returns the largest magnitude that was there, as the bits of the type.
+  uint64_t (*zero)(void* values, const uint8_t* pruned, int64_t n, int type);
+  // Returns how many are not zero. Lowers *smallest and raises *largest to the magnitudes of these, as bits of the type.
+  int64_t (*survey)(const void* values, int64_t n, int type, uint64_t* smallest, uint64_t* largest);
   void (*to_float)(const void* values, int64_t n, int type, float* out);  // magnitudes right, signs perhaps lost
 };
 

@@ -51,6 +51,13 @@ struct Work {
     total += n;
   }
 
+  // The same in chunks of whole rows.
+  void add_rows(int64_t tensor, int64_t n, int64_t row) {
+    const int64_t step = std::max<int64_t>(1, kChunk / row) * row;
+    for (int64_t begin = 0; begin < n; begin += step) chunks.push_back({tensor, begin, std::min(step, n - begin)});
+    total += n;
+  }
+
   // To be called after the last `add`.
   void use_threads(int limit) {
     const int64_t useful = std::max<int64_t>(1, total / kThreadShare);
@@ -86,16 +93,17 @@ inline const char* element(const void* values, int32_t type, int64_t i) {
 }
 
 // Calls f(a, b, begin, n) with float32 arrays for consecutive parts of elements [begin, begin + n) of a score: for all at
-// once where it is in float32, else for blocks converted on the stack.
+// once where they lie in memory as float32, and otherwise for blocks that are computed on the stack.
 template <typename F>
 void for_floats(const pomona_score& score, int64_t begin, int64_t n, F&& f) {
   const bool is_product = score.b != nullptr;
-  if (score.a_type == POMONA_F32 && (!is_product || score.b_type == POMONA_F32)) {
+  const bool is_masked = score.inside != nullptr;
+  if (!is_masked && score.a_type == POMONA_F32 && (!is_product || score.b_type == POMONA_F32)) {
     f(static_cast<const float*>(score.a) + begin, is_product ? static_cast<const float*>(score.b) + begin : nullptr,
       begin, n);
     return;
   }
-  float buffers[2][kBlock];
+  float buffers[2][kBlock], masked[kBlock];
   const auto as_float = [](const void* values, int32_t type, int64_t i, int64_t m, float* buffer) -> const float* {
     if (type == POMONA_F32) return static_cast<const float*>(values) + i;
     kernels().to_float(element(values, type, i), m, type, buffer);
@@ -105,7 +113,12 @@ void for_floats(const pomona_score& score, int64_t begin, int64_t n, F&& f) {
     const int64_t m = std::min(kBlock, end - begin);
     const float* a = as_float(score.a, score.a_type, begin, m, buffers[0]);
     const float* b = is_product ? as_float(score.b, score.b_type, begin, m, buffers[1]) : nullptr;
-    f(a, b, begin, m);
+    if (is_masked) {
+      kernels().among(a, b, score.inside + begin, m, masked);
+      f(masked, nullptr, begin, m);
+    } else {
+      f(a, b, begin, m);
+    }
   }
 }
 

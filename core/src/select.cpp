@@ -22,13 +22,16 @@ namespace {
 constexpr int kBits = 11;
 constexpr int64_t kBins = int64_t{1} << kBits;
 constexpr int64_t kSmallTotal = int64_t{1} << 15;     // so few that all their keys are gathered
-constexpr int64_t kMaxGathered = int64_t{1} << 22;    // 16 MiB
 constexpr int64_t kSampleBlock = 16;                  // a cache line of float32
 constexpr int64_t kMinSampleBlocks = int64_t{1} << 10;
-constexpr int64_t kMaxSampleBlocks = int64_t{1} << 16;
 // Standard deviations of a sample of independent keys on either side. Keys of one block of a convolution's weights are
 // alike, which makes the true deviation about 2.4 times as large.
 constexpr double kHalfWidth = 8.0;
+
+// A bracket holds more keys the more there are in all, like the square root of their number even where the sample grows
+// with it. Were these limits constants, a billion keys would not fit, and each selection would take further passes.
+int64_t max_gathered(int64_t total) { return std::max(int64_t{1} << 22, total / 128); }
+int64_t max_sample_blocks(int64_t total) { return std::max(int64_t{1} << 16, total / 4096); }
 
 int bits_in(uint32_t x) {
   int bits = 0;
@@ -94,9 +97,9 @@ class Sample {
     const double share = static_cast<double>(k) / static_cast<double>(total_);
     share_ = share;
     // As many as leave about a quarter of what may be gathered inside the bracket.
-    const double wanted = 2.0 * kHalfWidth * static_cast<double>(total_) / (static_cast<double>(kMaxGathered) / 4.0);
+    const double wanted = 2.0 * kHalfWidth * static_cast<double>(total_) / (static_cast<double>(max_gathered(total_)) / 4.0);
     const double keys = wanted * wanted * share * (1.0 - share);
-    int64_t num_blocks = static_cast<int64_t>(std::min(keys / kSampleBlock, static_cast<double>(kMaxSampleBlocks)));
+    int64_t num_blocks = static_cast<int64_t>(std::min(keys / kSampleBlock, static_cast<double>(max_sample_blocks(total_))));
     num_blocks = std::max(num_blocks, std::min(int64_t{8} * kMinSampleBlocks, std::max(kMinSampleBlocks, total_ / 2048)));
     num_blocks = std::min(num_blocks, total_ / kSampleBlock);
     draw(scores, work, num_blocks);
@@ -306,7 +309,7 @@ class Selector {
   Selector(const pomona_score* scores, const Work& work, int64_t k, pomona_counts* counts)
       : scores_(scores), work_(work), k_(k), counts_(counts) {}
 
-  pomona_selection select() {
+  pomona_kth_largest select() {
     if (k_ == 0) {
       count_at(POMONA_KEY_MAX);
     } else if (work_.total <= kSmallTotal) {
@@ -315,7 +318,7 @@ class Selector {
       try_sample();
     }
     while (!is_found_) {
-      if (num_inside_ >= 0 && num_inside_ <= kMaxGathered) {
+      if (num_inside_ >= 0 && num_inside_ <= max_gathered(work_.total)) {
         gather(low_, high_);
       } else {
         narrow(low_, high_);
@@ -342,7 +345,7 @@ class Selector {
 
   // One pass that gathers [low, high]; false if there is no room, which tells nothing.
   bool gather(int32_t low, int32_t high) {
-    const int64_t capacity = std::min(kMaxGathered, num_inside_ < 0 ? work_.total : num_inside_);
+    const int64_t capacity = std::min(max_gathered(work_.total), num_inside_ < 0 ? work_.total : num_inside_);
     const std::unique_ptr<int32_t[]> keys(new int32_t[static_cast<size_t>(capacity)]);
     Tally tally;
     std::vector<Segment> segments(work_.chunks.size());
@@ -459,7 +462,7 @@ using namespace pomona;
 
 extern "C" {
 
-int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads, pomona_selection* out,
+int pomona_select(const pomona_score* scores, int64_t num_scores, int64_t k, int num_threads, pomona_kth_largest* out,
                   pomona_counts* counts) {
   return guarded([&]() -> int {
     Work work;

@@ -80,6 +80,7 @@ struct Array {
 
 struct Case {
   std::vector<Array> a, b;
+  std::vector<std::vector<uint8_t>> inside;
   std::vector<pomona_score> scores;
   std::vector<std::vector<int32_t>> keys;
   std::vector<int32_t> all;
@@ -87,22 +88,28 @@ struct Case {
   Case(Random& random, int64_t largest) {
     const int64_t num = 1 + below(random, 6);
     const bool is_product = below(random, 2);
+    const bool is_masked = below(random, 3) == 0;
     const int kind = static_cast<int>(below(random, 8));
     for (int64_t i = 0; i < num; ++i) {
       const int64_t n = below(random, 4) == 0 ? below(random, 40) : below(random, largest);
       a.emplace_back(random, n, kind);
       b.emplace_back(random, is_product ? n : 0, kind == 4 ? 0 : kind);
       keys.emplace_back();
+      inside.emplace_back();
       for (int64_t j = 0; j < n; ++j) {
         const float x = a.back().values[static_cast<size_t>(j)];
         const volatile float score = is_product ? x * b.back().values[static_cast<size_t>(j)] : x;
-        keys.back().push_back(bits_of(score) & POMONA_KEY_MAX);
+        inside.back().push_back(static_cast<uint8_t>(below(random, 2)));
+        const int32_t key = bits_of(score) & POMONA_KEY_MAX;
+        const int32_t masked = inside.back().back() ? std::max(key, 0x00800000) : 0;
+        keys.back().push_back(is_masked ? masked : key);
       }
       all.insert(all.end(), keys.back().begin(), keys.back().end());
     }
     for (size_t i = 0; i < a.size(); ++i) {
       scores.push_back({a[i].bytes.data(), is_product ? b[i].bytes.data() : nullptr,
-                        static_cast<int64_t>(keys[i].size()), a[i].type, b[i].type});
+                        static_cast<int64_t>(keys[i].size()), a[i].type, b[i].type,
+                        is_masked ? inside[i].data() : nullptr});
     }
     std::sort(all.begin(), all.end(), std::greater<int32_t>());
   }
@@ -112,7 +119,7 @@ struct Case {
 };
 
 void check_select(const Case& c, int64_t k, int threads) {
-  pomona_selection s;
+  pomona_kth_largest s;
   std::vector<pomona_counts> counts(c.scores.size());
   CHECK(pomona_select(c.scores.data(), c.num(), k, threads, &s, counts.data()) == POMONA_OK);
   const int64_t nonzero = c.count([](int32_t key) { return key > 0; });
@@ -202,6 +209,50 @@ void check_masks(Case& c, Random& random, int threads) {
   }
 }
 
+void check_zeros(Case& c, Random& random, int threads) {
+  std::vector<void*> values;
+  std::vector<const void*> constant;
+  std::vector<const uint8_t*> pruned;
+  std::vector<int64_t> sizes, rows;
+  std::vector<int32_t> types;
+  std::vector<std::vector<int64_t>> counts;
+  std::vector<int64_t*> places;
+  for (size_t i = 0; i < c.a.size(); ++i) {
+    const int64_t n = static_cast<int64_t>(c.a[i].values.size());
+    const int64_t parts = 1 + below(random, 9);
+    rows.push_back(n > 0 && n % parts == 0 ? n / parts : std::max<int64_t>(1, n));
+    values.push_back(c.a[i].bytes.data());
+    constant.push_back(values.back());
+    pruned.push_back(c.inside[i].data());
+    sizes.push_back(n);
+    types.push_back(c.a[i].type);
+    counts.emplace_back(static_cast<size_t>(n / rows.back()));
+  }
+  for (auto& count : counts) places.push_back(count.data());
+  std::vector<double> largest(sizes.size()), smallest(sizes.size());
+  CHECK(pomona_zero(values.data(), sizes.data(), types.data(), pruned.data(), c.num(), threads, largest.data()) ==
+        POMONA_OK);
+  CHECK(pomona_survey(constant.data(), sizes.data(), types.data(), rows.data(), c.num(), threads, places.data(),
+                      smallest.data()) == POMONA_OK);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    std::vector<int64_t> expected(counts[i].size());
+    double most = 0.0, least = std::numeric_limits<double>::infinity();
+    const auto larger = [](double x, double y) { return std::isnan(x) || x > y ? x : y; };
+    for (size_t j = 0; j < c.a[i].values.size(); ++j) {
+      const double magnitude = std::fabs(c.a[i].values[j]);
+      if (c.inside[i][j]) {
+        most = larger(most, magnitude);
+      } else if (magnitude != 0.0) {
+        ++expected[j / static_cast<size_t>(rows[i])];
+        least = -larger(-least, -magnitude);
+      }
+    }
+    CHECK(counts[i] == expected);
+    CHECK(std::isnan(most) ? std::isnan(largest[i]) : largest[i] == most);
+    CHECK(std::isnan(least) ? std::isnan(smallest[i]) : smallest[i] == least);
+  }
+}
+
 // All instruction sets and numbers of threads step alike.
 void check_step(Random& random, int64_t largest) {
   const int64_t n = below(random, largest);
@@ -235,25 +286,25 @@ void check_step(Random& random, int64_t largest) {
 
 void check_refusals() {
   alignas(8) float x[4] = {};
-  pomona_selection s;
+  pomona_kth_largest s;
   int64_t count = 0;
   const auto select = [&](pomona_score score, int64_t k, int threads) {
     pomona_counts counts;
     return pomona_select(&score, 1, k, threads, &s, &counts);
   };
-  CHECK(select({x, nullptr, 4, 9, 0}, 1, 1) == POMONA_BAD_TYPE);
-  CHECK(select({x, x, 4, 0, -1}, 1, 1) == POMONA_BAD_TYPE);
-  CHECK(select({x, nullptr, -1, 0, 0}, 0, 1) == POMONA_BAD_SIZE);
-  CHECK(select({x, nullptr, INT64_MAX, 0, 0}, 0, 1) == POMONA_BAD_SIZE);
-  CHECK(select({nullptr, nullptr, 4, 0, 0}, 0, 1) == POMONA_BAD_POINTER);
-  CHECK(select({reinterpret_cast<char*>(x) + 1, nullptr, 2, 0, 0}, 0, 1) == POMONA_BAD_POINTER);
-  CHECK(select({x, nullptr, 4, 0, 0}, 5, 1) == POMONA_BAD_VALUE);
-  CHECK(select({x, nullptr, 4, 0, 0}, -1, 1) == POMONA_BAD_VALUE);
-  CHECK(select({x, nullptr, 4, 0, 0}, 1, 0) == POMONA_BAD_VALUE);
+  CHECK(select({x, nullptr, 4, 9, 0, nullptr}, 1, 1) == POMONA_BAD_TYPE);
+  CHECK(select({x, x, 4, 0, -1, nullptr}, 1, 1) == POMONA_BAD_TYPE);
+  CHECK(select({x, nullptr, -1, 0, 0, nullptr}, 0, 1) == POMONA_BAD_SIZE);
+  CHECK(select({x, nullptr, INT64_MAX, 0, 0, nullptr}, 0, 1) == POMONA_BAD_SIZE);
+  CHECK(select({nullptr, nullptr, 4, 0, 0, nullptr}, 0, 1) == POMONA_BAD_POINTER);
+  CHECK(select({reinterpret_cast<char*>(x) + 1, nullptr, 2, 0, 0, nullptr}, 0, 1) == POMONA_BAD_POINTER);
+  CHECK(select({x, nullptr, 4, 0, 0, nullptr}, 5, 1) == POMONA_BAD_VALUE);
+  CHECK(select({x, nullptr, 4, 0, 0, nullptr}, -1, 1) == POMONA_BAD_VALUE);
+  CHECK(select({x, nullptr, 4, 0, 0, nullptr}, 1, 0) == POMONA_BAD_VALUE);
   pomona_counts counts;
   CHECK(pomona_select(nullptr, 1, 0, 1, &s, &counts) == POMONA_BAD_POINTER);
   CHECK(pomona_select(nullptr, 0, 0, 1, &s, nullptr) == POMONA_OK);
-  const pomona_score score = {x, nullptr, 4, 0, 0};
+  const pomona_score score = {x, nullptr, 4, 0, 0, nullptr};
   CHECK(pomona_select(&score, 1, 0, 1, &s, nullptr) == POMONA_BAD_POINTER);
   CHECK(pomona_histogram(&score, 1, 0, POMONA_KEY_MAX, 20, &count, 1, 1, nullptr) == POMONA_BAD_SIZE);
   CHECK(pomona_gather(&score, 1, 5, 4, nullptr, 0, 1, &count) == POMONA_BAD_VALUE);
@@ -265,6 +316,15 @@ void check_refusals() {
   pomona_step step = {x, x, x, 4, -1, 0, 0, 0, 0};
   CHECK(pomona_gsm_step(&step, 1, &group, 1, 1, nullptr) == POMONA_BAD_VALUE);
   CHECK(pomona_gsm_step(&step, 1, nullptr, 0, 1, nullptr) == POMONA_BAD_VALUE);
+  void* values = x;
+  const void* constant = x;
+  const int64_t size = 4, row = 3;
+  const int32_t type = POMONA_F32;
+  const uint8_t* pruned = nullptr;
+  int64_t* counts_of_rows = &count;
+  double number = 0.0;
+  CHECK(pomona_zero(&values, &size, &type, &pruned, 1, 1, nullptr) == POMONA_BAD_POINTER);
+  CHECK(pomona_survey(&constant, &size, &type, &row, 1, 1, &counts_of_rows, &number) == POMONA_BAD_SIZE);
   CHECK(pomona_set_isa(-1) == POMONA_BAD_VALUE);
 }
 
@@ -277,6 +337,8 @@ void fuzz(uint64_t seed, int rounds) {
     for (const int64_t k : {int64_t{0}, total / 10, total, below(random, total + 1)}) check_select(c, k, threads);
     check_histogram(c, random, threads);
     check_masks(c, random, threads);
+    Case other(random, round % 8 == 0 ? 100000 : 1500);
+    check_zeros(other, random, threads);
   }
 }
 

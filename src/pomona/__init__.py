@@ -19,10 +19,9 @@ from pomona._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pomona import runtime
-    from pomona.budget import global_top_k
     from pomona.diagnosis import Diagnosis
     from pomona.exporters import Exported, FormatError, export, load, shrink
-    from pomona.method import Method, Weight
+    from pomona.method import Method
     from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Feather, Magnitude, RigL, WeightMom
     from pomona.methods.rounds import Candidate, progressive
     from pomona.migrate.sparseml import SparseMLRecipe, from_sparseml
@@ -34,12 +33,14 @@ if TYPE_CHECKING:
     from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
     from pomona.scope import Scope
     from pomona.score import magnitude, saliency
+    from pomona.selection.top_k import global_top_k
+    from pomona.weight import Weight, Weights
 
 _NAMES_IN = {
-    "budget": ("global_top_k",),
+    "budget": ("Budget",),
     "diagnosis": ("Diagnosis",),
     "exporters": ("Exported", "FormatError", "export", "load", "shrink"),
-    "method": ("Method", "Weight"),
+    "method": ("Method",),
     "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Feather", "Magnitude", "RigL", "WeightMom"),
     "methods.rounds": ("Candidate", "progressive"),
     "migrate.sparseml": ("SparseMLRecipe", "from_sparseml"),
@@ -50,6 +51,8 @@ _NAMES_IN = {
     "runtime.compile": ("compile",),
     "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
     "scope": ("Scope",),
+    "selection.top_k": ("global_top_k",),
+    "weight": ("Weight", "Weights"),
     "score": ("magnitude", "saliency"),
 }
 _PLACE_OF = {name: place for place, names in _NAMES_IN.items() for name in names}
@@ -60,6 +63,7 @@ __all__ = [
     "GSM",
     "METHODS",
     "SET",
+    "Budget",
     "Candidate",
     "Constant",
     "Cosine",
@@ -82,6 +86,7 @@ __all__ = [
     "SparseMLRecipe",
     "Weight",
     "WeightMom",
+    "Weights",
     "compile",
     "export",
     "from_sparseml",

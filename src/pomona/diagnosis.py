@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+if TYPE_CHECKING:
+    from pomona.weight import Weights
 
 ENOUGH = 7.0  # exp(-7) = 0.0009; the published runs of GSM lie at 8 and above, failures at 2 and below
 
@@ -55,6 +58,17 @@ class Diagnosis:
             f"decay exponent {self.exponent:.2f} over {self.num_steps:,} steps: passive weights shrink to "
             f"{float(f'{100 * self.shrinkage:.2g}'):g} % of their size; {verdict}"
         )
+
+
+@runtime_checkable
+class Diagnosed(Protocol):
+    """A method that can say whether a run will succeed, and whether it has."""
+
+    def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis:
+        """Whether a run can succeed in which the optimizer's group has these settings, one entry per step."""
+
+    def diagnose(self, weights: Weights, step: int) -> Diagnosis:
+        """Whether the run up to ``step`` lets ``harden()`` cut without loss."""
 
 
 def decay_per_step(lr: float, group: Mapping[str, Any]) -> float:

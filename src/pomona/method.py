@@ -1,150 +1,104 @@
-"""HOW weights move: what a pruning method is, and what it sees of a weight.
+"""HOW weights move: what a pruning method is.
 
 The life of a method, driven by the Pruner::
 
     check(optimizer, groups)                      once, at construction: refuse what cannot work
-    check_weights(weights)                        the same of the weights
-    init(weight)                                  once a weight: its state
+    check_weights(weights)                        likewise for the weights
+    init(weight), init_shared(weights)            once: the state of each weight, and of the whole network
     loop:
         before_step(weights, step)                gradients are final; step = 1, 2, ...
         <optimizer.step() itself>
         after_step(weights, step)                 weights have moved
-    unfinished(weights, step)                     at harden(): whether that is early
-    support(weights, step)                        what survives
+    support(weights, step)                        what survives harden()
 
-A method is a frozen dataclass of hyper-parameters and never holds state; what it must remember lives in
-``Weight.state``, which the Pruner saves and restores. A method does not import ``torch.distributed``,
-``torch.optim`` or hooks.
+A method is a frozen dataclass of hyper-parameters and never holds state. What it must remember lives in
+``Weight.state`` and ``Weights.shared``, which the Pruner saves and restores. A method does not import
+``torch.distributed``, ``torch.optim`` or hooks.
+
+What only reports is optional: ``why``, ``unfinished`` and ``metrics`` here, and the two methods of
+:class:`pomona.diagnosis.Diagnosed` for a method that can say whether a run will succeed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.diagnosis import Diagnosis
-from pomona.distributed import Shard, local
+from pomona.budget import Budget
 from pomona.granularity import Granularity
-from pomona.selection import Selection
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """What a method sees of one pruned tensor.
-
-    Where several ranks hold the tensor together, its tensors are plain tensors too: the block of this rank. What
-    depends on the whole network is asked for by functions that take the weights: selections with ``of=weights``,
-    counts with :func:`pomona.ops.count`.
-
-    Attributes:
-        name: full parameter name.
-        value: the weights, a plain tensor of any shape; edit in place.
-        grad: their gradient, same shape, unscaled; edit in place.
-        group: the optimizer's parameter group that holds it, as it is now; read only.
-        state: what ``init`` returned; edit in place; saved by the Pruner.
-        moves: False in a step without a gradient for it: the optimizer passes it over, decay included.
-        optimizer_state: what the optimizer remembers of the tensor; empty before its first step. See ``buffers``.
-        shard: which block of the whole tensor this is, if other ranks hold the rest.
-    """
-
-    name: str
-    value: Tensor
-    grad: Tensor
-    group: Mapping[str, Any]
-    state: dict[str, Tensor]
-    moves: bool = True
-    optimizer_state: Mapping[str, Any] = field(default_factory=dict)
-    shard: Shard | None = None
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """What the optimizer remembers of each single weight, such as momentum or Adam's moments; edit in place."""
-        blocks = [local(t) for t in self.optimizer_state.values() if isinstance(t, Tensor) and t.ndim]
-        return [t for t in blocks if t.shape == self.value.shape]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the whole tensor."""
-        return self.value.shape if self.shard is None else self.shard.shape
-
-    @property
-    def numel(self) -> int:
-        """Number of weights of the whole tensor."""
-        return self.shape.numel()
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the group now."""
-        return float(self.group["lr"])
+from pomona.weight import Weight, Weights
 
 
 class Method(ABC):
     """A way to prune. Subclasses are frozen dataclasses, one paper and one file each.
 
+    Fields named ``sparsity``, ``allocation``, ``min_density`` and ``granularity`` make up the method's ``budget``,
+    which checks them; a method has those of the four that its user may choose. A subclass with a ``__post_init__`` of
+    its own calls ``Method.__post_init__(self)`` in it.
+
     Attributes:
-        granularity: what goes together, see :mod:`pomona.granularity`; a method that can choose has a field of it.
+        granularity: what goes together, see :mod:`pomona.granularity`.
+        checks_gradients: True if ``before_step`` itself raises NonFiniteError for a gradient that is not finite, before
+            it changes anything. It saves the Pruner one pass over the gradients.
     """
 
     __slots__ = ()
     granularity: Granularity = "weight"
+    checks_gradients: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        canonical = self.budget.granularity
+        if self.granularity != canonical:
+            object.__setattr__(self, "granularity", canonical)
+
+    @property
+    def budget(self) -> Budget:
+        """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
+        names = ("sparsity", "allocation", "min_density", "granularity")
+        return Budget(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""
 
-    def check_weights(self, weights: Sequence[Weight]) -> None:
-        """Raise ValueError if the method cannot prune these weights as it is set."""
+    def check_weights(self, weights: Weights) -> None:
+        """Raise ValueError if the method cannot prune these weights with its settings."""
+        self.budget.check_weights(weights)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
-        """State of one weight: tensors of the shape of ``w.value``, which reshard by themselves, or of no dimension.
+        """State of one weight: tensors of the shape of ``w.value``, which are resharded with it, or of no dimension.
 
-        What depends on the weights' values is filled in at step 1, because they may be loaded after construction.
+        Values that depend on the weights are filled in at step 1, because weights may be loaded after construction.
         """
         return {}
 
-    def checks_gradients(self, step: int) -> bool:
-        """Whether ``before_step`` raises NonFiniteError for a gradient that is not finite, before it changes anything.
+    def init_shared(self, weights: Weights) -> dict[str, Tensor]:
+        """State of the whole network, such as a threshold or a multiplier: tensors of any shape, equal on all ranks."""
+        return {}
 
-        Saves the Pruner a look at each of them.
-        """
-        return False
+    def before_step(self, weights: Weights, step: int) -> None:
+        """Gradients are final, weights have not moved. ``pomona.ops.drop_gradients_`` drops gradients."""
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> Selection | None:
-        """Gradients are final, weights have not moved. Gradients outside of a returned selection are dropped."""
-        return None
-
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+    def after_step(self, weights: Weights, step: int) -> None:
         """Weights have moved."""
 
     @abstractmethod
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         """Boolean masks of what survives ``harden()``, True = kept. ``grad`` is empty here."""
 
-    def budget(self, total: int, step: int) -> int | None:
-        """How many of ``total`` weights may survive ``harden()`` at most; None if the method does not say."""
-        return None
+    # What only reports
 
-    def why(self, total: int, kept: int, density: float) -> str:
-        """One clause: how a layer came to keep ``kept`` of ``total`` weights; all layers keep the share ``density``."""
+    def why(self, w: Weight, kept: int, density: float) -> str:
+        """One clause: why a layer keeps ``kept`` of its weights; ``density`` is the share that the network keeps."""
+        return self.budget.why(w, kept, density)
+
+    def unfinished(self, weights: Weights, step: int) -> str:
+        """If the method has not finished at ``step``, say why in one sentence; otherwise return ""."""
         return ""
 
-    def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis | None:
-        """Whether a run with these settings, one a step, can succeed; None if the method cannot tell."""
-        return None
-
-    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
-        """Why ``harden()`` at ``step`` comes before the method is done, as a sentence; empty if it does not."""
-        return ""
-
-    def diagnose(self, weights: Sequence[Weight], step: int) -> Diagnosis | None:
-        """Whether the run up to here lets ``harden()`` cut without loss; None if the method cannot tell."""
-        return None
-
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+    def metrics(self, weights: Weights) -> dict[str, float]:
         """Numbers worth watching while training; ``grad`` is empty here; may synchronise with the device."""
         return {}

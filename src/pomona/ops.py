@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pomona.distributed import sum_counts, sum_vectors
-from pomona.method import Weight
 from pomona.native import core
-from pomona.score import Score, magnitude
+from pomona.score import Score, rank_inside_
+from pomona.selection import NonFiniteError, Selection
+from pomona.weight import Weight
 
 PIECE = 1 << 20
 """Elements of a tensor that are looked at together, so that no temporary is of its size."""
@@ -40,9 +41,23 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     return bool(torch.stack(sums).isfinite().all()) or all(bool(g.isfinite().all()) for g in dense)
 
 
-def drop_gradients_(weights: Sequence[Weight], masks: Sequence[Tensor]) -> None:
-    """Zero the gradients outside the masks (True = kept)."""
-    for w, mask in zip(weights, masks, strict=True):
+def check_finite(weights: Sequence[Weight], selection: Selection) -> None:
+    """NonFiniteError if a gradient on a CPU is not finite; for ``Method.checks_gradients``.
+
+    Args:
+        weights: whose gradients are checked.
+        selection: from scores of these gradients. If it has seen no infinite score, there is nothing to look at again.
+    """
+    if selection.num_infinite != 0 and not all_finite([w.grad for w in weights if w.grad.is_cpu]):
+        raise NonFiniteError("a gradient is not finite")
+
+
+def drop_gradients_(weights: Sequence[Weight], kept: Selection | Sequence[Tensor]) -> None:
+    """Zero the gradients outside a selection, or outside masks (True = kept)."""
+    if not isinstance(kept, Sequence):
+        kept.multiply_([w.grad for w in weights])
+        return
+    for w, mask in zip(weights, kept, strict=True):
         w.grad.masked_fill_(~mask, 0.0)
 
 
@@ -67,6 +82,13 @@ def masks_of(weights: Sequence[Weight]) -> list[Tensor]:
 def count(masks: Sequence[Tensor], *, of: Sequence[Weight]) -> list[int]:
     """How many are True, or not zero, in each tensor; on all ranks together where the weights are sharded."""
     return sum_counts([mask.count_nonzero() for mask in masks], [w.shard for w in of])
+
+
+def sum_of(counts: Sequence[int | Tensor]) -> Tensor:
+    """The sum of a selection's counts, without waiting for the device that has them."""
+    on_device = [count.view(1) for count in counts if isinstance(count, Tensor)]
+    rest = sum(count for count in counts if isinstance(count, int))
+    return torch.cat(on_device).sum() + rest if on_device else torch.tensor(rest)
 
 
 def total(tensors: Sequence[Tensor], *, of: Sequence[Weight]) -> list[float]:
@@ -107,20 +129,15 @@ def among(score: Tensor, mask: Tensor) -> Tensor:
     A selection never keeps a zero, so it keeps nothing from outside, and from inside as many as it is asked for, be
     their scores zero.
     """
-    return _among_(score.clone(), mask)
+    return rank_inside_(score.clone(), mask)
 
 
-def _among_(score: Tensor, mask: Tensor) -> Tensor:
-    return score.clamp_(min=torch.finfo(score.dtype).tiny).masked_fill_(~mask, 0.0)
-
-
-def magnitudes_among(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Score | Tensor]:
-    """``among(|w|, mask)`` of weights that are zero outside of their masks, computed only where one inside is too."""
-    scores: list[Score | Tensor] = []
+def magnitudes_among(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Score]:
+    """``among(|w|, mask)`` of weights that are zero outside of their masks, as descriptions: no score is stored."""
+    scores = []
     for w, mask in zip(weights, masks, strict=True):
         has_zero_inside = bool(w.value.count_nonzero() != mask.count_nonzero())
-        score = magnitude(w.value)
-        scores.append(_among_(score.tensor(), mask) if has_zero_inside else score)
+        scores.append(Score(w.value, inside=mask if has_zero_inside else None))
     return scores
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.distributed import Shard, local, max_over, reshard, shards_of, sum_vectors
+from pomona.native import core
 from pomona.ops import PIECE
 from pomona.scope import Scope
 
@@ -254,15 +255,20 @@ def _count(value: Tensor, shard: Shard | None) -> tuple[Tensor, float]:
     if not value.numel():
         return torch.cat([torch.zeros(1, dtype=torch.int64), channels]), math.inf
     start = 0 if shard is None or not value.ndim else shard.start[0]
+    here, smallest = core.survey(value) if core.is_available() and core.has_rows(value) else _survey(value)
+    if value.ndim:
+        channels[start : start + len(value)] = here
+    return torch.cat([here.sum().view(1), channels]), smallest
+
+
+def _survey(value: Tensor) -> tuple[Tensor, float]:
+    """As ``core.survey``: the non-zeros of each first index, and their smallest magnitude."""
     rows = value.reshape(len(value) if value.ndim else 1, -1)
     alive, smallest = [], []
     for some in torch.split(rows, max(1, PIECE // rows.shape[1])):
         alive.append(some.count_nonzero(1))
         smallest.append(some.abs().masked_fill_(some == 0, math.inf).min())
-    here = torch.cat(alive).cpu()
-    if value.ndim:
-        channels[start : start + len(value)] = here
-    return torch.cat([here.sum().view(1), channels]), float(torch.stack(smallest).min())
+    return torch.cat(alive).cpu(), float(torch.stack(smallest).min())
 
 
 def report(model: nn.Module, scope: Scope | None = None) -> Report:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class ScopedParameters:
     """What a scope selects from a model, and why it leaves out the rest.
 
     Attributes:
@@ -70,7 +70,7 @@ class Scope:
         if isinstance(self.min_ndim, bool) or not isinstance(self.min_ndim, int) or self.min_ndim < 0:
             raise ValueError(f"Scope(min_ndim=...) must be an integer >= 0, got {self.min_ndim!r}")
 
-    def select(self, model: nn.Module) -> Selection:
+    def select(self, model: nn.Module) -> ScopedParameters:
         """Find the parameters of ``model`` that are pruned, each tensor once.
 
         Raises:
@@ -102,7 +102,7 @@ class Scope:
                 f"nothing to prune: none of the {len(names)} parameters of {type(model).__name__} is in {self}. "
                 + _why_outside(outside)
             )
-        return Selection(inside, outside)
+        return ScopedParameters(inside, outside)
 
     def _reason_outside(self, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
         """Why a parameter with these names and owning modules is not pruned; "" if it is."""

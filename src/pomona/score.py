@@ -6,6 +6,7 @@ the weight stops mattering.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,13 @@ class Score:
     Attributes:
         w: any shape and floating dtype.
         g: the second factor, with the same shape; None if there is none.
+        inside: boolean, with the same shape: rank only inside this mask. Scores outside are zero; scores inside are at
+            least the smallest normal number, so that a selection may keep them. None: rank everywhere.
     """
 
     w: Tensor
     g: Tensor | None = None
+    inside: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -39,8 +43,31 @@ class Score:
         """Compute the scores: a new float32 tensor, detached from autograd."""
         w = self.w.detach()
         if self.g is None:
-            return w.to(torch.float32, copy=True).abs_()
-        return torch.mul(w.float(), self.g.detach().float()).abs_()
+            score = w.to(torch.float32, copy=True).abs_()
+        else:
+            score = torch.mul(w.float(), self.g.detach().float()).abs_()
+        return score if self.inside is None else rank_inside_(score, self.inside)
+
+    def flat(self) -> Score:
+        """The same scores in one dimension."""
+        return self._map(lambda t: t.reshape(-1))
+
+    def piece(self, start: int, stop: int) -> Score:
+        """View of the scores [start, stop) of a flat one."""
+        return self._map(lambda t: t[start:stop])
+
+    def take(self, places: Tensor) -> Score:
+        """The scores at these flat indices."""
+        return self._map(lambda t: torch.take(t, places))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Score:
+        g, inside = (None if t is None else change(t.detach()) for t in (self.g, self.inside))
+        return Score(change(self.w.detach()), g, inside)
+
+
+def rank_inside_(score: Tensor, mask: Tensor) -> Tensor:
+    """Raise scores inside the mask to at least the smallest normal number and set those outside to zero, in place."""
+    return score.clamp_(min=torch.finfo(score.dtype).tiny).masked_fill_(~mask, 0.0)
 
 
 def magnitude(w: Tensor) -> Score:

@@ -30,12 +30,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import pomona
 from pomona import distributed, selection
-from pomona.budget import select, top_k
 from pomona.distributed import local, shards_of
-from pomona.granularity import check_fits, violations
-from pomona.method import Weight
 from pomona.score import Score
 from pomona.selection import NonFiniteError, kth_largest
+from pomona.selection.groups import check_fits, violations
+from pomona.selection.top_k import select, top_k
+from pomona.weight import Weight
 from tests import oracles
 from tests.problems import batches, bits, loss_of, net, sparse_net
 from tests.test_contract import METHODS, OPTIMIZERS

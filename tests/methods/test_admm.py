@@ -373,8 +373,8 @@ def test_the_report_says_where_the_shares_come_from() -> None:
 
 
 def test_the_budget_is_told_unless_the_layers_have_theirs() -> None:
-    assert ADMM(0.9).budget(1000, 1) == 100
-    assert ADMM(densities={"*": 0.1}).budget(1000, 1) is None
+    assert ADMM(0.9).budget.num_kept(1000, 1) == 100
+    assert ADMM(densities={"*": 0.1}).budget.num_kept(1000, 1) == 1000
 
 
 def test_a_layer_with_more_zeros_than_its_share_leaves_some_of_the_budget_unused() -> None:
@@ -435,7 +435,7 @@ def attach(method: ADMM, model: nn.Module | None = None) -> pomona.Pruner:
         ({"sparsity": 0.9, "every": 0}, "every must be >= 1, got 0"),
         ({"sparsity": 0.9, "allocation": "layerwise"}, "allocation must be one of global, uniform, erk"),
         ({"sparsity": 0.9, "min_density": 1.5}, r"min_density must be in \[0, 1\], got 1.5"),
-        ({"densities": {"*": 0.1}, "allocation": "erk"}, "allocation='erk' deals a sparsity .* which densities do"),
+        ({"densities": {"*": 0.1}, "allocation": "erk"}, "allocation='erk' allocates a sparsity .* which densities do"),
         ({"densities": {"fc*": 0.0}}, r"densities\['fc\*'\] must be in \(0, 1\], the share to keep, got 0.0"),
         ({"densities": {"fc*": 10}}, r"densities\['fc\*'\] must be in \(0, 1\], the share to keep, got 10"),
         ({"densities": {"fc*": float("nan")}}, r"densities\['fc\*'\] must be in \(0, 1\], the share to keep, got nan"),

@@ -211,7 +211,7 @@ def test_decay_that_bfloat16_rounds_away_is_warned_of() -> None:
     model = nn.Linear(4, 4).bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.99, weight_decay=5e-4)
     with pytest.warns(
-        UserWarning, match="weight is torch.bfloat16, and a passive weight is to lose the share 0.0015 of"
+        UserWarning, match="weight is torch.bfloat16, and a passive weight would lose a share of 0.0015 of"
     ):
         pomona.Pruner(model, optimizer, pomona.GSM(0.5))
     before = model.weight.detach().clone()

@@ -18,9 +18,10 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import pomona
-from pomona.budget import Allocation, deal, num_kept
+from pomona.budget import num_kept
 from pomona.methods.magnitude import Magnitude
 from pomona.schedule import Schedule, Value
+from pomona.selection.allocation import Allocation, allocate
 from tests.oracles import magnitude as oracle
 from tests.problems import NUM_WEIGHTS, Tensors, batches, bits, distance, net, train
 
@@ -259,7 +260,7 @@ def test_counts_are_exact_and_masks_nested(
         k = num_kept(sparsity(step - (step - 1) % every), sum(SIZES))
         assert sum(counts(pruner)) == k
         if allocation != "global":
-            assert counts(pruner) == deal(allocation, SHAPES, k)
+            assert counts(pruner) == allocate(allocation, SHAPES, k)
         for p, before, now in zip(model.w, last, masks(pruner), strict=True):
             assert not (now & ~before).any()
             assert not p.detach()[~now].any()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.optim import SGD
 
 import pomona
-from pomona.budget import deal
+from pomona.selection.allocation import allocate
 from tests.oracles import feather
 from tests.oracles.magnitude import num_kept, ramp
 from tests.oracles.masks import top_k_mask, top_k_mask_with_floor
@@ -129,7 +129,7 @@ def oracle(
             power=power,
             theta=theta,
             min_density=FLOOR if where == "floor" else 0.0,
-            counts=deal("uniform", SHAPES, kept_at(step)) if where == "uniform" else None,
+            counts=allocate("uniform", SHAPES, kept_at(step)) if where == "uniform" else None,
             variant=variant,
         )
         moments.append(Moment([w.copy() for w in weights], [v.copy() for v in state.v], list(state.thresholds)))
@@ -196,7 +196,7 @@ def test_the_problem_has_zeros_that_come_and_go(where: Where, theta: float) -> N
 def test_the_ways_to_spread_the_zeros_differ_in_the_problem() -> None:
     counts = {where: [int((w != 0).sum()) for w in oracle(where)[-1].w] for where in get_args(Where)}
     assert counts["global"][1] == 0 and len(set(oracle("global")[-1].thresholds)) == 1
-    assert counts["uniform"] == deal("uniform", SHAPES, kept_at(STEPS))
+    assert counts["uniform"] == allocate("uniform", SHAPES, kept_at(STEPS))
     assert len(set(oracle("uniform")[-1].thresholds)) == 3
     first, second, third = oracle("floor")[-1].thresholds
     assert counts["floor"][1] == math.ceil(FLOOR * 18) and first == third > second > 0
@@ -378,7 +378,7 @@ def test_weights_that_start_at_zero_get_their_whole_gradient_at_first(late: int)
             model.give(grads)
             optimizer.step()
             sparsity = ramp(step, initial=0.0, final=0.8, begin=late, steps=2)
-            counts = deal("uniform", SHAPES, num_kept(sparsity, TOTAL))
+            counts = allocate("uniform", SHAPES, num_kept(sparsity, TOTAL))
             given = [g.astype(np.float64) for g in grads]
             feather.step(
                 weights, given, state, **TRAINING, sparsity=sparsity, theta=0.5, counts=counts, variant=variant

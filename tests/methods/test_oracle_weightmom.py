@@ -58,8 +58,10 @@ def train(
 
 
 def state_of(pruner: pomona.Pruner) -> dict[str, list[np.ndarray]]:
-    per_weight: list[dict[str, Any]] = list(pruner.state_dict()["state"].values())
-    return {key: [state[key].numpy().copy() for state in per_weight] for key in per_weight[0]}
+    saved = pruner.state_dict()
+    per_weight: list[dict[str, Any]] = list(saved["state"].values())
+    state = {key: [state[key].numpy().copy() for state in per_weight] for key in per_weight[0]}
+    return state | {key: [t.numpy().copy()] for key, t in saved["shared"].items()}
 
 
 def oracle(

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import pomona
-from pomona.budget import deal, num_kept
-from pomona.method import Weight
-from pomona.methods.rigl import Distribution, RigL, drop_and_grow_
+from pomona.budget import num_kept
+from pomona.methods.drop_and_grow import Distribution, drop_and_grow_
+from pomona.methods.rigl import RigL
 from pomona.methods.set import SET
+from pomona.selection.allocation import allocate
+from pomona.weight import Weight
 from tests.oracles import rigl as oracle
 from tests.problems import Tensors, batches, bits, distance, net, regression, train, wiring
 
@@ -204,7 +206,7 @@ def test_each_layer_has_its_count_at_every_step(
     model, optimizer, pruner = pruned(method, partial(SGD, lr=0.3, momentum=0.9, weight_decay=0.1), seed % 100)
     for seed in range(1, 9):
         step(model, optimizer, seed)
-        assert counts(pruner) == deal(allocation, SHAPES, num_kept(sparsity, TOTAL))
+        assert counts(pruner) == allocate(allocation, SHAPES, num_kept(sparsity, TOTAL))
         for p, mask in zip(model.w, masks(pruner), strict=True):
             assert not p.detach()[~mask].any()
             assert not p.grad[~mask].any()
@@ -375,7 +377,7 @@ def test_making_a_pruner_changes_no_weight_and_the_first_step_draws(kind: type[R
 def test_harden_before_the_first_step_cuts_by_magnitude(kind: type[RigL | SET], allocation: Distribution) -> None:
     model, _, pruner = pruned(kind(0.5, allocation=allocation))
     report = pruner.harden()
-    expected = deal(allocation, SHAPES, 33)
+    expected = allocate(allocation, SHAPES, 33)
     assert [layer.nonzero for layer in report.layers] == expected
     for p, start, count in zip(model.w, draw(0), expected, strict=True):
         kept = p.detach()[p.detach() != 0].abs()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pomona.cli import main
 from pomona.native import core, library
+from pomona.score import Score
 
 needs_core = pytest.mark.skipif(not core.is_available(), reason=f"no compiled core: {core.why_not()}")
 
@@ -45,7 +46,7 @@ def keys_of(a: Tensor, b: Tensor | None = None) -> Tensor:
     return score.abs().view(torch.int32).flatten()
 
 
-def check_select(keys: Sequence[Tensor], scores: core.Scores, k: int) -> core.Selection:
+def check_select(keys: Sequence[Tensor], scores: core.Scores, k: int) -> core.KthLargest:
     joined = torch.cat(list(keys))
     ranked = joined.sort(descending=True).values
     threshold = core.KEY_MAX if k == 0 else max(1, int(ranked[k - 1]))
@@ -220,6 +221,100 @@ def test_masks_have_the_layout_of_their_tensors() -> None:
     a = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     masks, _ = core.mask(core.Scores([a]), [int(keys_of(torch.tensor(0.5))[0])], [-1])
     assert torch.equal(masks[0], a.abs() >= 0.5) and masks[0].stride() == a.stride()
+
+
+@needs_core
+@pytest.mark.parametrize("isa", ISAS)
+@fast
+@given(
+    layers=LAYERS, dtype=st.sampled_from(DTYPES), is_product=st.booleans(), threads=st.integers(1, 4), data=st.data()
+)
+def test_scores_inside_a_mask_are_those_of_a_masked_tensor(
+    isa: str,
+    layers: Sequence[Sequence[float]],
+    dtype: torch.dtype,
+    is_product: bool,
+    threads: int,
+    data: st.DataObject,
+) -> None:
+    core.use_isa(isa)
+    torch.set_num_threads(threads)
+    tensors = [torch.tensor(layer).to(dtype) for layer in layers]
+    factors = [torch.tensor(layer[::-1]) for layer in layers] if is_product else None
+    inside = [
+        torch.tensor([data.draw(st.booleans()) for _ in layer], dtype=torch.bool) if len(layer) % 3 else None
+        for layer in layers
+    ]
+    expected = [
+        Score(a, None if factors is None else factors[i], mask).tensor()
+        for i, (a, mask) in enumerate(zip(tensors, inside, strict=True))
+    ]
+    if any(bool(score.isnan().any()) for score in expected):  # 0 times infinity
+        return
+    scores = core.Scores(tensors, factors, inside)
+    k = data.draw(st.integers(0, sum(len(layer) for layer in layers)))
+    check_select([keys_of(score) for score in expected], scores, k)
+    thresholds = [1] * len(layers)
+    masks, _ = core.mask(scores, thresholds, [-1] * len(layers))
+    assert all(torch.equal(mask, score > 0) for mask, score in zip(masks, expected, strict=True))
+
+
+@needs_core
+@pytest.mark.parametrize("isa", ISAS)
+@fast
+@given(
+    layers=st.lists(st.lists(st.one_of(TIED, st.just(NAN)), max_size=60), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    threads=st.integers(1, 4),
+    data=st.data(),
+)
+def test_zeros_are_written_over_what_is_pruned(
+    isa: str, layers: Sequence[Sequence[float]], dtype: torch.dtype, threads: int, data: st.DataObject
+) -> None:
+    core.use_isa(isa)
+    torch.set_num_threads(threads)
+    tensors = [torch.tensor(layer).to(dtype) for layer in layers]
+    pruned = [torch.tensor([data.draw(st.booleans()) for _ in layer], dtype=torch.bool) for layer in layers]
+    expected = [t.masked_fill(mask, 0.0) for t, mask in zip(tensors, pruned, strict=True)]
+    lost = [torch.cat([t[mask].abs(), t.new_zeros(1)]).max() for t, mask in zip(tensors, pruned, strict=True)]
+    versions = [t._version for t in tensors]
+    largest = core.zero_(tensors, pruned)
+    assert all(same(a, b) for a, b in zip(tensors, expected, strict=True))
+    assert same(torch.tensor(largest, dtype=torch.float64), torch.stack(lost).double())
+    assert all(t._version > version for t, version in zip(tensors, versions, strict=True))
+
+
+@needs_core
+@pytest.mark.parametrize("isa", ISAS)
+@fast
+@given(
+    values=st.lists(st.one_of(TIED, st.just(NAN)), min_size=24, max_size=24),
+    shape=st.sampled_from([(24,), (1, 24), (24, 1), (3, 8), (2, 3, 2, 2)]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_survey_counts_rows_and_finds_the_smallest(
+    isa: str, values: Sequence[float], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    core.use_isa(isa)
+    t = torch.tensor(values).to(dtype).view(shape)
+    if len(shape) == 4:
+        t = t.to(memory_format=torch.channels_last)
+    assert core.has_rows(t)
+    counts, smallest = core.survey(t)
+    assert counts.tolist() == t.reshape(len(t), -1).count_nonzero(1).tolist()
+    expected = t.abs().masked_fill(t == 0, INF).min()
+    assert same(torch.tensor([smallest], dtype=torch.float64), expected.double().view(1))
+
+
+@needs_core
+def test_a_survey_of_many_rows_and_of_long_ones() -> None:
+    for shape in ((3, 40_000), (40_000, 3), (1, 100_000), ()):
+        t = torch.randn(shape) * (torch.rand(shape) < 0.3)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert core.survey(t)[0].tolist() == t.reshape(t.shape[0] if shape else 1, -1).count_nonzero(1).tolist()
+    assert not core.has_rows(torch.randn(3, 4).t())
+    assert not core.has_rows(torch.randn(3, 4)[:, ::2])
 
 
 def same(a: Tensor, b: Tensor) -> bool:

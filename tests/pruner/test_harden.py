@@ -20,7 +20,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pomona
-from pomona import GSM, Pruner
+from pomona import GSM, Budget, Pruner, Weights
 from tests.problems import NUM_WEIGHTS, batches, bits, loss_of, net, sparse_net, train
 
 KEPT = 18  # of the 72 weights, at sparsity 0.75
@@ -468,8 +468,9 @@ class Greedy(pomona.Method):
     def support(self, weights: Sequence[pomona.Weight], step: int) -> list[Tensor]:
         return pomona.global_top_k([pomona.magnitude(w.value) for w in weights], 2)
 
-    def budget(self, total: int, step: int) -> int:
-        return 1
+    @property
+    def budget(self) -> Budget:
+        return Budget(71 / 72)
 
 
 def test_a_method_that_keeps_more_than_its_budget_is_found_out() -> None:
@@ -573,8 +574,12 @@ def test_harden_inside_a_trial_is_for_good_or_refused() -> None:
 
 def test_a_method_that_breaks_its_own_budget_cuts_nothing() -> None:
     class Careless(GSM):
-        def budget(self, total: int, step: int) -> int:
-            return KEPT - 1
+        @property
+        def budget(self) -> Budget:
+            return Budget(1 - (KEPT - 1) / 72)
+
+        def support(self, weights: Weights, step: int) -> list[Tensor]:
+            return GSM(0.75).support(weights, step)
 
     model = net()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
@@ -620,8 +625,19 @@ def test_a_state_that_lacks_a_part_changes_nothing() -> None:
     with pytest.raises(ValueError, match="the state lacks accuracy"):
         pruner.load_state_dict(state)
     state = pruner.state_dict() | {"num_steps": 99}
+    state["shared"] = {key: torch.zeros(3) for key in state["shared"]}
+    with pytest.raises(ValueError, match=r"of the network has shape \(3,\) in the state"):
+        pruner.load_state_dict(state)
+    assert bits(pruner.state_dict()) == before
+
+
+def test_a_state_with_a_tensor_of_another_shape_changes_nothing() -> None:
+    model = net()
+    pruner = Pruner(model, SGD(model.parameters(), lr=0.1), pomona.Magnitude(0.75))
+    before = bits(pruner.state_dict())
+    state = pruner.state_dict() | {"num_steps": 99}
     state["state"] = {name: {key: torch.zeros(3) for key in parts} for name, parts in state["state"].items()}
-    with pytest.raises(ValueError, match=r"has shape \(3,\) in the state"):
+    with pytest.raises(ValueError, match=r"mask of 0.weight has shape \(3,\) in the state"):
         pruner.load_state_dict(state)
     assert bits(pruner.state_dict()) == before
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pomona import selection
-from pomona.budget import global_top_k, select
 from pomona.native import core
 from pomona.score import Score, magnitude, saliency
-from pomona.selection import NonFiniteError, find_threshold, kth_largest, select_largest, select_on_device
+from pomona.selection import NonFiniteError, cpu, device, keys, kth_largest, ranks, select_largest
+from pomona.selection.cpu import find_threshold
+from pomona.selection.device import select_on_device
+from pomona.selection.top_k import global_top_k, select
 from tests import oracles
 
 INF, NAN = math.inf, math.nan
@@ -44,9 +45,10 @@ def vehicle(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if the scores were hundreds of millions: many chunks, and a sample far smaller than all."""
-    monkeypatch.setattr(selection, "_CHUNK", 1 << 9)
-    monkeypatch.setattr(selection, "_NUM_BLOCKS", 1 << 6)
-    monkeypatch.setattr(selection, "_DEVICE_CHUNK", 1 << 9)
+    for module in (keys, cpu, ranks):
+        monkeypatch.setattr(module, "CHUNK", 1 << 9)
+    monkeypatch.setattr(cpu, "_NUM_BLOCKS", 1 << 6)
+    monkeypatch.setattr(device, "_DEVICE_CHUNK", 1 << 9)
     yield
 
 
@@ -144,7 +146,7 @@ def test_the_kth_largest_equals_sorting(draw: Callable[[torch.Generator], Tensor
 def test_histograms_find_what_the_sample_does(draw: Callable[[torch.Generator], Tensor], small_chunks: None) -> None:
     scores = [Score(score) for score in torch.split(draw(torch.Generator().manual_seed(2)), [3_000, 7_000, 100])]
     for k in COUNTS[1:]:
-        by_histograms = selection._by_histograms(scores, k)
+        by_histograms = cpu._by_histograms(scores, k)
         found = find_threshold(scores, k)
         assert (found.key, found.greater, found.equal) == (
             by_histograms.key,
@@ -158,7 +160,7 @@ def test_a_sample_that_misleads_changes_nothing(miss: str, monkeypatch: pytest.M
     values = _random(torch.Generator().manual_seed(0))
     keys = np.sort(values.numpy()).view(np.int32)
     bracket = {"too low": (1, int(keys[50])), "too high": (int(keys[-50]), int(keys[-1])), "too wide": (1, 2**31 - 1)}
-    monkeypatch.setattr(selection, "_bracket", lambda scores, total, k: bracket[miss])
+    monkeypatch.setattr(cpu, "_bracket", lambda scores, total, k: bracket[miss])
     for k in (100, 1_000, 9_000):
         assert lists(global_top_k([values], k)) == sort([values], k), k
 
@@ -207,6 +209,23 @@ def test_multiplying_equals_multiplying_by_the_masks(
     for g, right in zip(gs, expected, strict=True):
         assert torch.equal(g.signbit(), right.signbit())  # -3 times 0 is -0
         assert torch.equal(g, right)
+
+
+@pytest.mark.parametrize("is_masked", [(True, True, True), (True, False, True)])
+def test_selection_inside_masks_equals_that_of_the_masked_scores(is_masked: Sequence[bool], small_chunks: None) -> None:
+    """Zeros inside a mask may be kept, nothing outside is; the masks are read where they lie, no score is stored."""
+    generator = torch.Generator().manual_seed(0)
+    ws = [torch.randn(size, generator=generator).relu_() for size in [(50, 40), (700,), (3, 5, 7)]]
+    masks = [torch.rand(w.shape, generator=generator) < 0.7 for w in ws]
+    scores = [Score(w, inside=mask if use else None) for w, mask, use in zip(ws, masks, is_masked, strict=True)]
+    dense = [score.tensor() for score in scores]
+    assert torch.equal(dense[0] > 0, masks[0])
+    for k in (0, 300, 1_000, 1_800, 2_805):
+        assert lists(global_top_k(scores, k)) == lists(global_top_k(dense, k)) == sort(dense, k)
+        assert lists(select_on_device(scores, k).masks()) == sort(dense, k)
+    ones = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    other = Score(ones, inside=torch.rand(2, 3, 4, 4, generator=generator) < 0.5)  # laid out in another way
+    assert lists(global_top_k([other], 20)) == sort([other.tensor()], 20)
 
 
 def test_a_kept_count_of_all_leaves_the_gradient_alone() -> None:

@@ -459,7 +459,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
     (recipes / "bad.toml").write_text(bad)
     names = (recipes / "bad.toml", recipes / "cut.toml", recipes / "grow.toml")
     done = compare(digits, tmp_path / "out", *names)
-    why = "exit status 2: pomona: error: GRDA cannot go along with SGD(momentum=0.9)"
+    why = "exit status 2: pomona: error: GRDA does not support SGD(momentum=0.9)"
     assert done.status == 1 and f"1/1, 0:00 left: bad-5x-seed0: FAILED, {why}" in done.out
     assert done.out.splitlines()[-1].startswith(f"FAILED: bad-5x-seed0: {why}")
     assert {row[0] for row in table_of(tmp_path / "out")[2:]} == {"cut", "grow"}

@@ -198,7 +198,7 @@ def test_a_run_that_fails_ends_the_search(recipe: Path, digits: Path, tmp_path: 
     recipe.write_text(recipe.read_text().replace('"magnitude"', '"grda"\nsteps = 10'))  # which refuses momentum
     done = run_sweep(recipe, digits, tmp_path / "out", "--loss 1")
     assert done.status == 2
-    assert "pomona: error: cut-2x-seed0 failed, exit status 2: pomona: error: GRDA cannot go along with" in done.err
+    assert "pomona: error: cut-2x-seed0 failed, exit status 2: pomona: error: GRDA does not support" in done.err
     assert forked.started == ["cut-2x-seed0"]
 
 

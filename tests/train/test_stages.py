@@ -431,7 +431,7 @@ def test_pruning_and_retraining_go_with_adamw_and_resume_with_its_state(
     ("overrides", "message"),
     [
         (['scope.exclude=["nope"]'], "Scope(exclude=['nope']) matches no parameter of the model"),
-        (['method={name="grda", c=0.001}'], "GRDA cannot go along with SGD(momentum=0.9)"),
+        (['method={name="grda", c=0.001}'], "GRDA does not support SGD(momentum=0.9)"),
         (['method={name="admm", densities={fc1=0.1}}'], "fc2.weight matches no pattern of densities"),
         (
             ['method={name="rigl", sparsity=0.5, end="50 %"}'],

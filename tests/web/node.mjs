@@ -1,4 +1,4 @@
-// What tests/test_web.py asks of web/pomona.js, in Node: `node node.mjs COMMAND ARGUMENTS`, the answer is JSON.
+// What tests/web/test_web.py asks of web/pomona.js, in Node: `node node.mjs COMMAND ARGUMENTS`, the answer is JSON.
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { deflateRawSync, inflateRawSync } from "node:zlib";

@@ -9,23 +9,16 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import (
-    Allocation,
-    check_allocation,
-    check_budget,
-    check_min_density,
-    deal,
-    num_kept,
-    tell_share,
-    top_k,
-    top_k_each,
-)
-from pomona.granularity import Granularity, canonical, check_fits, check_granularity, parse
-from pomona.method import Method, Weight
+from pomona.budget import num_kept
+from pomona.granularity import Granularity, parse
+from pomona.method import Method
 from pomona.ops import count, drop_gradients_, drop_weights_, total
 from pomona.schedule import Schedule, Value, check_count, check_value, value_at
 from pomona.scope import matches
 from pomona.score import Score, magnitude
+from pomona.selection.allocation import Allocation
+from pomona.selection.top_k import top_k_each
+from pomona.weight import Weight, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +40,7 @@ class ADMM(Method):
     masked retraining wins it back, and is to go on training after ``harden``.
 
     In the paper :math:`\Pi` keeps :math:`l_i` weights of each layer, and the :math:`l_i` are chosen by hand
-    (``densities``). Here they may also follow from one ``sparsity``, dealt by ``allocation``. With ``"global"``
+    (``densities``). Here they may also follow from one ``sparsity``, allocated by ``allocation``. With ``"global"``
     :math:`\Pi` ranks all layers together, and so does the cut: it is the projection onto the set that ADMM
     approached, and of all cuts to that many weights it changes the network's weights least. (The counts that each
     layer has in :math:`Z` would be a cut onto a smaller set, as old as the last ADMM iteration.)
@@ -70,7 +63,7 @@ class ADMM(Method):
         rho: strength of the pull >= 0, or a schedule of it, which is read at the first step of each ADMM iteration.
             Paper: 1.5e-3, and 3e-3 for high rates; 1e-4 to 7e-3 on MNIST.
         every: steps of one ADMM iteration, >= 1. Paper: 5,000 to 8,000 on MNIST, 60,000 for AlexNet.
-        allocation: where ``sparsity`` goes: ``"global"``, ``"uniform"`` or ``"erk"``, see ``pomona.budget.top_k``.
+        allocation: where ``sparsity`` goes: ``"global"``, ``"uniform"`` or ``"erk"``, see :class:`pomona.Budget`.
         hold_zeros: masked ADMM, for the second and later rounds: weights that are exactly zero before the first step
             stay so.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
@@ -107,36 +100,25 @@ class ADMM(Method):
                 f"ADMM's sparsity is one number for the whole round, got {self.sparsity}; raise it from round to round "
                 f"(pomona.progressive)"
             )
-        if self.sparsity is not None:
-            check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        Method.__post_init__(self)
         if self.densities is not None:
             # A copy, sorted: the same text for the same shares, by which load_state_dict() knows the method.
             object.__setattr__(self, "densities", _check_densities(self.densities))
         check_value("rho", self.rho, low=0.0, high=math.inf)
         check_count("every", self.every)
-        check_allocation(self.allocation)
         if self.densities is not None and self.allocation != "global":
             raise ValueError(
-                f"allocation={self.allocation!r} deals a sparsity to the layers, which densities do by name; leave "
+                f"allocation={self.allocation!r} allocates a sparsity to the layers, which densities do by name; leave "
                 f"one of the two out"
             )
         if not isinstance(self.hold_zeros, bool):
             raise TypeError(f"hold_zeros must be True or False, got {self.hold_zeros!r}")
-        check_min_density(self.min_density)
-        object.__setattr__(self, "granularity", canonical(self.granularity))
-        check_granularity(self.granularity, self.sparsity, self.allocation)
 
-    def check_weights(self, weights: Sequence[Weight]) -> None:
+    def check_weights(self, weights: Weights) -> None:
         if self.densities is not None:
             _check_patterns(self.densities, [w.name for w in weights])
-        check_fits(weights, self.granularity)
-        counts = self._counts(weights)
-        if counts is None:
-            check_budget(
-                weights, self._k(weights), "global", min_density=self.min_density, granularity=self.granularity
-            )
-            return
-        for w, most in zip(weights, counts, strict=True):
+        self.budget.check_weights(weights)
+        for w, most in zip(weights, self._counts(weights) or (), strict=False):
             if most < parse(self.granularity).size(w.shape) and w.numel:
                 raise ValueError(
                     f"{self} keeps none of the {w.numel} weights of {w.name}; keep more of it, or leave it "
@@ -152,7 +134,7 @@ class ADMM(Method):
             }
         return state
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+    def before_step(self, weights: Weights, step: int) -> None:
         steps_since = (step - 1) % self.every  # the iteration began
         if step == 1 and self.hold_zeros:
             for w, num in zip(weights, count([w.value for w in weights], of=weights), strict=True):
@@ -168,11 +150,11 @@ class ADMM(Method):
         if self.hold_zeros:
             drop_gradients_(weights, [w.state["alive"] for w in weights])
 
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+    def after_step(self, weights: Weights, step: int) -> None:
         if self.hold_zeros:
             drop_weights_(weights, [w.state["alive"] for w in weights])
 
-    def _begin_iteration(self, weights: Sequence[Weight], step: int) -> None:
+    def _begin_iteration(self, weights: Weights, step: int) -> None:
         for w in weights:
             w.state["z"].copy_(w.value).add_(w.state["u"])
         masks = self._keep(weights, [magnitude(w.state["z"]) for w in weights])
@@ -182,32 +164,25 @@ class ADMM(Method):
             if step > 1:
                 u.add_(w.value).sub_(z)
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         return self._keep(weights, [magnitude(w.value) for w in weights])
 
-    def _keep(self, weights: Sequence[Weight], scores: Sequence[Score]) -> list[Tensor]:
+    def _keep(self, weights: Weights, scores: Sequence[Score]) -> list[Tensor]:
         """Where the projection is not zero."""
         if self.densities is not None:
-            counts = self._counts(weights)
-            assert counts is not None  # by densities
-            return top_k_each(scores, counts, of=weights, granularity=self.granularity)
-        k = self._k(weights)
-        return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density, granularity=self.granularity)
+            return top_k_each(scores, self._l(weights, self.densities), of=weights, granularity=self.granularity)
+        return self.budget.keep(scores, 0, of=weights).masks()
 
-    def _counts(self, weights: Sequence[Weight]) -> list[int] | None:
-        """The paper's l_i; None if all layers share one count."""
-        if self.densities is not None:
-            shares = [_find(self.densities, w.name) for w in weights]
-            return [num_kept(1.0 - share, w.numel) for share, w in zip(shares, weights, strict=True)]
-        if self.allocation == "global":
-            return None
-        return deal(self.allocation, [w.shape for w in weights], self._k(weights))
+    def _counts(self, weights: Weights) -> list[int] | None:
+        """How many weights each layer keeps; None if all layers share one count."""
+        return self.budget.counts(weights, 0) if self.densities is None else self._l(weights, self.densities)
 
-    def _k(self, weights: Sequence[Weight]) -> int:
-        assert self.sparsity is not None
-        return num_kept(self.sparsity, sum(w.numel for w in weights))
+    @staticmethod
+    def _l(weights: Weights, densities: Mapping[str, float]) -> list[int]:
+        """The paper's l_i."""
+        return [num_kept(1.0 - _find(densities, w.name), w.numel) for w in weights]
 
-    def _must_shrink(self, weights: Sequence[Weight]) -> list[bool]:
+    def _must_shrink(self, weights: Weights) -> list[bool]:
         """Whether more weights are left in a layer than it may keep; elsewhere rho is 0."""
         counts = self._counts(weights)
         if counts is None:
@@ -216,10 +191,7 @@ class ADMM(Method):
             return [int(w.state["num_alive"]) > most for w, most in zip(weights, counts, strict=True)]
         return [w.numel > most for w, most in zip(weights, counts, strict=True)]
 
-    def budget(self, total: int, step: int) -> int | None:
-        return None if self.sparsity is None else num_kept(self.sparsity, total)
-
-    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+    def unfinished(self, weights: Weights, step: int) -> str:
         if step > self.every:
             return ""
         return (
@@ -227,14 +199,10 @@ class ADMM(Method):
             f"magnitude pruning of weights that were pulled once"
         )
 
-    def why(self, total: int, kept: int, density: float) -> str:
-        if self.densities is not None:
-            return "its share by densities"
-        if self.allocation == "global" and 0 < kept == math.ceil(round(self.min_density * total, 6)):
-            return f"held at the floor min_density={self.min_density:g}"
-        return tell_share(total, kept, density, self.allocation, self.granularity)
+    def why(self, w: Weight, kept: int, density: float) -> str:
+        return "its share by densities" if self.densities is not None else self.budget.why(w, kept, density)
 
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+    def metrics(self, weights: Weights) -> dict[str, float]:
         """How near ADMM is to done, over the layers that must shrink; nothing before the first step.
 
         ``primal_residual`` is ``||W - Z|| / ||W||``; ``overlap`` is the share of Z's support that ``harden()`` would

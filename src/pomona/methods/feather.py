@@ -9,20 +9,13 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import (
-    Allocation,
-    check_allocation,
-    check_budget,
-    check_min_density,
-    num_kept,
-    tell_share,
-    top_k,
-)
-from pomona.method import Method, Weight
+from pomona.method import Method
 from pomona.ops import PIECE, count, sparsity_of
-from pomona.schedule import FAR_AWAY, Value, check_value, highest, value_at
+from pomona.schedule import FAR_AWAY, Value, value_at
 from pomona.score import magnitude
 from pomona.selection import kth_largest
+from pomona.selection.allocation import Allocation
+from pomona.weight import Weight, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +54,7 @@ class Feather(Method):
         power: :math:`p` >= 1; ``math.inf`` for the hard threshold. Paper: 3.
         gradient_scale: :math:`\theta` in [0, 1], of what a :math:`T` above 0 has zeroed; None: 0.5 for a sparsity that
             ends above 0.95, else 1. Paper: that.
-        allocation: ``"global"``, ``"uniform"`` or ``"erk"``, see :func:`pomona.budget.top_k`. Paper: ``"global"``.
+        allocation: ``"global"``, ``"uniform"`` or ``"erk"``, see :class:`pomona.Budget`. Paper: ``"global"``.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
 
     Example:
@@ -83,7 +76,7 @@ class Feather(Method):
     min_density: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        Method.__post_init__(self)
         for name in ("power", "gradient_scale"):
             number = getattr(self, name)
             is_left_out = number is None and name == "gradient_scale"
@@ -93,8 +86,6 @@ class Feather(Method):
             raise ValueError(f"power must be >= 1 (1: soft threshold, 3: the paper's, inf: hard), got {self.power}")
         if self.gradient_scale is not None and not 0.0 <= self.gradient_scale <= 1.0:
             raise ValueError(f"gradient_scale must be in [0, 1], got {self.gradient_scale}")
-        check_allocation(self.allocation)
-        check_min_density(self.min_density)
 
     @property
     def _theta(self) -> float:
@@ -103,14 +94,10 @@ class Feather(Method):
             return self.gradient_scale
         return 0.5 if value_at(self.sparsity, FAR_AWAY) > 0.95 else 1.0
 
-    def check_weights(self, weights: Sequence[Weight]) -> None:
-        k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
-        check_budget(weights, k, self.allocation, min_density=self.min_density)
-
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {"v": torch.zeros_like(w.value), "threshold": torch.zeros((), dtype=torch.float64, device="cpu")}
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+    def before_step(self, weights: Weights, step: int) -> None:
         for w in weights:
             v = w.state["v"]
             if step == 1:
@@ -119,7 +106,7 @@ class Feather(Method):
                 w.grad.mul_(torch.where(w.value == 0, self._theta, 1.0).to(w.grad.dtype))
             w.value.copy_(v)
 
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+    def after_step(self, weights: Weights, step: int) -> None:
         for w in weights:
             w.state["v"].copy_(w.value)
         masks = self.support(weights, step)
@@ -127,10 +114,8 @@ class Feather(Method):
             w.state["threshold"].fill_(threshold)
             _threshold_(w.value, mask, threshold, self.power)
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        k = self.budget(sum(w.numel for w in weights), step)
-        scores = [magnitude(w.value) for w in weights]
-        return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density)
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
+        return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()
 
     def _thresholds(self, weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[float]:
         """The largest magnitude that goes: of all layers, or of the layer where it was ranked by itself."""
@@ -141,27 +126,15 @@ class Feather(Method):
 
         if self.allocation != "global":
             return [largest([i], kept[i] + 1) for i in range(len(weights))]
-        at_floor = [i for i, w in enumerate(weights) if 0 < kept[i] <= _floor(self.min_density, w.numel)]
+        at_floor = [i for i, w in enumerate(weights) if 0 < kept[i] <= self.budget.floor(w)]
         free = [i for i in range(len(weights)) if i not in at_floor]
         own = {i: largest([i], kept[i] + 1) for i in at_floor}
         common = max([largest(free, sum(kept[i] for i in free) + 1) if free else 0.0, *own.values()])
         held = {i for i in at_floor if largest([i], kept[i]) < common}  # the others would be there without a floor
         return [own[i] if i in held else common for i in range(len(weights))]
 
-    def budget(self, total: int, step: int) -> int:
-        return num_kept(value_at(self.sparsity, step), total)
-
-    def why(self, total: int, kept: int, density: float) -> str:
-        if self.allocation == "global" and 0 < kept == _floor(self.min_density, total):
-            return f"held at the floor min_density={self.min_density:g}"
-        return tell_share(total, kept, density, self.allocation)
-
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+    def metrics(self, weights: Weights) -> dict[str, float]:
         return {"threshold": max(float(w.state["threshold"]) for w in weights), "sparsity": sparsity_of(weights)}
-
-
-def _floor(min_density: float, total: int) -> int:
-    return math.ceil(round(min_density * total, 6))
 
 
 def _threshold_(value: Tensor, mask: Tensor, threshold: float, power: float) -> None:

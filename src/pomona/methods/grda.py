@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import global_top_k, num_kept
-from pomona.method import Method, Weight
+from pomona.method import Method
 from pomona.ops import soft_threshold, sparsity_of
 from pomona.schedule import check_count, check_value
 from pomona.score import magnitude
 from pomona.selection import kth_largest
+from pomona.weight import Weight, Weights
 
-# What torch.optim.SGD can do and gRDA cannot go along with. (Nesterov needs momentum.)
+# What torch.optim.SGD offers and gRDA does not support. (Nesterov needs momentum.)
 _REFUSED = {
     "momentum": "its theory and the growth of its threshold are for plain SGD; dual averaging has no velocity",
     "dampening": "it belongs to momentum, which dual averaging does not have",
@@ -108,11 +108,11 @@ class GRDA(Method):
             raise ValueError(f"mu must be in (0, 1), got {self.mu}; the paper recommends 0.501, 0.51 and 0.55")
         if self.c is not None:
             check_value("c", self.c, low=0.0, high=math.inf)
+        Method.__post_init__(self)
         if self.sparsity is None:
             if self.steps is not None:
                 raise ValueError(f"steps is for sparsity only, which c does not aim at, got steps={self.steps}")
             return
-        check_value("sparsity", self.sparsity, low=0.0, high=1.0)
         if self.steps is None:
             raise ValueError(f"steps must be given with sparsity={self.sparsity:g}: the step at which it is reached")
         check_count("steps", self.steps)
@@ -136,10 +136,13 @@ class GRDA(Method):
             "n": torch.zeros((), dtype=torch.int64, device="cpu"),
         }
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+    def init_shared(self, weights: Weights) -> dict[str, Tensor]:
+        return {} if self.sparsity is None else {"threshold": torch.zeros((), dtype=torch.float64, device="cpu")}
+
+    def before_step(self, weights: Weights, step: int) -> None:
         for w in weights:
             _check_group(w.group)  # a loaded state of the optimizer may have brought momentum or decay
-        moving = [w for w in weights if w.moves]
+        moving = [w for w in weights if w.has_grad]
         for w in weights if step == 1 else ():
             w.state["v"].copy_(w.value)
         for w in moving:
@@ -149,63 +152,52 @@ class GRDA(Method):
             for w in moving:
                 n = int(w.state["n"])
                 w.state["threshold"] += self.c * w.lr ** (self.mu + 0.5) * (n**self.mu - (n - 1) ** self.mu)
-        else:
-            threshold = self._approach(weights, step)
+        elif moving:
+            weights.shared["threshold"].fill_(self._approach(weights, step))
             for w in moving:
-                w.state["threshold"].fill_(threshold)
+                w.state["threshold"].copy_(weights.shared["threshold"])
 
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+    def after_step(self, weights: Weights, step: int) -> None:
         for w in weights:
-            if w.moves:
+            if w.has_grad:
                 w.value.copy_(soft_threshold(w.state["v"], float(w.state["threshold"])))
 
-    def _approach(self, weights: Sequence[Weight], step: int) -> float:
+    def _approach(self, weights: Weights, step: int) -> float:
         """The one threshold of a run with a target, at ``step``."""
         assert self.sparsity is not None and self.steps is not None
         scores = [magnitude(w.state["v"]) for w in weights]
-        rank = num_kept(self.sparsity, sum(w.numel for w in weights)) + 1
-        q = kth_largest(scores, rank, of=weights)
-        threshold = _highest_threshold(weights)
+        q = kth_largest(scores, self.budget.num_kept(weights.numel, step) + 1, of=weights)
+        threshold = float(weights.shared["threshold"])
         left = 0.0  # of the way, after this step
         if step < self.steps:
             whole = self.steps**self.mu
             left = (whole - step**self.mu) / (whole - (step - 1) ** self.mu)
         return max(threshold, q - (q - threshold) * left)  # exactly q where nothing is left
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         if self.sparsity is None:
             return [w.value != 0 for w in weights]
-        k = num_kept(self.sparsity, sum(w.numel for w in weights))
-        tau = _highest_threshold(weights)
-        # What rested is behind the common threshold, and ranks as if it had taken it.
+        tau = float(weights.shared["threshold"])
+        # A tensor that rested is behind the common threshold; it ranks as if it had taken it.
         behind = [tau - float(w.state["threshold"]) for w in weights]
         scores = [magnitude(soft_threshold(w.value, d)) for w, d in zip(weights, behind, strict=True)]
-        return global_top_k(scores, k, of=weights)
+        return self.budget.keep(scores, step, of=weights).masks()
 
-    def budget(self, total: int, step: int) -> int | None:
-        return None if self.sparsity is None else num_kept(self.sparsity, total)
-
-    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
+    def unfinished(self, weights: Weights, step: int) -> str:
         if self.steps is None or step >= self.steps:
             return ""
         return f"GRDA reaches sparsity={self.sparsity:g} at step {self.steps:,}, and what is missing is cut off"
 
-    def why(self, total: int, kept: int, density: float) -> str:
-        if kept == 0:
-            return "emptied: none of its |v| is above the threshold"
-        return f"{kept / total / density:.2g}x the network's share, by the threshold on |v|"
+    def why(self, w: Weight, kept: int, density: float) -> str:
+        return self.budget.why(w, kept, density, by="the threshold on |v|")
 
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
-        return {"threshold": _highest_threshold(weights), "sparsity": sparsity_of(weights)}
-
-
-def _highest_threshold(weights: Sequence[Weight]) -> float:
-    return max(float(w.state["threshold"]) for w in weights)
+    def metrics(self, weights: Weights) -> dict[str, float]:
+        return {"threshold": max(float(w.state["threshold"]) for w in weights), "sparsity": sparsity_of(weights)}
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
     for key, reason in _REFUSED.items():
         if group.get(key):
             raise ValueError(
-                f"GRDA cannot go along with SGD({key}={group[key]}): {reason}; leave {key} out for the weights in scope"
+                f"GRDA does not support SGD({key}={group[key]}): {reason}; leave {key} out for the weights in scope"
             )

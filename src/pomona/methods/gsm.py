@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pomona.budget import check_budget, check_min_density, granularity_decides, num_kept, select, top_k
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
-from pomona.granularity import Granularity, canonical, check_granularity
-from pomona.method import Method, Weight
-from pomona.ops import all_finite, count
-from pomona.schedule import Value, check_value, highest, value_at
-from pomona.score import Score, magnitude, saliency
-from pomona.selection import MaskSelection, NonFiniteError, Selection
+from pomona.granularity import Granularity
+from pomona.method import Method
+from pomona.ops import check_finite, drop_gradients_, sum_of
+from pomona.schedule import Value
+from pomona.score import magnitude, saliency
+from pomona.weight import Weight, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +76,24 @@ class GSM(Method):
     min_density: float = 1e-4
     granularity: Granularity = "weight"
 
-    def __post_init__(self) -> None:
-        check_value("sparsity", self.sparsity, low=0.0, high=1.0)
-        check_min_density(self.min_density)
-        object.__setattr__(self, "granularity", canonical(self.granularity))
-        check_granularity(self.granularity, self.sparsity)
+    checks_gradients: ClassVar[bool] = True
+
+    def before_step(self, weights: Weights, step: int) -> None:
+        t = [saliency(w.value, w.grad) for w in weights]
+        b = self.budget.keep(t, step, of=weights)
+        check_finite(weights, b)
+        drop_gradients_(weights, b)  # z <- beta z + eta w + B dL/dw, w <- w - alpha z: the optimizer's own step
+        weights.shared["active"].copy_(sum_of(b.counts))
+        weights.shared["exponent"].add_(_decay(weights))
+
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
+        return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()
+
+    def init_shared(self, weights: Weights) -> dict[str, Tensor]:
+        return {
+            "active": torch.zeros((), dtype=torch.int64, device=weights[0].value.device),
+            "exponent": torch.zeros(len(weights), dtype=torch.float64, device="cpu"),
+        }
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         name = type(optimizer).__name__
@@ -109,83 +120,45 @@ class GSM(Method):
                     f"zero), got {name}(weight_decay={group['weight_decay']}); {way_out}"
                 )
 
-    def check_weights(self, weights: Sequence[Weight]) -> None:
-        k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
-        check_budget(weights, k, "global", min_density=self.min_density, granularity=self.granularity)
-        self._warn_of_rounding(weights)
+    def check_weights(self, weights: Weights) -> None:
+        self.budget.check_weights(weights)
+        _warn_of_rounding(weights)
 
-    def _warn_of_rounding(self, weights: Sequence[Weight]) -> None:
-        for w in weights:
-            share = decay_per_step(w.lr, w.group)
-            if 0.0 < share < torch.finfo(w.value.dtype).eps / 4:  # rounding always undoes such a step
-                warnings.warn(
-                    f"{w.name} is {w.value.dtype}, and a passive weight is to lose the share {share:.2g} of itself in "
-                    f"a step, which is rounded away: it will not shrink at all, whatever diagnose() says. Keep the "
-                    f"weights in float32, and use torch.autocast",
-                    stacklevel=5,
-                )
-                return
-
-    def init(self, w: Weight) -> dict[str, Tensor]:
-        return {
-            "exponent": torch.zeros((), dtype=torch.float64),
-            "active": torch.zeros((), dtype=torch.int64, device=w.value.device),
-        }
-
-    def checks_gradients(self, step: int) -> bool:
-        return value_at(self.sparsity, step) > 0.0 and self.granularity == "weight"
-
-    def before_step(self, weights: Sequence[Weight], step: int) -> Selection | None:
-        b = self._active(weights, value_at(self.sparsity, step))
-        counts = b.counts if b else [w.numel for w in weights]
-        for w, num in zip(weights, counts, strict=True):
-            w.state["active"].fill_(num)
-            if w.moves:
-                w.state["exponent"].add_(decay_per_step(w.lr, w.group))
-        return b
-
-    def _active(self, weights: Sequence[Weight], sparsity: float) -> Selection | None:
-        """B; None where all is active."""
-        if sparsity == 0.0:
-            return None
-        t = [saliency(w.value, w.grad) for w in weights]
-        b = self._select(weights, t, sparsity)
-        if b.num_infinite and not all_finite([w.grad for w in weights]):
-            raise NonFiniteError("a gradient is not finite")
-        return b
-
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        return self._select(weights, [magnitude(w.value) for w in weights], value_at(self.sparsity, step)).masks()
-
-    def _select(self, weights: Sequence[Weight], scores: Sequence[Score], sparsity: float) -> Selection:
-        k = num_kept(sparsity, sum(w.numel for w in weights))
-        if self.granularity == "weight":
-            return select(scores, k, of=weights, min_density=self.min_density)
-        masks = top_k(scores, k, of=weights, min_density=self.min_density, granularity=self.granularity)
-        return MaskSelection(masks, count(masks, of=weights))
-
-    def budget(self, total: int, step: int) -> int:
-        return num_kept(value_at(self.sparsity, step), total)
-
-    def why(self, total: int, kept: int, density: float) -> str:
-        if granularity_decides(total, kept, self.granularity):
-            return f"{self.granularity}, as every layer"
-        if kept == 0:
-            return "emptied: none of its weights is above the one cut on |w| for all layers"
-        if self.min_density > 0.0 and kept == math.ceil(round(self.min_density * total, 6)):
-            return f"held at the floor min_density={self.min_density:g}"
-        return f"{kept / total / density:.2g}x the network's share, by one cut on |w|"
+    def why(self, w: Weight, kept: int, density: float) -> str:
+        return self.budget.why(w, kept, density, by="one cut on |w|")
 
     def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis:
         exponent = sum(decay_per_step(group["lr"], group) for group in groups)
         return diagnose_decay(exponent, len(groups), groups[0])
 
-    def diagnose(self, weights: Sequence[Weight], step: int) -> Diagnosis:
-        w = min(weights, key=lambda w: float(w.state["exponent"]))
-        return diagnose_decay(float(w.state["exponent"]), step, w.group)
+    def diagnose(self, weights: Weights, step: int) -> Diagnosis:
+        exponent, i = weights.shared["exponent"].min(0)
+        return diagnose_decay(float(exponent), step, weights[int(i)].group)
 
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+    def metrics(self, weights: Weights) -> dict[str, float]:
         return {
-            "decay_exponent": min(float(w.state["exponent"]) for w in weights),
-            "active": float(sum(int(w.state["active"]) for w in weights)),
+            "decay_exponent": float(weights.shared["exponent"].min()),
+            "active": float(weights.shared["active"]),
         }
+
+
+def _decay(weights: Weights) -> Tensor:
+    """What this step adds to the decay exponent of each tensor; nothing if it has no gradient."""
+    rates: dict[int, float] = {}  # of each parameter group
+    for w in weights:
+        if id(w.group) not in rates:
+            rates[id(w.group)] = decay_per_step(w.lr, w.group)
+    return torch.tensor([rates[id(w.group)] if w.has_grad else 0.0 for w in weights], dtype=torch.float64)
+
+
+def _warn_of_rounding(weights: Weights) -> None:
+    for w in weights:
+        share = decay_per_step(w.lr, w.group)
+        if 0.0 < share < torch.finfo(w.value.dtype).eps / 4:  # rounding always undoes such a step
+            warnings.warn(
+                f"{w.name} is {w.value.dtype}, and a passive weight would lose a share of {share:.2g} of itself per "
+                f"step, which is rounded away: it will not shrink at all, even if diagnose() says so. Keep the "
+                f"weights in float32, and use torch.autocast",
+                stacklevel=5,
+            )
+            return

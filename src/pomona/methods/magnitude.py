@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
-from pomona.budget import Allocation, check_allocation, check_budget, check_min_density, num_kept, tell_share, top_k
-from pomona.granularity import Granularity, canonical, check_granularity
-from pomona.method import Method, Weight
+from pomona.granularity import Granularity
+from pomona.method import Method
 from pomona.ops import (
     drop_buffers_,
     drop_gradients_,
@@ -20,7 +17,9 @@ from pomona.ops import (
     masks_of,
     sparsity_of,
 )
-from pomona.schedule import Every, Value, check_count, check_never_falls, check_value, highest, value_at
+from pomona.schedule import Every, Value, check_count, check_never_falls
+from pomona.selection.allocation import Allocation
+from pomona.weight import Weight, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Magnitude(Method):
         every: steps from one cut to the next, >= 1. Paper: 100 to 1,000.
         begin: the step after which the first cut is made, >= 1.
         allocation: ``"global"``: one ranking of all layers together; ``"uniform"``: the same sparsity in each layer;
-            ``"erk"``: by the Erdos-Renyi kernel rule, :func:`pomona.budget.erk`. Paper: ``"uniform"``.
+            ``"erk"``: by the Erdos-Renyi kernel rule, :class:`pomona.Budget`. Paper: ``"uniform"``.
         min_density: least share that stays of each layer when all are ranked together, in [0, 1]. Paper: none.
         granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
             ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
@@ -77,28 +76,20 @@ class Magnitude(Method):
     granularity: Granularity = "weight"
 
     def __post_init__(self) -> None:
-        check_value("sparsity", self.sparsity, low=0.0, high=1.0)
+        Method.__post_init__(self)
         check_never_falls("sparsity", self.sparsity)
         check_count("every", self.every)
         check_count("begin", self.begin)
-        check_allocation(self.allocation)
-        check_min_density(self.min_density)
-        object.__setattr__(self, "granularity", canonical(self.granularity))
-        check_granularity(self.granularity, self.sparsity, self.allocation)
-
-    def check_weights(self, weights: Sequence[Weight]) -> None:
-        k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
-        check_budget(weights, k, self.allocation, min_density=self.min_density, granularity=self.granularity)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+    def before_step(self, weights: Weights, step: int) -> None:
         drop_gradients_(weights, masks_of(weights))
         if self._cuts_after(step - 1):
             drop_buffers_(weights, masks_of(weights))
 
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+    def after_step(self, weights: Weights, step: int) -> None:
         if self._cuts_after(step):
             for w, mask in zip(weights, self.support(weights, step), strict=True):
                 w.state["mask"].copy_(mask)
@@ -107,19 +98,9 @@ class Magnitude(Method):
     def _cuts_after(self, step: int) -> bool:
         return Every(self.every, start=self.begin)(step)
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         scores = magnitudes_among(weights, masks_of(weights))  # m |w|
-        k = self.budget(sum(w.numel for w in weights), step)
-        return top_k(scores, k, self.allocation, of=weights, min_density=self.min_density, granularity=self.granularity)
+        return self.budget.keep(scores, step, of=weights).masks()
 
-    def budget(self, total: int, step: int) -> int:
-        return num_kept(value_at(self.sparsity, step), total)
-
-    def why(self, total: int, kept: int, density: float) -> str:
-        floor = math.ceil(round(self.min_density * total, 6))
-        if self.allocation == "global" and 0 < kept == floor:
-            return f"held at the floor min_density={self.min_density:g}"
-        return tell_share(total, kept, density, self.allocation, self.granularity)
-
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+    def metrics(self, weights: Weights) -> dict[str, float]:
         return {"sparsity": sparsity_of(weights)}

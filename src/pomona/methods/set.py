@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pomona.budget import num_kept, tell_share
-from pomona.granularity import Granularity, canonical, check_granularity
-from pomona.method import Method, Weight
-from pomona.methods.rigl import (
-    Distribution,
-    check_layers,
-    check_settings,
-    draw_masks_,
-    drop_and_grow_,
-    magnitude_masks,
-    tell_unchanged,
-)
-from pomona.ops import drop_gradients_, drop_weights_, masks_of, random_scores, sparsity_of
-from pomona.schedule import Every
+from pomona.methods.drop_and_grow import DropAndGrow
+from pomona.ops import random_scores
+from pomona.weight import Weights
 
 
 @dataclass(frozen=True, slots=True)
-class SET(Method):
+class SET(DropAndGrow):
     r"""A sparse network from the first step on, whose weakest weights are replaced by random ones after every epoch.
 
     At step 1 each layer gets a random mask with its share of the budget. At the steps :math:`t = \Delta T, 2 \Delta T,
@@ -54,7 +42,7 @@ class SET(Method):
             last epoch.
         drop: fraction :math:`\zeta` of each layer's active weights that an update replaces, in [0, 1); 0 keeps the
             first masks. Paper: 0.3.
-        allocation: ``"erk"``: small layers denser, the paper's rule for dense layers, :func:`pomona.budget.erk`;
+        allocation: ``"erk"``: small layers denser, the paper's rule for dense layers, :class:`pomona.Budget`;
             ``"uniform"``: the same sparsity in each layer.
         seed: of masks and growth, >= 0.
         granularity: what is dropped and grown together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must
@@ -72,51 +60,8 @@ class SET(Method):
         sparse connectivity inspired by network science. Nature Communications 2018, arXiv 1707.04780.
     """
 
-    sparsity: float
-    _: KW_ONLY
-    every: int = 100
-    end: int | None = None
-    drop: float = 0.3
-    allocation: Distribution = "erk"
-    seed: int = 0
-    granularity: Granularity = "weight"
+    def fraction(self, step: int) -> float:
+        return self.drop
 
-    def __post_init__(self) -> None:
-        check_settings(self.sparsity, self.every, self.end, self.drop, self.allocation, self.seed)
-        object.__setattr__(self, "granularity", canonical(self.granularity))
-        check_granularity(self.granularity, self.sparsity, self.allocation)
-
-    def check_weights(self, weights: Sequence[Weight]) -> None:
-        check_layers(weights, self.sparsity, self.allocation, self.granularity)
-
-    def init(self, w: Weight) -> dict[str, Tensor]:
-        return {"mask": torch.ones_like(w.value, dtype=torch.bool)}
-
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
-        if step == 1:
-            draw_masks_(weights, self)
-        elif Every(self.every, start=self.every, end=self.end)(step):
-            for w, growth in zip(weights, random_scores(weights, self.seed, step), strict=True):
-                if w.moves:
-                    drop_and_grow_(w, self.drop, growth, self.granularity)
-        drop_gradients_(weights, masks_of(weights))
-
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
-        drop_weights_(weights, masks_of(weights))
-
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
-        if step == 0:
-            return magnitude_masks(weights, self)
-        return masks_of(weights)
-
-    def budget(self, total: int, step: int) -> int:
-        return num_kept(self.sparsity, total)
-
-    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
-        return tell_unchanged(self.every, self.drop, step)
-
-    def why(self, total: int, kept: int, density: float) -> str:
-        return tell_share(total, kept, density, self.allocation, self.granularity)
-
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
-        return {"sparsity": sparsity_of(weights)}
+    def growth(self, weights: Weights, step: int) -> Iterable[Tensor]:
+        return random_scores(weights, self.seed, step)

@@ -10,20 +10,13 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pomona.budget import (
-    check_budget,
-    check_floors,
-    check_min_density,
-    granularity_decides,
-    num_kept,
-    top_k,
-    top_k_each,
-)
-from pomona.granularity import Granularity, canonical, check_granularity
-from pomona.method import Method, Weight
+from pomona.granularity import Granularity, canonical
+from pomona.method import Method
 from pomona.ops import among, count, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of, total
-from pomona.schedule import Value, check_count, check_never_falls, check_value, highest, value_at
+from pomona.schedule import Value, check_count, check_never_falls
 from pomona.score import magnitude
+from pomona.selection.top_k import top_k_each
+from pomona.weight import Weight, Weights
 
 Importance: TypeAlias = Literal["sparsity", "position", "none"]
 
@@ -120,8 +113,13 @@ class WeightMom(Method):
                 f"WeightMom needs either a target, sparsity=0.9, or a fixed threshold=0.3, got "
                 f"sparsity={self.sparsity} and threshold={self.threshold}"
             )
+        if self.sparsity is None and canonical(self.granularity) != "weight":
+            raise ValueError(
+                f"granularity={self.granularity!r} needs a budget, which threshold={self.threshold} is not; give "
+                f"sparsity in its place"
+            )
+        Method.__post_init__(self)
         if self.sparsity is not None:
-            check_value("sparsity", self.sparsity, low=0.0, high=1.0)
             check_never_falls("sparsity", self.sparsity)
         if self.threshold is not None:
             _check_number("threshold", self.threshold)
@@ -136,66 +134,51 @@ class WeightMom(Method):
             raise ValueError(f"patience must be in [1, 255], got {self.patience}; update less often (every) instead")
         if self.importance not in get_args(Importance):
             raise ValueError(f"importance must be one of {', '.join(get_args(Importance))}, got {self.importance!r}")
-        check_min_density(self.min_density)
-        object.__setattr__(self, "granularity", canonical(self.granularity))
-        if self.sparsity is not None:
-            check_granularity(self.granularity, self.sparsity)
-        elif self.granularity != "weight":
-            raise ValueError(
-                f"granularity={self.granularity!r} needs a budget, which threshold={self.threshold} is not; give "
-                f"sparsity in its place"
-            )
-
-    def check_weights(self, weights: Sequence[Weight]) -> None:
-        if self.sparsity is not None:
-            k = num_kept(highest(self.sparsity), sum(w.numel for w in weights))
-            check_budget(weights, k, "global", min_density=self.min_density, granularity=self.granularity)
 
     def init(self, w: Weight) -> dict[str, Tensor]:
         return {
             "m": torch.zeros_like(w.value, dtype=torch.float32),
             "count": torch.zeros_like(w.value, dtype=torch.uint8),
             "mask": torch.ones_like(w.value, dtype=torch.bool),
-            "updates": torch.zeros((), dtype=torch.int64),
         }
 
-    def before_step(self, weights: Sequence[Weight], step: int) -> None:
+    def init_shared(self, weights: Weights) -> dict[str, Tensor]:
+        return {"updates": torch.zeros((), dtype=torch.int64, device="cpu")}
+
+    def before_step(self, weights: Weights, step: int) -> None:
         drop_gradients_(weights, masks_of(weights))
 
-    def after_step(self, weights: Sequence[Weight], step: int) -> None:
+    def after_step(self, weights: Weights, step: int) -> None:
         if step % self.every == 0:
             self._update(weights, step)
         drop_weights_(weights, masks_of(weights))
 
-    def _update(self, weights: Sequence[Weight], step: int) -> None:
+    def _update(self, weights: Weights, step: int) -> None:
+        weights.shared["updates"] += 1
         for w in weights:
-            w.state["updates"] += 1
             w.state["m"].lerp_(magnitude(w.value).tensor(), 1.0 / self.window)
         for w, stays in zip(weights, self._stays(weights, step), strict=True):
             count, mask = w.state["count"], w.state["mask"]  # k, B
             count.add_(count < 255).mul_(mask & ~stays)  # uint8
-            if int(w.state["updates"]) >= self.window:
+            if int(weights.shared["updates"]) >= self.window:
                 mask.logical_and_(count < self.patience)
                 count.mul_(mask)
         drop_buffers_(weights, masks_of(weights))
 
-    def _stays(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def _stays(self, weights: Weights, step: int) -> list[Tensor]:
         """Which weights are not low now."""
         scores = self._scores(weights)
-        sizes = [w.numel for w in weights]
-        if self.sparsity is not None:
-            k = num_kept(value_at(self.sparsity, step), sum(sizes))
-            return top_k(scores, k, of=weights, min_density=self.min_density, granularity=self.granularity)
-        assert self.threshold is not None  # one of the two is given
-        floors = check_floors(sizes, sum(sizes), self.min_density)
-        spared = top_k_each(scores, floors, of=weights)
+        if self.threshold is None:
+            return self.budget.keep(scores, step, of=weights).masks()
+        spared = top_k_each(scores, [self.budget.floor(w) for w in weights], of=weights)
         return [(s >= self.threshold) | mask for s, mask in zip(scores, spared, strict=True)]
 
-    def _scores(self, weights: Sequence[Weight]) -> list[Tensor]:
+    def _scores(self, weights: Weights) -> list[Tensor]:
         """s of live weights, above 0, and 0 for pruned ones."""
         masks = masks_of(weights)
         # m for m_hat: 1 / (1 - beta^e) is the same for all weights of a layer and cancels in s.
-        ms = [w.state["m"] if int(w.state["updates"]) else magnitude(w.value).tensor() for w in weights]
+        has_history = bool(weights.shared["updates"])
+        ms = [w.state["m"] if has_history else magnitude(w.value).tensor() for w in weights]
         sums = total([m * mask for m, mask in zip(ms, masks, strict=True)], of=weights)
         live = count(masks, of=weights)
         scores = []
@@ -217,14 +200,11 @@ class WeightMom(Method):
             importance = torch.ones_like(sizes)
         return [float(i) for i in importance]
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         return masks_of(weights) if self.sparsity is None else self._stays(weights, step)
 
-    def budget(self, total: int, step: int) -> int | None:
-        return None if self.sparsity is None else num_kept(value_at(self.sparsity, step), total)
-
-    def unfinished(self, weights: Sequence[Weight], step: int) -> str:
-        num = int(weights[0].state["updates"])
+    def unfinished(self, weights: Weights, step: int) -> str:
+        num = int(weights.shared["updates"])
         least = max(self.window, self.patience)
         if num >= least:
             return ""
@@ -234,20 +214,14 @@ class WeightMom(Method):
             f"has made {num}; {rest}"
         )
 
-    def why(self, total: int, kept: int, density: float) -> str:
-        if granularity_decides(total, kept, self.granularity):
-            return f"{self.granularity}, as every layer"
-        if kept == 0:
-            return "emptied: the running mean of |w| of all its weights stayed low"
-        if self.min_density > 0.0 and [kept] == check_floors([total], total, self.min_density):
-            return f"held at the floor min_density={self.min_density:g}"
-        return f"{kept / total / density:.2g}x the network's share, by the running mean of |w|"
+    def why(self, w: Weight, kept: int, density: float) -> str:
+        return self.budget.why(w, kept, density, by="the running mean of |w|")
 
-    def metrics(self, weights: Sequence[Weight]) -> dict[str, float]:
+    def metrics(self, weights: Weights) -> dict[str, float]:
         return {
             "sparsity": sparsity_of(weights),
             "waiting": float(sum(count([w.state["count"] for w in weights], of=weights))),
-            "updates": float(weights[0].state["updates"]),
+            "updates": float(weights.shared["updates"]),
         }
 
 

@@ -47,7 +47,7 @@ _ERRORS = {
 _FIRST, _MASK = 1, 2
 
 
-class _Selection(ctypes.Structure):
+class _KthLargest(ctypes.Structure):
     _fields_ = (
         ("num_greater", ctypes.c_int64),
         ("num_equal", ctypes.c_int64),
@@ -76,6 +76,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pomona_multiply.argtypes = (pointer, int64, pointer, pointer, pointer, pointer, integer, pointer)
     library.pomona_gsm_step.argtypes = (pointer, int64, pointer, int64, integer, pointer)
     library.pomona_finite.argtypes = (pointer, pointer, pointer, int64, integer, pointer)
+    library.pomona_zero.argtypes = (pointer, pointer, pointer, pointer, int64, integer, pointer)
+    library.pomona_survey.argtypes = (pointer, pointer, pointer, pointer, int64, integer, pointer, pointer)
 
 
 @functools.cache
@@ -105,6 +107,17 @@ def fits(first: Tensor, *others: Tensor) -> bool:
     return is_plain or _is_permuted(first)
 
 
+def fits_mask(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether the core can take this tensor and this boolean mask of it."""
+    is_known = mask.is_cpu and mask.dtype is torch.bool and mask.layout is torch.strided
+    return is_known and fits(tensor) and _is_alike(tensor, mask)
+
+
+def has_rows(tensor: Tensor) -> bool:
+    """Whether the core can take this tensor, and its elements with one first index follow each other in memory."""
+    return fits(tensor) and (not tensor.ndim or tensor.stride(0) * tensor.shape[0] >= tensor.numel())
+
+
 def _is_alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and (a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()))
 
@@ -122,22 +135,40 @@ def _is_permuted(t: Tensor) -> bool:
 class Scores:
     """Scores ``|a b|``, or ``|a|`` without ``b``, as the functions below take them: addresses, not copies.
 
-    To be made anew when a tensor may have moved, as gradients do at every step. All tensors must fit (:func:`fits`).
+    Make them anew when a tensor may have moved, as gradients do at every step. All tensors must fit (:func:`fits`,
+    :func:`fits_mask`).
+
+    Args:
+        a: the first factors.
+        b: the second factors, if there are any.
+        inside: masks of the tensors that are ranked inside a mask only; None for the others. Inside, a score is at
+            least the smallest normal float32 number; outside it is zero.
     """
 
-    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor] | None = None,
+        inside: Sequence[Tensor | None] | None = None,
+    ) -> None:
         # Flat and without calls of our own: this is on the path of every step.
         values: list[int] = []
         types = _TYPES
-        if b is None:
+        if inside is not None:
+            seconds: Sequence[Tensor | None] = b or [None] * len(a)
+            for x, factor, mask in zip(a, seconds, inside, strict=True):
+                second = (0, 0) if factor is None else (factor.data_ptr(), types[factor.dtype])
+                values += (x.data_ptr(), second[0], x.numel(), types[x.dtype], second[1])
+                values.append(0 if mask is None else mask.data_ptr())
+        elif b is None:
             for x in a:
-                values += (x.data_ptr(), 0, x.numel(), types[x.dtype], 0)
+                values += (x.data_ptr(), 0, x.numel(), types[x.dtype], 0, 0)
         else:
             for x, y in zip(a, b, strict=True):
-                values += (x.data_ptr(), y.data_ptr(), x.numel(), types[x.dtype], types[y.dtype])
-        self.tensors = a, b  # kept alive
+                values += (x.data_ptr(), y.data_ptr(), x.numel(), types[x.dtype], types[y.dtype], 0)
+        self.tensors = a, b, inside  # kept alive
         self.num = len(a)
-        self.packed = _packer("PPqii", self.num).pack(*values)
+        self.packed = _packer("PPqiiP", self.num).pack(*values)
 
     def total(self) -> int:
         """How many scores there are."""
@@ -154,7 +185,7 @@ def _pack(form: str, values: Sequence[int]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class KthLargest:
     """The k-th largest of scores, as a key, and what is on either side of it."""
 
     threshold: int  # 1 where fewer than k scores are not zero: all of those are kept then
@@ -171,14 +202,14 @@ class Selection:
         return min(self.num_equal, k - self.num_greater)
 
 
-def select(scores: Scores, k: int) -> Selection:
+def select(scores: Scores, k: int) -> KthLargest:
     """The k-th largest of all scores together, exactly, 0 <= k <= number of scores."""
-    out, counts = _Selection(), (ctypes.c_int64 * (2 * scores.num))()
+    out, counts = _KthLargest(), (ctypes.c_int64 * (2 * scores.num))()
     _check(
         _library().pomona_select(scores.packed, scores.num, k, torch.get_num_threads(), ctypes.byref(out), counts),
     )
     found = out.threshold, out.num_greater, out.num_equal, out.num_infinite, out.num_nan, out.num_passes
-    return Selection(*found, greater=counts[0::2], equal=counts[1::2])
+    return KthLargest(*found, greater=counts[0::2], equal=counts[1::2])
 
 
 def count(scores: Scores, threshold: int) -> tuple[list[int], list[int]]:
@@ -291,17 +322,61 @@ def multiply_(
 def num_nonfinite(tensors: Sequence[Tensor]) -> int:
     """How many of all values are infinite or NaN."""
     num = ctypes.c_int64()
+    _check(_library().pomona_finite(*_packed(tensors), len(tensors), torch.get_num_threads(), ctypes.byref(num)))
+    return num.value
+
+
+def zero_(tensors: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
+    """Write +0.0 where ``pruned`` is True and return the largest magnitude that each tensor lost by it.
+
+    It is 0 where nothing is pruned and NaN where a NaN was. Each mask must fit its tensor (:func:`fits_mask`).
+    """
+    if len(pruned) != len(tensors):
+        raise ValueError(f"there must be a mask for each of {len(tensors)} tensors, got {len(pruned)}")
+    largest = (ctypes.c_double * len(tensors))()
     _check(
-        _library().pomona_finite(
-            _pack("P", [t.data_ptr() for t in tensors]),
-            _pack("q", [t.numel() for t in tensors]),
-            _pack("i", [_TYPES[t.dtype] for t in tensors]),
+        _library().pomona_zero(
+            *_packed(tensors),
+            _pack("P", [mask.data_ptr() for mask in pruned]),
             len(tensors),
             torch.get_num_threads(),
-            ctypes.byref(num),
+            largest,
         )
     )
-    return num.value
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)  # autograd and caches see writes by their number
+    return list(largest)
+
+
+def survey(tensor: Tensor) -> tuple[Tensor, float]:
+    """How many values of each row are not zero, and the smallest magnitude of those.
+
+    Rows are what :func:`has_rows` says; a tensor without dimensions is one row. The magnitude is infinite where all
+    values are zero, and NaN where one is NaN.
+    """
+    num_rows = len(tensor) if tensor.ndim else 1
+    counts = torch.zeros(num_rows, dtype=torch.int64)
+    smallest = ctypes.c_double()
+    _check(
+        _library().pomona_survey(
+            *_packed([tensor]),
+            _pack("q", [max(1, tensor.numel() // max(1, num_rows))]),
+            1,
+            torch.get_num_threads(),
+            _pack("P", [counts.data_ptr()]),
+            ctypes.byref(smallest),
+        )
+    )
+    return counts, smallest.value
+
+
+def _packed(tensors: Sequence[Tensor]) -> tuple[bytes, bytes, bytes]:
+    """Addresses, sizes, types."""
+    return (
+        _pack("P", [t.data_ptr() for t in tensors]),
+        _pack("q", [t.numel() for t in tensors]),
+        _pack("i", [_TYPES[t.dtype] for t in tensors]),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from pomona.diagnosis import Diagnosis, rehearse
+from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import (
     Ranks,
     differing,
@@ -30,16 +30,16 @@ from pomona.distributed import (
     take,
     working_on,
 )
-from pomona.granularity import violations
-from pomona.method import Method, Weight
+from pomona.method import Method
 from pomona.ops import all_finite
-from pomona.pruner.fused import check_fused, fused_step_
 from pomona.pruner.saved import FORMAT, check_state, describe, whole_shapes
-from pomona.pruner.zeros import count_revived, largest_among, same_names, zero_, zero_copy_
+from pomona.pruner.zeros import count_revived, cut_, largest_among, same_names, zero_all_, zero_copy_
 from pomona.reporting import Report, report_layers
 from pomona.schedule import FAR_AWAY, Schedule, check_count
 from pomona.scope import Scope
-from pomona.selection import NonFiniteError, Selection
+from pomona.selection import NonFiniteError
+from pomona.selection.groups import violations
+from pomona.weight import Weight, Weights
 
 
 class Pruner:
@@ -61,8 +61,6 @@ class Pruner:
             step (so not LBFGS); it must hold every weight in scope.
         method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
         scope: which weights; default: every trainable weight of two or more dimensions.
-        fused: take the step of ``torch.optim.SGD`` in the same pass that drops gradients (GSM on a CPU): the same
-            numbers bit for bit, in less time. ``.grad`` stays as it was.
         check_every: under ``DistributedDataParallel``, steps from one comparison of the ranks' weights to the next, a
             few bytes a tensor; 0: never.
 
@@ -93,7 +91,6 @@ class Pruner:
         method: Method,
         *,
         scope: Scope | None = None,
-        fused: bool = False,
         check_every: int = 100,
     ) -> None:
         refuse_flat(model, optimizer)
@@ -113,7 +110,6 @@ class Pruner:
         self.optimizer = optimizer
         self.method = method
         self.scope = scope or Scope()
-        self.fused = fused
         check_count("check_every", check_every, low=0)
         self.check_every = check_every
         self.num_steps = 0
@@ -134,6 +130,7 @@ class Pruner:
         self._hardened_at = 0  # step
         self._accuracy: tuple[float | None, float | None] = (None, None)  # before and after harden()
         self._state: dict[str, dict[str, Tensor]] = {}
+        self._shared: dict[str, Tensor] = {}
         for ranks in self._ranks():
             if not ranks.agree(f"{describe(method)}, {self._shapes()}"):
                 raise ValueError(
@@ -145,10 +142,9 @@ class Pruner:
         with working_on(self._shards):
             method.check_weights(weights)
             self._state = {w.name: method.init(w) for w in weights}
+            self._shared = method.init_shared(weights)
         self._check_shapes(weights)
-        if fused:
-            check_fused(optimizer, method, weights)
-        self._in_step: list[Weight] | None = None
+        self._in_step: Weights | None = None
         self._masked = (0, 0)  # id and version of the first gradient of the step under way
         self._is_trying = False
         self._hidden_grads: list[tuple[Tensor, Tensor]] = []
@@ -184,7 +180,7 @@ class Pruner:
         """The first that was sharded, or put together, since the Pruner was made."""
         return next((name for name, p in parameters.items() if is_sharded(p) != self._is_sharded[name]), "")
 
-    def _check_shapes(self, weights: list[Weight]) -> None:
+    def _check_shapes(self, weights: Weights) -> None:
         for w in weights:
             for key, t in self._state[w.name].items() if w.shard else ():
                 if t.ndim and t.shape != w.value.shape:
@@ -207,7 +203,7 @@ class Pruner:
             )
         return {name: group_of[id(p)] for name, p in parameters.items()}
 
-    def _weights(self, *, with_grad: bool, parameters: Mapping[str, nn.Parameter] | None = None) -> list[Weight]:
+    def _weights(self, *, with_grad: bool, parameters: Mapping[str, nn.Parameter] | None = None) -> Weights:
         groups, remembered = self.optimizer.param_groups, self.optimizer.state
         weights = []
         for name, parameter in (parameters or self.parameters()).items():
@@ -219,12 +215,12 @@ class Pruner:
                     grad=_gradient(name, parameter) if with_grad else value.new_empty(0),
                     group=groups[self._group_of[name]],
                     state=self._state.get(name, {}),
-                    moves=parameter.grad is not None,
+                    has_grad=parameter.grad is not None,
                     optimizer_state=remembered.get(parameter, {}),
                     shard=self._shards.get(name),
                 )
             )
-        return weights
+        return Weights(weights, self._shared)
 
     # Around optimizer.step()
 
@@ -299,39 +295,26 @@ class Pruner:
         if self._is_phantom(grads):
             return
         # Over ranks it is asked here, for all of them have to go the same way.
-        is_left_to_method = (
-            not self.is_hardened and not self._shards and self.method.checks_gradients(self.num_steps + 1)
-        )
+        is_left_to_method = not self.is_hardened and not self._shards and self.method.checks_gradients
         if not self._gradients_usable(grads, but_for=parameters.values() if is_left_to_method else ()):
             self._skip()
             return
         weights = self._weights(with_grad=True, parameters=parameters)
         if self.is_hardened:
-            for w in weights:
-                zero_(w.grad, self._pruned[w.name])
+            zero_all_([w.grad for w in weights], [self._pruned[w.name] for w in weights])
         else:
             try:
                 with working_on(self._shards):
-                    selection = self.method.before_step(weights, self.num_steps + 1)
+                    self.method.before_step(weights, self.num_steps + 1)
             except NonFiniteError:
                 if not is_left_to_method or all_finite(self._grads()):
                     raise
                 self._skip()
                 return
-            if selection is not None:
-                self._drop_gradients(dict(zip(parameters.values(), weights, strict=True)), selection)
         self.num_steps += 1
         self._check_replicas()
         self._in_step = weights
         self._masked = self._grad_version()
-
-    def _drop_gradients(self, weights: Mapping[Tensor, Weight], selection: Selection) -> None:
-        """Outside of the selection; with ``fused`` the optimizer's step of these weights is taken right here."""
-        if not self.fused:
-            selection.multiply_([w.grad for w in weights.values()])
-            return
-        done = fused_step_(self.optimizer, weights, selection)
-        self._hide_gradients(done)  # so that the optimizer passes over them
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -344,8 +327,7 @@ class Pruner:
             with working_on(self._shards):
                 self.method.after_step(weights, self.num_steps)
         if weights is not None and self.is_hardened:
-            for w in weights:
-                zero_(w.value, self._pruned[w.name])
+            zero_all_([w.value for w in weights], [self._pruned[w.name] for w in weights])
         self._mark()
 
     def _grad_version(self) -> tuple[int, int]:
@@ -530,9 +512,9 @@ class Pruner:
         weights = self._weights(with_grad=False)
         with working_on(self._shards):
             masks = self.method.support(weights, self.num_steps)
-        budget = self.method.budget(sum(w.numel for w in weights), self.num_steps)
+        budget = self.method.budget.num_kept(weights.numel, self.num_steps)
         kept = sum(sum_counts([mask.count_nonzero() for mask in masks], [w.shard for w in weights]))
-        if budget is not None and kept > budget:
+        if kept > budget:
             raise RuntimeError(f"{self.method} has a budget of {budget} weights, but its support has {kept}")
         return masks
 
@@ -540,11 +522,11 @@ class Pruner:
     def _cut(self, masks: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Zero all but the support: name -> what is zeroed, name -> largest magnitude lost by it."""
         weights = self._weights(with_grad=False)
-        pruned, here = {}, []
-        for w, mask in zip(weights, masks, strict=True):
-            pruned[w.name] = ~mask
-            here.append(largest_among(w.value, pruned[w.name]))
-            zero_(w.value, pruned[w.name])
+        # Inverted in place where the method does not remember the mask itself.
+        remembered = {t.data_ptr() for w in weights for t in w.state.values()}
+        inverted = [~mask if mask.data_ptr() in remembered else mask.logical_not_() for mask in masks]
+        here = cut_([w.value for w in weights], inverted)
+        pruned = {w.name: mask for w, mask in zip(weights, inverted, strict=True)}
         return pruned, dict(zip(pruned, max_over(here, [w.shard for w in weights]), strict=True))
 
     def _warn_of_haste(self) -> None:
@@ -567,9 +549,11 @@ class Pruner:
                 )
 
     def _warn_of_loss(self, masks: list[Tensor]) -> None:
+        if not isinstance(self.method, Diagnosed):
+            return
         with working_on(self._shards):
             diagnosis = self.method.diagnose(self._weights(with_grad=False), self.num_steps)
-        if diagnosis is None or diagnosis.is_enough:
+        if diagnosis.is_enough:
             return
         cut = zip(self.parameters().values(), masks, strict=True)
         if self._on_any_rank(any(largest_among(local(p), ~mask) != 0.0 for p, mask in cut)):
@@ -596,9 +580,9 @@ class Pruner:
             for name, count in count_revived(model, self._pruned, self._shards).items():
                 wrong.append(f"{count} of the zeros of {name} in {type(model).__name__} are not zero any more")
         report = self.report()
-        budget = self.method.budget(report.total, self._hardened_at)
+        budget = self.method.budget.num_kept(report.total, self._hardened_at)
         num_survivors = sum(self._num_kept(self._pruned).values())
-        if budget is not None and num_survivors > budget:
+        if num_survivors > budget:
             wrong.append(f"{num_survivors} weights survived, more than the budget of {budget}")
         if report.nonzero > num_survivors:
             wrong.append(f"{report.nonzero} weights are not zero, but only {num_survivors} survived the cut")
@@ -642,7 +626,7 @@ class Pruner:
         kept = self._num_kept(pruned)
         density = sum(kept.values()) / sum(w.numel for w in weights)
         reasons = {w.name: "not cut yet" for w in weights} | {
-            w.name: self.method.why(w.numel, kept[w.name], density) for w in weights if w.name in kept
+            w.name: self.method.why(w, kept[w.name], density) for w in weights if w.name in kept
         }
         layers = report_layers({w.name: w.value for w in weights}, self._shards, cuts=cuts, reasons=reasons)
         before, after = self._accuracy
@@ -683,13 +667,11 @@ class Pruner:
             steps_per_update: optimizer steps between two calls of ``scheduler.step()``, e.g. ``len(loader)``.
         """
         ahead = rehearse(self.optimizer, num_steps, scheduler, steps_per_update=steps_per_update)
-        found = [
-            diagnosis
-            for i in sorted(set(self._group_of.values()))
-            if (diagnosis := self.method.forecast(ahead[i])) is not None
-        ]
-        worst = min(found, key=lambda diagnosis: diagnosis.exponent, default=None)
-        if worst is not None and not worst.is_enough:
+        if not isinstance(self.method, Diagnosed):
+            return None
+        found = [self.method.forecast(ahead[i]) for i in sorted(set(self._group_of.values()))]
+        worst = min(found, key=lambda diagnosis: diagnosis.exponent)
+        if not worst.is_enough:
             warnings.warn(str(worst), stacklevel=2)
         return worst
 
@@ -722,6 +704,7 @@ class Pruner:
                 name: {key: like(parameters[name], t) if t.ndim else t for key, t in state.items()}
                 for name, state in self._state.items()
             },
+            "shared": dict(self._shared),
             "pruned": {name: like(parameters[name], mask) for name, mask in pruned.items()},
         }
 
@@ -733,11 +716,14 @@ class Pruner:
                 difference. Nothing has been changed then.
         """
         weights = {w.name: w for w in self._weights(with_grad=False)}
-        check_state(state, self.method, self._shapes(), {name: whole_shapes(w) for name, w in weights.items()})
+        shapes_of = {name: whole_shapes(w) for name, w in weights.items()}
+        check_state(state, self.method, self._shapes(), shapes_of, {key: t.shape for key, t in self._shared.items()})
         parameters = self.parameters()
         for name, w in weights.items():
             for key, mine in w.state.items():
                 mine.copy_(take(state["state"][name][key], parameters[name], w.shard))
+        for key, mine in self._shared.items():
+            mine.copy_(state["shared"][key])
         pruned = state["pruned"].items() if state["is_hardened"] else ()
         masks = {name: take(mask, parameters[name], weights[name].shard) for name, mask in pruned}
         self._pruned = {name: m.to(weights[name].value.device, torch.bool, copy=True) for name, m in masks.items()}

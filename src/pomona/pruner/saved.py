@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from pomona.method import Method, Weight
+from pomona.method import Method
+from pomona.weight import Weight
 
-FORMAT = 1  # of Pruner.state_dict()
+FORMAT = 2  # of Pruner.state_dict()
 _KEYS = {
     "method",
     "num_steps",
@@ -21,6 +22,7 @@ _KEYS = {
     "is_hardened",
     "cuts",
     "shapes",
+    "shared",
     "state",
     "pruned",
 }
@@ -31,8 +33,17 @@ def check_state(
     method: Method,
     shapes: Mapping[str, list[int]],
     shapes_of: Mapping[str, Mapping[str, torch.Size]],
+    shared: Mapping[str, torch.Size],
 ) -> None:
-    """ValueError unless ``state`` is of this method, these weights and state of these shapes; names what differs."""
+    """ValueError unless ``state`` is of this method, these weights and state of these shapes; names what differs.
+
+    Args:
+        state: as loaded.
+        method: the Pruner's own.
+        shapes: weight -> its shape.
+        shapes_of: weight -> the shapes of its state.
+        shared: the shapes of the network's state.
+    """
     if not isinstance(state, Mapping):
         raise TypeError(f"the state of a Pruner is what state_dict() returned, got {type(state).__name__}")
     if state.get("format") != FORMAT:
@@ -56,11 +67,16 @@ def check_state(
             differing = ", ".join(sorted(state[part].keys() ^ wanted))
             raise ValueError(f"the state is damaged: {part!r} lacks, or has beside the weights in scope, {differing}")
     for name, wanted_of in shapes_of.items():
-        if wanted_of.keys() != state["state"][name].keys():
-            raise ValueError(f"the state of {name} has {sorted(state['state'][name])}, expected {sorted(wanted_of)}")
-        for key, shape in wanted_of.items():
-            if shape != state["state"][name][key].shape:
-                raise ValueError(f"{key} of {name} has shape {tuple(state['state'][name][key].shape)} in the state")
+        _check_tensors(name, state["state"][name], wanted_of)
+    _check_tensors("the network", state["shared"], shared)
+
+
+def _check_tensors(name: str, found: Mapping[str, Any], wanted: Mapping[str, torch.Size]) -> None:
+    if wanted.keys() != found.keys():
+        raise ValueError(f"the state of {name} has {sorted(found)}, expected {sorted(wanted)}")
+    for key, shape in wanted.items():
+        if shape != found[key].shape:
+            raise ValueError(f"{key} of {name} has shape {tuple(found[key].shape)} in the state")
 
 
 def whole_shapes(w: Weight) -> dict[str, torch.Size]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pomona.distributed import Shard, local, reshard, sum_counts
-from pomona.method import Method, Weight
+from pomona.method import Method
+from pomona.native import core
 from pomona.ops import PIECE
 from pomona.scope import Scope
+from pomona.weight import Weight, Weights
 
 if TYPE_CHECKING:
     from pomona.pruner import Pruner
@@ -24,6 +26,32 @@ if TYPE_CHECKING:
 def zero_(value: Tensor, pruned: Tensor) -> Tensor:
     """Write exact +0.0 where ``pruned`` is True, in place, even over NaN."""
     return value.masked_fill_(pruned, 0.0)
+
+
+@torch.no_grad()
+def zero_all_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> None:
+    """``zero_`` each tensor, without a word from a device to the host."""
+    if _fit_core(values, pruned):
+        core.zero_(values, pruned)
+        return
+    for value, mask in zip(values, pruned, strict=True):
+        zero_(value, mask)
+
+
+@torch.no_grad()
+def cut_(values: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
+    """``zero_`` each tensor and return the largest magnitude that it lost, 0 where nothing is pruned."""
+    if _fit_core(values, pruned):
+        return core.zero_(values, pruned)
+    largest = []
+    for value, mask in zip(values, pruned, strict=True):
+        largest.append(largest_among(value, mask))
+        zero_(value, mask)
+    return largest
+
+
+def _fit_core(values: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
+    return core.is_available() and all(core.fits_mask(v, mask) for v, mask in zip(values, masks, strict=True))
 
 
 @torch.no_grad()
@@ -77,10 +105,10 @@ def count_revived(copy: nn.Module, pruned: Mapping[str, Tensor], shards: Mapping
 class _Zeros(Method):
     """What is zero now stays zero."""
 
-    def support(self, weights: Sequence[Weight], step: int) -> list[Tensor]:
+    def support(self, weights: Weights, step: int) -> list[Tensor]:
         return [w.value != 0 for w in weights]
 
-    def why(self, total: int, kept: int, density: float) -> str:
+    def why(self, w: Weight, kept: int, density: float) -> str:
         return "what was not zero when hold() was called"
 
 

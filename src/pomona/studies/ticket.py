@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pomona.budget import global_top_k
 from pomona.scope import Scope
 from pomona.score import magnitude
+from pomona.selection.top_k import global_top_k
 from pomona.train.progress import Progress
 from pomona.train.recipe import Recipe
 from pomona.train.run import Learner, Memory, Phase, Run, num_steps_per_epoch, open_run
@@ -100,7 +100,7 @@ def train_tickets(
         The content of ``result.json``; ``tickets`` in it has accuracy, count and per-layer counts for each mask.
     """
     total = sum(p.numel() for p in _kernels(build_model(recipe.model, seed=recipe.seed)).values())
-    if recipe.make_method(num_steps_per_epoch(recipe, data)).budget(total, 0) == total:
+    if recipe.make_method(num_steps_per_epoch(recipe, data)).budget.num_kept(total, 0) == total:
         raise ValueError("method.compression must leave out at least one weight, or there is no ticket to train")
     how: dict[str, Any] = {"threads": threads, "progress": progress, "device": device, "compiled": compiled}
     run = open_run("ticket", recipe, data, folder, ticket_phases(recipe), **how)

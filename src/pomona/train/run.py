@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from pomona.diagnosis import Diagnosis
+from pomona.diagnosis import Diagnosed, Diagnosis
 from pomona.pruner import Pruner
 from pomona.train.checkpoint import Checkpoints, write_atomically
 from pomona.train.progress import Progress, duration
@@ -467,9 +467,10 @@ def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
     """Whether the recipe's pruning stage can succeed, from its numbers alone."""
     stage = recipe.prune
     settings = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
-    return recipe.make_method(steps_per_epoch).forecast(
-        [{**settings, "lr": lr} for lr in stage.learning_rates(steps_per_epoch)]
-    )
+    method = recipe.make_method(steps_per_epoch)
+    if not isinstance(method, Diagnosed):
+        return None
+    return method.forecast([{**settings, "lr": lr} for lr in stage.learning_rates(steps_per_epoch)])
 
 
 def check(recipe: Recipe, steps_per_epoch: int) -> None:

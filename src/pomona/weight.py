@@ -1,0 +1,82 @@
+"""What a method sees of one pruned tensor, and of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pomona.distributed import Shard, local
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One pruned tensor, as a method sees it.
+
+    Where several ranks hold the tensor together, its tensors are plain tensors too: the block of this rank. What
+    depends on the whole network comes from functions that take the weights: selections with ``of=weights``, counts
+    with :func:`pomona.ops.count`.
+
+    Attributes:
+        name: full parameter name.
+        value: the weights, a plain tensor of any shape; edit in place.
+        grad: their gradient, same shape, unscaled; edit in place.
+        group: the optimizer's parameter group that holds it, as it is now; read only.
+        state: what ``Method.init`` returned; edit in place; saved by the Pruner.
+        has_grad: False in a step without a gradient for it: the optimizer skips it, decay included.
+        optimizer_state: what the optimizer remembers about the tensor; empty before its first step. See ``buffers``.
+        shard: which block of the whole tensor this is, if other ranks hold the rest.
+    """
+
+    name: str
+    value: Tensor
+    grad: Tensor
+    group: Mapping[str, Any]
+    state: dict[str, Tensor]
+    has_grad: bool = True
+    optimizer_state: Mapping[str, Any] = field(default_factory=dict)
+    shard: Shard | None = None
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What the optimizer remembers about each single weight, such as momentum or Adam's moments; edit in place."""
+        blocks = [local(t) for t in self.optimizer_state.values() if isinstance(t, Tensor) and t.ndim]
+        return [t for t in blocks if t.shape == self.value.shape]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole tensor."""
+        return self.value.shape if self.shard is None else self.shard.shape
+
+    @property
+    def numel(self) -> int:
+        """Number of weights in the whole tensor."""
+        return self.shape.numel()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the group now."""
+        return float(self.group["lr"])
+
+
+class Weights(tuple[Weight, ...]):
+    """All pruned tensors, in the order of ``model.named_parameters()``, and what belongs to all of them together.
+
+    Attributes:
+        shared: what ``Method.init_shared`` returned, the same on all ranks; edit in place; saved by the Pruner.
+    """
+
+    shared: dict[str, Tensor]
+
+    def __new__(cls, weights: Iterable[Weight], shared: dict[str, Tensor] | None = None) -> Weights:
+        self = super().__new__(cls, weights)
+        self.shared = {} if shared is None else shared
+        return self
+
+    @property
+    def numel(self) -> int:
+        """Number of weights in the whole network."""
+        return sum(w.numel for w in self)
