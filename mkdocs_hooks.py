@@ -1,7 +1,7 @@
-"""What mkdocs does not do by itself: pages from outside docs/, mathematics as MathML, docstrings as Markdown, the CLI.
+"""Additions to mkdocs: pages from outside docs/, mathematics as MathML, docstrings as Markdown, the CLI.
 
-Links are written as the repository needs them, so that its files read well on a code host too, and are made to fit the
-site here. A file outside docs/ that a page links to becomes part of the site, under its path in the repository.
+Links are written for the repository, so that its files also read well on a code host, and are rewritten for the site
+here. A file outside docs/ that a page links to becomes part of the site, under its path in the repository.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent
-OUTSIDE = ("bench/RESULTS*.md", "bench/LOG.md", "CONTRIBUTING.md", "CHANGELOG.md")  # pages that do not lie in docs/
+OUTSIDE = ("bench/RESULTS*.md", "bench/LOG.md", "CONTRIBUTING.md", "CHANGELOG.md")  # pages outside docs/
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|#)([^)#\s]+)((?:#[^)]*)?)\)")
 
 
@@ -30,7 +30,7 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|#)([^)#\s]+)((?:#[^)]*)?)\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """An entry of the navigation that ends in a slash stands for the pages of that folder."""
+    """Expand navigation entries that end in a slash to the pages of that folder."""
     for section in config.nav:
         for title, entry in section.items():
             if isinstance(entry, str) and entry.endswith("/"):
@@ -38,7 +38,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Take the pages from outside docs/, and whatever they and the others link to; add the command line's."""
+    """Add the pages outside docs/, all files that any page links to, and the page of the command line."""
     for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):
         files.append(_copied(path, config))
     files.append(File.generated(config, "cli.md", content=command_line()))
@@ -56,7 +56,7 @@ def _copied(path: Path, config: MkDocsConfig) -> File:
 
 
 def _place_in_repository(src_uri: str) -> str:
-    """Where the page of the site lies in the repository."""
+    """Path in the repository of a page of the site."""
     return f"docs/{src_uri}" if (ROOT / "docs" / src_uri).exists() else src_uri
 
 
@@ -67,7 +67,7 @@ def _without_code(markdown: str) -> str:
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     uri = page.file.src_uri
     markdown = _with_site_links(markdown, uri, _place_in_repository(uri), files)
-    if uri == "index.md":  # begins as the README does
+    if uri == "index.md":  # starts like the README
         opening, _, _ = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")
         markdown = _with_site_links(opening, uri, "README.md", files) + "\n\n" + markdown.partition("\n")[2]
         page.meta["hide"] = ["navigation", "toc"]
@@ -82,13 +82,13 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def _members(name: str) -> str:
-    """Of a module of pomona.integrations, under a heading that is there already."""
+    """Reference of a module in pomona.integrations, under an existing heading."""
     options = "show_root_heading: false\n      show_root_toc_entry: false\n      heading_level: 3"
     return f"::: pomona.integrations.{name}\n    options:\n      {options}\n"
 
 
 def _with_site_links(markdown: str, uri: str, place: str, files: Files) -> str:
-    """Relative links of the file at ``place`` in the repository, as the page at ``uri`` of the site needs them."""
+    """Rewrite relative links of the file at ``place`` in the repository for the page at ``uri`` of the site."""
 
     def moved(match: re.Match[str]) -> str:
         shown, target, anchor = match.groups()
@@ -96,7 +96,7 @@ def _with_site_links(markdown: str, uri: str, place: str, files: Files) -> str:
         inside = "index.md" if target == "README.md" else target.removeprefix("docs/")
         there = files.get_file_from_path(inside)
         if shown.endswith(".md") and there and there.page and there.page.title:
-            shown = there.page.title  # a file's name says little here
+            shown = there.page.title  # more useful here than a file name
         return f"[{shown}]({posixpath.relpath(inside, posixpath.dirname(uri) or '.')}{anchor})"
 
     parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
@@ -107,7 +107,7 @@ def _with_site_links(markdown: str, uri: str, place: str, files: Files) -> str:
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """LaTeX to MathML, which browsers show without a script; tables in a frame that scrolls."""
+    """Convert LaTeX to MathML, which browsers show without a script."""
 
     def inline(match: re.Match[str]) -> str:
         return mathml(html.unescape(match[1]), "inline")
@@ -120,8 +120,8 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
 
 
 def mathml(latex: str, display: str) -> str:
-    """One formula; lines that end in two backslashes are aligned at their ampersands."""
-    latex = latex.replace("{aligned}", "{align*}")  # which latex2mathml does not know
+    """Convert one formula; lines that end in two backslashes are aligned at their ampersands."""
+    latex = latex.replace("{aligned}", "{align*}")  # latex2mathml does not know aligned
     if r"\\" in latex and r"\begin" not in latex:
         latex = rf"\begin{{align*}}{latex}\end{{align*}}"
     made = convert(" ".join(latex.split()), display=display)
@@ -134,7 +134,7 @@ def mathml(latex: str, display: str) -> str:
 
 
 class PlainDocstrings(griffe.Extension):
-    """Docstrings are read in terminals and editors first, and use a little reStructuredText: to Markdown."""
+    """Convert docstrings, which use some reStructuredText for terminals and editors, to Markdown."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
@@ -142,7 +142,7 @@ class PlainDocstrings(griffe.Extension):
 
 
 def markdown_of(docstring: str, obj: griffe.Object) -> str:
-    """Roles to links and mathematics, ``::`` to a colon, an example to the section that mkdocstrings knows."""
+    """Convert roles to links and mathematics, ``::`` to a colon, an example to the section that mkdocstrings knows."""
 
     def formula(match: re.Match[str]) -> str:
         indent, body = match[1], textwrap.dedent(match[2]).strip()
@@ -177,7 +177,7 @@ def _full_path(path: str, obj: griffe.Object) -> str:
 
 
 def command_line() -> str:
-    """The page of all commands and options, from argparse."""
+    """Build the page of all commands and options from argparse."""
     from pomona.cli import parser
 
     top = parser()

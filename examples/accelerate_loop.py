@@ -1,4 +1,4 @@
-"""A loop of Accelerate that prunes, accumulates gradients, and goes on from its last checkpoint.
+"""An Accelerate loop that prunes, accumulates gradients, and resumes from its last checkpoint.
 
 python examples/accelerate_loop.py [FOLDER], or: accelerate launch examples/accelerate_loop.py [FOLDER]
 """
@@ -20,7 +20,7 @@ def main(folder: str = "runs/accelerate", num_epochs: int = 8) -> pomona.Pruner:
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.98, weight_decay=1e-2)
     x = torch.randn(2048, 16)
-    y = x[:, :1] * x[:, 1:2]  # two of the inputs matter
+    y = x[:, :1] * x[:, 1:2]  # only two of the inputs matter
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -28,7 +28,7 @@ def main(folder: str = "runs/accelerate", num_epochs: int = 8) -> pomona.Pruner:
 
     epochs = sorted(Path(folder).glob("epoch-*"))
     if epochs:
-        accelerator.load_state(epochs[-1])  # the Pruner's state comes with it
+        accelerator.load_state(epochs[-1])  # includes the Pruner's state
     for epoch in range(len(epochs), num_epochs):
         loader.set_epoch(epoch)
         total = 0.0
@@ -38,7 +38,7 @@ def main(folder: str = "runs/accelerate", num_epochs: int = 8) -> pomona.Pruner:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()  # pruning happens in here, at every second batch
+                optimizer.step()  # prunes, at every second batch
                 optimizer.zero_grad()
             total += loss.item()
         accelerator.print(f"epoch {epoch}: step {pruner.num_steps}, loss {total / len(loader):.4f}, {pruner.metrics()}")

@@ -1,4 +1,4 @@
-"""A compiled model and a compiled optimizer step: the Pruner's hooks run as ever, outside of the graphs.
+"""A compiled model and a compiled optimizer step: the Pruner's hooks run as usual, outside the graphs.
 
 python examples/compiled.py
 """
@@ -14,7 +14,7 @@ def main(backend: str = "inductor", num_steps: int = 300) -> pomona.Pruner:
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     method = pomona.Magnitude(pomona.Cubic(0.0, 0.9, steps=num_steps // 2), every=10)
-    pruner = pomona.Pruner(model, optimizer, method)  # of the plain model, so that names stay plain
+    pruner = pomona.Pruner(model, optimizer, method)  # takes the plain model, so names stay plain
 
     forward = torch.compile(model, backend=backend)
     step = torch.compile(optimizer.step, backend=backend)

@@ -1,4 +1,4 @@
-"""Several processes, one exact budget: DistributedDataParallel, or FSDP2 with --shard. Nothing but torch.
+"""Several processes, one exact budget: DistributedDataParallel, or FSDP2 with --shard. Needs only torch.
 
 torchrun --nproc-per-node 2 examples/distributed.py [--shard]
 """
@@ -17,7 +17,7 @@ import pomona
 
 def main(*, shard: bool, num_steps: int = 300) -> pomona.Report:
     rank, size = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)  # the same model on all
+    torch.manual_seed(0)  # the same model on all ranks
     model: nn.Module = nn.Sequential(nn.Linear(16, 63), nn.ReLU(), nn.Linear(63, 1))
     if shard:
         mesh = init_device_mesh("cpu", (size,))
@@ -31,7 +31,7 @@ def main(*, shard: bool, num_steps: int = 300) -> pomona.Report:
     method = pomona.Magnitude(pomona.Cubic(0.0, 0.9, steps=num_steps // 2), every=10)
     pruner = pomona.Pruner(model, optimizer, method)  # last, on every rank
 
-    generator = torch.Generator().manual_seed(rank)  # other data on each
+    generator = torch.Generator().manual_seed(rank)  # different data on each rank
     for _ in range(num_steps):
         x = torch.randn(64, 16, generator=generator)
         loss = nn.functional.mse_loss(model(x), x[:, :1].abs())
@@ -39,8 +39,8 @@ def main(*, shard: bool, num_steps: int = 300) -> pomona.Report:
         loss.backward()
         optimizer.step()
 
-    report = pruner.harden()  # every rank calls it, and gets the same report
-    pruner.verify()  # also: do the ranks agree?
+    report = pruner.harden()  # every rank calls it and gets the same report
+    pruner.verify()  # also checks that the ranks agree
     if rank == 0:
         print(report)
         print(f"loss on rank 0: {loss.item():.4f}")

@@ -25,10 +25,10 @@ def main(num_steps: int = 400) -> tuple[pomona.Pruner, AveragedModel]:
         optimizer.zero_grad()
         ema.update_parameters(model)
         if i == 3 * num_steps // 4:
-            print(pruner.harden(ema))  # both are sparse from here on; an average of zeros stays zero
+            print(pruner.harden(ema))  # both are sparse from now on; the average of zeros is zero
 
     pruner.verify(ema)
-    print(f"zeros of the average: {pomona.report(ema).sparsity:.1%}")
+    print(f"zeros in the average: {pomona.report(ema).sparsity:.1%}")
     torch.save(ema.module.state_dict(), "ema.pt")
     return pruner, ema
 

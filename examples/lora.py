@@ -1,4 +1,4 @@
-"""LoRA over a sparse base: its zeros stay while adapters train; merging them is checked, and has its price.
+"""LoRA over a sparse base: its zeros stay while adapters train; merging keeps them and reports what that costs.
 
 python examples/lora.py
 """
@@ -32,21 +32,21 @@ def accuracy(model: nn.Module) -> float:
 
 def main() -> tuple[pomona.Report, pomona.Report]:
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))  # or a sparse model from anywhere
+    base = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))  # or any sparse model
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
     pruner = pomona.Pruner(base, optimizer, pomona.Magnitude(pomona.Cubic(0.0, 0.9, steps=200), every=10))
     fit(base, optimizer, turn=0.5)
     pruner.harden()
     print(f"the base, {pomona.report(base).sparsity:.1%} zeros, on the new task: {accuracy(base):.1f} %")
 
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))  # freezes the base, and so its zeros
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))  # freezes the base, including its zeros
     fit(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), turn=2.0)
 
     merged, report = merge(model, evaluate=accuracy)
     print(report)  # accuracy before and after, and how much of the update fell on zeros
 
     optimizer = torch.optim.AdamW(merged.parameters(), lr=1e-3)
-    holder = pomona.hold(merged, optimizer)  # what was lost is won back by a little training of the survivors
+    holder = pomona.hold(merged, optimizer)  # a little training of the survivors recovers what was lost
     fit(merged, optimizer, turn=2.0)
     print(f"after holding and training: {accuracy(merged):.1f} %, {holder.verify().sparsity:.1%} zeros")
     return report, holder.report()

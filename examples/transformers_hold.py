@@ -1,4 +1,4 @@
-"""Fine-tune a model that is sparse already, whoever pruned it: its zeros stay, through AdamW and weight decay.
+"""Fine-tune a model that is already sparse, from any source: its zeros stay, through AdamW and weight decay.
 
 python examples/transformers_hold.py
 """
@@ -14,7 +14,7 @@ from pomona.integrations.transformers import PrunerCallback
 
 
 def one_shot(model: torch.nn.Module) -> torch.nn.Module:
-    """Stands for SparseGPT, Wanda, torch.nn.utils.prune, or a file: 60 % of each layer set to zero."""
+    """Set 60 % of each layer to zero; stands for SparseGPT, Wanda, torch.nn.utils.prune, or a file."""
     for module in model.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             prune.l1_unstructured(module, "weight", amount=0.6)
@@ -34,7 +34,7 @@ def main(num_steps: int = 30) -> PrunerCallback:
     )
     model = one_shot(LlamaForCausalLM(config))  # or from_pretrained("a sparse model")
     texts = torch.randint(64, (256, 16), generator=torch.Generator().manual_seed(1))
-    callback = PrunerCallback()  # no method: hold the zeros that are there
+    callback = PrunerCallback()  # no method: hold the existing zeros
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -50,7 +50,7 @@ def main(num_steps: int = 30) -> PrunerCallback:
         data = [{"input_ids": text, "labels": text} for text in texts]
         Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
     print(callback.report)
-    callback.pruner.verify()  # raises if one zero had come back
+    callback.pruner.verify()  # raises if a zero has come back
     print(pomona.report(model, pomona.Scope(include=["model.layers.*"])).sparsity)
     return callback
 

@@ -1,4 +1,4 @@
-"""Fine-tune a transformer with the Trainer and prune it to 80 % on the way; kill it and it goes on.
+"""Fine-tune a transformer with the Trainer and prune it to 80 % on the way; if you kill it, it resumes.
 
 python examples/transformers_trainer.py [FOLDER]
 """
@@ -52,7 +52,7 @@ def main(folder: str = "runs/trainer", num_steps: int = 600) -> PrunerCallback:
         save_total_limit=2,
         use_cpu=True,
     )
-    # From dense to 80 % zeros over the first two thirds; the rest of the steps mends what that broke.
+    # From dense to 80 % zeros over the first two thirds; the remaining steps recover the accuracy.
     method = pomona.Magnitude(pomona.Cubic(0.0, 0.8, steps=2 * num_steps // 3), every=10)
     callback = PrunerCallback(method, scope=pomona.Scope(exclude=["*embeddings*", "classifier"]))
     trainer = Trainer(
@@ -65,8 +65,8 @@ def main(folder: str = "runs/trainer", num_steps: int = 600) -> PrunerCallback:
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     print(callback.report)
-    print(trainer.evaluate())  # of the sparse model
-    trainer.save_model(f"{folder}/sparse")  # an ordinary model; what was not kept is exactly zero
+    print(trainer.evaluate())  # evaluates the sparse model
+    trainer.save_model(f"{folder}/sparse")  # an ordinary model with exact zeros
     return callback
 
 

@@ -137,7 +137,9 @@ def test_types_take_the_parameters_of_modules_of_these_classes() -> None:
         "layers.1.weight",
         "head.weight",
     ]
-    assert Scope(types=(nn.Conv2d,)).select(Block()).outside["head.weight"] == "of Linear, not in types"
+    assert (
+        Scope(types=(nn.Conv2d,)).select(Block()).outside["head.weight"] == "belongs to Linear, which is not in types"
+    )
 
 
 def test_types_take_subclasses_too() -> None:
@@ -148,7 +150,7 @@ def test_types_take_subclasses_too() -> None:
 
 
 def test_a_type_that_matches_nothing_is_told_with_what_there_is() -> None:
-    told = "Scope(types=[Conv2d]) matches no module of the model; modules with parameters are of BatchNorm1d, Linear"
+    told = "Scope(types=[Conv2d]) matches no module of the model; its modules with parameters are: BatchNorm1d, Linear"
     refuses(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2)), Scope(types=(nn.Conv2d,)), told)
 
 
@@ -382,7 +384,7 @@ def test_a_lazy_module_out_of_scope_is_no_obstacle(scope: Scope) -> None:
 
 def test_a_complex_weight_is_refused() -> None:
     model = Holder(nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)))
-    refuses(model, Scope(), "p is of torch.complex64; only real floating-point weights can be pruned")
+    refuses(model, Scope(), "p is torch.complex64; only real floating-point weights can be pruned")
 
 
 def test_a_sparse_weight_is_refused() -> None:

@@ -99,7 +99,7 @@ def test_a_score_tells_its_size_without_being_computed() -> None:
 
 
 def test_a_gradient_of_another_shape_is_told() -> None:
-    with pytest.raises(ValueError, match=r"one shape, got \(2,\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"the same shape, got \(2,\) and \(3,\)"):
         score.saliency(torch.ones(2), torch.ones(3))
 
 

@@ -1,4 +1,4 @@
-"""Will the weights that no gradient feeds reach zero in this run? Asked before training, and tracked through it."""
+"""Will weights that receive no gradient reach zero in this run? Predicted before training, tracked during it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ ENOUGH = 7.0  # exp(-7) = 0.0009; the published runs of GSM lie at 8 and above, 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    r"""How far weight decay and momentum shrink a weight that is passive throughout.
+    r"""How far weight decay and momentum shrink a weight that stays passive for the whole run.
 
     Such a weight ends at about :math:`\exp(-E)` of its size, with the exponent
     :math:`E = \sum_t \alpha_t \eta (1 - d) / (1 - \beta)` over the steps (learning rate, weight decay, dampening,
     momentum). It is a bound on what a run can do, not a promise: real weights are passive only most of the time, so
-    the largest weight that the cut removes is measured too and stands in the report.
+    the largest weight that the cut removes is measured too and appears in the report.
 
     Attributes:
         exponent: E.
-        num_steps: over how many optimizer steps.
-        remedy: what would make it enough, with numbers; empty if it is.
+        num_steps: number of optimizer steps in the sum.
+        remedy: settings that would be enough, with numbers; empty if these are.
     """
 
     exponent: float
@@ -40,12 +40,12 @@ class Diagnosis:
 
     @property
     def shrinkage(self) -> float:
-        """What remains of a passive weight, as a share of its size at the start."""
+        """Final size of a passive weight as a share of its initial size."""
         return math.exp(-self.exponent)
 
     @property
     def is_enough(self) -> bool:
-        """Whether passive weights end below a thousandth of their size."""
+        """Whether passive weights end below a thousandth of their initial size."""
         return self.exponent >= ENOUGH
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ def decay_per_step(lr: float, group: Mapping[str, Any]) -> float:
     """One step's share of the decay exponent, ``lr weight_decay (1 - dampening) / (1 - momentum)``.
 
     At most ``-log(momentum) / 2``: where decay is so strong that the weight would swing through zero, it still shrinks
-    by no more than sqrt(momentum) a step, the modulus of the recursion's complex roots.
+    by no more than sqrt(momentum) per step, the modulus of the recursion's complex roots.
     """
     momentum = group["momentum"]
     law: float = lr * group["weight_decay"] * (1.0 - group.get("dampening", 0.0)) / (1.0 - momentum)
@@ -87,7 +87,7 @@ def _fastest(momentum: float) -> float:
 
 
 def diagnose_decay(exponent: float, num_steps: int, group: Mapping[str, Any]) -> Diagnosis:
-    """Judge a decay exponent that was, or will be, reached in ``num_steps`` with the group's settings."""
+    """Judge a decay exponent that the group's settings reach, or will reach, in ``num_steps``."""
     remedy = "" if exponent >= ENOUGH else _remedy(exponent, num_steps, group)
     return Diagnosis(exponent, num_steps, remedy)
 
@@ -119,12 +119,12 @@ def _rounded_up(number: float) -> str:
 def rehearse(
     optimizer: Optimizer, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1
 ) -> list[list[dict[str, Any]]]:
-    """The settings of each parameter group at the next ``num_steps`` steps, by a rehearsal on a copy.
+    """The settings of each parameter group at the next ``num_steps`` steps, found by rehearsing on a copy.
 
     Args:
-        optimizer: is not touched.
-        num_steps: optimizer steps ahead, >= 1.
-        scheduler: as the loop will call it; None: constant rates. Schedulers that need a metric
+        optimizer: left unchanged.
+        num_steps: number of optimizer steps ahead, >= 1.
+        scheduler: the one that the loop will call; None: constant rates. Schedulers that need a metric
             (``ReduceLROnPlateau``) cannot be rehearsed.
         steps_per_update: optimizer steps between two calls of ``scheduler.step()``, e.g. ``len(loader)``.
     """
@@ -135,7 +135,7 @@ def rehearse(
     if scheduler is None:
         return [[_settings(group)] * num_steps for group in groups]
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ValueError("ReduceLROnPlateau follows the loss, so its learning rates cannot be known beforehand")
+        raise ValueError("ReduceLROnPlateau follows the loss, so its learning rates cannot be known in advance")
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     stand_in.param_groups = groups
     rehearsed = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})

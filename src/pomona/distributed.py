@@ -1,7 +1,8 @@
-"""Weights that several ranks hold together: which block is whose, and sums over the ranks. All collectives are here.
+"""Weights spread over ranks: which rank holds which block, and sums over ranks. All collectives are here.
 
-The rest of the library sees plain tensors, the blocks of this rank. A function that needs a number of the whole network
-takes the weights' shards and sums over their ranks, each element once, however many ranks hold a copy of it.
+The rest of the library sees plain tensors, the blocks of this rank. A function that needs a number for the whole
+network takes the weights' shards and sums over their ranks; each element counts once, even if several ranks hold a
+copy of it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _is_sharded: ContextVar[bool] = ContextVar("_is_sharded", default=False)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranks:
-    """Those who sum together; each of them must make the same calls in the same order.
+    """Ranks that reduce together; all must make the same calls in the same order.
 
     Attributes:
-        groups: process groups, reduced one after the other; none where this rank is alone.
-        device: where their backend takes tensors.
-        size: how many they are.
-        position: of this rank among them, 0 <= position < size.
+        groups: process groups, reduced one after the other; empty if this rank is alone.
+        device: where their backend expects tensors.
+        size: number of ranks.
+        position: index of this rank among them, 0 <= position < size.
     """
 
     groups: tuple[Any, ...]
@@ -45,35 +46,35 @@ class Ranks:
     position: int
 
     def sum_(self, numbers: Tensor) -> Tensor:
-        """The sum over the ranks, in place; of int64 it is exact."""
+        """Sum over the ranks, in place; exact for int64."""
         return self._reduce_(numbers, dist.ReduceOp.SUM)
 
     def max_(self, numbers: Tensor) -> Tensor:
-        """The maximum over the ranks, in place."""
+        """Maximum over the ranks, in place."""
         return self._reduce_(numbers, dist.ReduceOp.MAX)
 
     def sum(self, counts: Sequence[int]) -> list[int]:
-        """The sums over the ranks, one for each place."""
+        """Elementwise sums over the ranks."""
         sums: list[int] = self.sum_(torch.tensor(counts, dtype=torch.int64)).tolist()
         return sums
 
     def max(self, numbers: Sequence[float]) -> list[float]:
-        """The maxima over the ranks, one for each place."""
+        """Elementwise maxima over the ranks."""
         maxima: list[float] = self.max_(torch.tensor(numbers, dtype=torch.float64)).tolist()
         return maxima
 
     def any(self, claim: bool) -> bool:
-        """Whether it is true on a rank."""
+        """True if ``claim`` is true on any rank."""
         return bool(self.max([claim])[0])
 
     def agree(self, text: str) -> bool:
-        """Whether all have the same text."""
+        """True if all ranks have the same text."""
         mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
         largest, minus_smallest = self.max_(torch.tensor([mine, -mine])).tolist()
         return bool(largest == -minus_smallest)
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """The int64 numbers of all ranks, as many of each, one row a rank."""
+        """Gather int64 numbers, equally many from each rank; one row per rank."""
         rows = torch.zeros(self.size, len(numbers), dtype=torch.int64)
         rows[self.position] = numbers
         return self.sum_(rows)
@@ -96,11 +97,11 @@ class Shard:
     """The block of a tensor that this rank holds.
 
     Attributes:
-        shape: of the whole tensor.
-        start: in each dimension, the place of the block's first element in the whole tensor.
-        ranks: those who hold the network together.
-        counts: whether this copy of the block is the one that counts; each element of the whole has one such copy.
-        replicas: the ranks that hold copies of this block; None where it is the only one.
+        shape: shape of the whole tensor.
+        start: index of the block's first element in the whole tensor, one per dimension.
+        ranks: the ranks that hold the network together.
+        counts: whether this copy of the block is the one that counts; each element of the whole has exactly one.
+        replicas: the ranks that hold replicas of this block; None if there are no others.
     """
 
     shape: torch.Size
@@ -110,7 +111,7 @@ class Shard:
     replicas: Ranks | None = None
 
     def places(self, flat: Positions, shape: Sequence[int]) -> Positions:
-        """Flat indices in the whole tensor, of flat indices in the block, which has this shape; rising as they do."""
+        """Convert flat indices in the block, of this shape, to flat indices in the whole tensor; keeps their order."""
         if not len(flat) or not shape:
             return flat
         indices = np.unravel_index(flat, tuple(shape))
@@ -118,19 +119,19 @@ class Shard:
         return np.asarray(np.ravel_multi_index(moved, tuple(self.shape)), dtype=np.int64)
 
     def block(self, whole: Tensor, shape: Sequence[int]) -> Tensor:
-        """This rank's block, of this shape, of the whole tensor: a view."""
+        """View of this rank's block, of this shape, in the whole tensor."""
         return whole[tuple(slice(start, start + size) for start, size in zip(self.start, shape, strict=True))]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. (To ask by its class would import two seconds of torch into every process.)"""
-    if type(tensor) in _PLAIN:  # a quick answer for most
+    """Whether this is a DTensor. (isinstance would need an import that takes two seconds in every process.)"""
+    if type(tensor) in _PLAIN:  # the fast path for most tensors
         return False
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's block of a DTensor, a plain tensor that shares its memory; any other tensor is its own block."""
+    """This rank's block of a DTensor, as a plain tensor that shares its memory; other tensors are returned as is."""
     if not is_sharded(tensor):
         return tensor.detach() if tensor.requires_grad else tensor
     sharded: Any = tensor.detach()
@@ -141,7 +142,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(parameter: Tensor, block: Tensor) -> Tensor:
-    """A block of this rank as the DTensor that is laid out as the parameter; as it is, if that is none."""
+    """Wrap this rank's block as a DTensor with the parameter's layout; unchanged if the parameter is not a DTensor."""
     if not is_sharded(parameter):
         return block
     from torch.distributed.tensor import DTensor
@@ -158,7 +159,7 @@ def like(parameter: Tensor, block: Tensor) -> Tensor:
 
 
 def take(tensor: Tensor, parameter: Tensor, shard: Shard | None) -> Tensor:
-    """This rank's block of a tensor of the parameter's shape, which may be whole, or laid out in another way."""
+    """This rank's block of a tensor of the parameter's shape, which may be whole or have another layout."""
     if shard is None or tensor.ndim == 0:
         return _whole(tensor) if is_sharded(tensor) else tensor
     if not is_sharded(tensor):
@@ -179,7 +180,7 @@ def _whole(tensor: Any) -> Tensor:
 
 @contextmanager
 def working_on(shards: Mapping[str, Shard]) -> Iterator[None]:
-    """Inside, a selection that is not told of which weights is refused, if there are shards."""
+    """Within this context, refuse selections that do not name their weights (``of=``), if there are shards."""
     token = _is_sharded.set(bool(shards))
     try:
         yield
@@ -191,16 +192,17 @@ def is_working_on_shards() -> bool:
     return _is_sharded.get()
 
 
-# Who holds what
+# Which rank holds what
 
 
 def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
-    """Name -> shard; empty if there is no DTensor among the parameters. All ranks must call it.
+    """Name -> shard; empty if no parameter is a DTensor. All ranks must call it.
 
-    The largest mesh is that of all. A DTensor on a part of it, and a plain tensor, count as copies along the rest.
+    The largest mesh is taken as the mesh of the network. A DTensor on a part of it, and a plain tensor, count as
+    replicated along the other dimensions.
 
     Raises:
-        ValueError: the meshes are not parts of one, or a tensor is laid out in a way that is not known; names it.
+        ValueError: the meshes are not parts of one mesh, or a tensor has an unsupported layout; names the tensor.
     """
     meshes: dict[str, Any] = {name: p.device_mesh for name, p in parameters.items() if is_sharded(p)}  # type: ignore[attr-defined]  # of DTensor
     if not meshes:
@@ -208,7 +210,7 @@ def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
     mesh = max(meshes.values(), key=lambda mesh: (mesh.ndim, mesh.size()))
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        raise ValueError(f"this rank is not on {mesh}, on which the weights are")
+        raise ValueError(f"this rank is not part of {mesh}, which holds the weights")
     ranks = _ranks(mesh, range(mesh.ndim))
     copies: dict[tuple[int, ...], Ranks | None] = {}
     shards = {}
@@ -226,8 +228,8 @@ def shards_of(parameters: Mapping[str, Tensor]) -> dict[str, Shard]:
     if ranks.any(bool(scattered)):
         placed: Any = parameters[scattered].placements if scattered else ""  # type: ignore[attr-defined]  # of DTensor
         raise ValueError(
-            f"{scattered or 'a weight, named on another rank,'} is placed as {placed} so that a rank's block is not "
-            f"one block of neighbours; make its sizes divisible by the mesh's, or exclude it: "
+            f"{scattered or 'a weight, named on another rank,'} is placed as {placed}, so that a rank does not hold "
+            f"one contiguous block of it; make its sizes divisible by the mesh's, or exclude it: "
             f"Scope(exclude=[{scattered!r}])"
         )
     return shards
@@ -248,13 +250,13 @@ def _ranks(mesh: Any, dims: Sequence[int]) -> Ranks:
 
 
 def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...] | None, list[int]]:
-    """Where this rank's block starts, None if it is scattered, and the mesh's dimensions that split the tensor."""
+    """Where this rank's block starts (None if it is not contiguous), and the mesh dimensions that split the tensor."""
     start = [0] * parameter.ndim
     if not is_sharded(parameter):
         return tuple(start), []
     dims = _dims(name, parameter.device_mesh, mesh)
     coordinate = mesh.get_coordinate()
-    rows = [torch.arange(size) for size in parameter.shape]  # of the whole, those that are here
+    rows = [torch.arange(size) for size in parameter.shape]  # indices in the whole tensor that this rank holds
     split = []
     for d, placement in zip(dims, parameter.placements, strict=True):
         if placement.is_replicate():
@@ -262,9 +264,9 @@ def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...] | None
         num_parts = getattr(placement, "split_factor", 1 if placement.is_shard() else 0)
         if placement.is_partial() or not num_parts:
             raise ValueError(
-                f"{name} is placed as {placement}; weights can be pruned that are placed as Shard or Replicate"
+                f"{name} is placed as {placement}; only weights placed as Shard or Replicate can be pruned"
             )
-        # FSDP over tensor parallelism takes its piece of each of the parts that the latter makes.
+        # FSDP over tensor parallelism takes its piece of each part that tensor parallelism makes.
         parts = [_piece(rows[placement.dim], num_parts, i) for i in range(num_parts)]
         rows[placement.dim] = torch.cat([_piece(part, mesh.size(d), coordinate[d]) for part in parts])
         split.append(d)
@@ -276,13 +278,13 @@ def _block(name: str, parameter: Any, mesh: Any) -> tuple[tuple[int, ...] | None
 
 
 def _piece(rows: Tensor, num: int, i: int) -> Tensor:
-    """The i-th of ``num`` pieces as ``torch.chunk`` cuts them, which are fewer where there are few rows."""
+    """The i-th of ``num`` pieces as ``torch.chunk`` cuts them (it makes fewer if there are few rows)."""
     size = -(-len(rows) // num)
     return rows[i * size : (i + 1) * size]
 
 
 def _dims(name: str, part: Any, mesh: Any) -> list[int]:
-    """The dimensions of the mesh that make up a part of it."""
+    """The dimensions of ``mesh`` that make up the submesh ``part``."""
     if part == mesh:
         return list(range(mesh.ndim))
     names, all_names = part.mesh_dim_names or (), mesh.mesh_dim_names or ()
@@ -293,16 +295,16 @@ def _dims(name: str, part: Any, mesh: Any) -> list[int]:
         if sorted(dims) == dims and torch.equal(mesh.mesh[here], part.mesh):
             return dims
     raise ValueError(
-        f"{name} is on {part}, which is no part of {mesh}, the largest on which there are weights in scope; a budget "
+        f"{name} is on {part}, which is not part of {mesh}, the largest mesh with weights in scope; a budget "
         f"needs one mesh. Leave one of them out of the scope"
     )
 
 
-# Numbers of the whole network
+# Numbers for the whole network
 
 
 def sum_counts(counts: Sequence[int | Tensor], shards: Sequence[Shard | None]) -> list[int]:
-    """One number of each block -> one of each whole tensor. One reduction for all; none where nothing is sharded."""
+    """Turn one number per block into one per whole tensor, in one reduction; no reduction if nothing is sharded."""
     if not shards or shards[0] is None:
         return [int(count) for count in counts]
     mine = [int(count) * _counts(shard) for count, shard in zip(counts, shards, strict=True)]
@@ -314,7 +316,7 @@ def _counts(shard: Shard | None) -> bool:
 
 
 def sum_vectors(vectors: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[Tensor]:
-    """As ``sum_counts``, of int64 vectors; those of one place have one length on all ranks."""
+    """Like ``sum_counts``, for int64 vectors; each must have the same length on all ranks."""
     if not shards or shards[0] is None:
         return list(vectors)
     mine = [v * _counts(shard) for v, shard in zip(vectors, shards, strict=True)]
@@ -322,23 +324,23 @@ def sum_vectors(vectors: Sequence[Tensor], shards: Sequence[Shard | None]) -> li
 
 
 def max_over(numbers: Sequence[float], shards: Sequence[Shard | None]) -> list[float]:
-    """The largest that any rank has, for each place."""
+    """Elementwise maxima over the ranks."""
     if not shards or shards[0] is None:
         return list(numbers)
     return shards[0].ranks.max(numbers)
 
 
-# Whether copies are still copies
+# Whether replicas still agree
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """An int64 that follows from the bits of a plain tensor, and not from the order of its elements."""
+    """An int64 checksum of a plain tensor's bits that does not depend on the order of its elements."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().reshape(-1).view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def differing(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
-    """Names of those plain tensors that are not the same on all ranks that should hold copies. One reduction."""
+    """Names of the plain tensors that are not equal on all ranks that should hold replicas. One reduction."""
     if not tensors:
         return []
     sums = torch.stack([checksum(t).to("cpu") for t in tensors.values()])
@@ -347,8 +349,8 @@ def differing(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
 
 
 def replicas(model: nn.Module) -> Ranks | None:
-    """The ranks of a DistributedDataParallel, which hold a copy of the model each; None for any other model."""
-    plain: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    """The ranks of a DistributedDataParallel, each with a replica of the model; None for any other model."""
+    plain: Any = getattr(model, "_orig_mod", model)  # the model inside torch.compile
     if not isinstance(plain, nn.parallel.DistributedDataParallel):
         return None
     group: Any = plain.process_group
@@ -361,7 +363,7 @@ def replicas(model: nn.Module) -> Ranks | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 put back its shards where a forward pass has left whole weights in their place."""
+    """Make FSDP2 restore its shards where a forward pass has left whole weights in their place."""
     for module in model.modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             put_back: Any = module.reshard
@@ -369,17 +371,21 @@ def reshard(model: nn.Module) -> None:
 
 
 def refuse_flat(model: object, optimizer: object) -> None:
-    """ValueError for engines that flatten the weights, so that none is left to prune by name."""
+    """Refuse engines that flatten the weights, because no weight can then be pruned by name.
+
+    Raises:
+        ValueError: names the engine and what to use instead.
+    """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     for one in (*modules, model, optimizer):
         kinds = [kind for kind in type(one).__mro__ if kind is not object]
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in kinds):
             raise ValueError(
-                "FullyShardedDataParallel (FSDP1) flattens the weights, so that there is none to prune; use its "
-                "successor, torch.distributed.fsdp.fully_shard, which Pomona works with"
+                "FullyShardedDataParallel (FSDP1) flattens the weights, so none is left to prune; use its "
+                "successor, torch.distributed.fsdp.fully_shard, which Pomona supports"
             )
         if any("DeepSpeed" in kind.__name__ or kind.__module__.partition(".")[0] == "deepspeed" for kind in kinds):
             raise ValueError(
-                f"{type(one).__name__} is of DeepSpeed, which flattens the weights, so that there is none to prune; "
+                f"{type(one).__name__} belongs to DeepSpeed, which flattens the weights, so none is left to prune; "
                 f"use torch.distributed.fsdp.fully_shard or DistributedDataParallel with a torch optimizer"
             )

@@ -27,10 +27,10 @@ class LayerReport:
         total: number of weights.
         nonzero: number of weights that are not exactly zero.
         channels: size of the first dimension, the layer's outputs (0 for a scalar).
-        dead_channels: outputs all of whose weights are zero.
-        largest_cut: largest magnitude that a cut to zero removed, if there was a cut.
+        dead_channels: number of outputs whose weights are all zero.
+        largest_cut: largest magnitude that was cut to zero, if there was a cut.
         smallest_kept: smallest magnitude that is not zero, if any.
-        reason: how the layer came to its share.
+        reason: why the layer kept this share.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LayerReport:
 
     @property
     def density(self) -> float:
-        """Share of the weights that is not zero."""
+        """Fraction of the weights that are not zero."""
         return self.nonzero / self.total if self.total else 0.0
 
 
@@ -53,18 +53,18 @@ class LayerReport:
 class Report:
     """Sparsity of a model, per layer and in total; ``str(report)`` is a table.
 
-    Every number is of the weights in scope only: biases and other parameters are listed in ``outside`` and not
+    Every number counts the weights in scope only: biases and other parameters are listed in ``outside`` and not
     counted.
 
     Attributes:
         layers: one entry for each tensor in scope.
         outside: name -> why it is not pruned.
-        granularity: what the method cuts together, see :mod:`pomona.granularity`; ``Pruner.verify`` proves it.
-        accuracy_before: what the caller's ``evaluate`` gave before the cut, if it was given.
-        accuracy_after: the same after it.
+        granularity: what the method cuts together, see :mod:`pomona.granularity`; ``Pruner.verify`` checks it.
+        accuracy_before: what the caller's ``evaluate`` returned before the cut, if there was one.
+        accuracy_after: what it returned after the cut.
         metrics: the method's own numbers, such as GSM's ``decay_exponent``.
-        num_steps: optimizer steps that were counted.
-        num_skipped: optimizer steps that were skipped because a gradient was not finite.
+        num_steps: number of optimizer steps.
+        num_skipped: number of optimizer steps that were skipped because a gradient was not finite.
     """
 
     layers: tuple[LayerReport, ...]
@@ -103,12 +103,12 @@ class Report:
 
     @property
     def dead_channels(self) -> int:
-        """Outputs all of whose weights are zero, over all layers."""
+        """Number of outputs whose weights are all zero, over all layers."""
         return sum(layer.dead_channels for layer in self.layers)
 
     @property
     def largest_cut(self) -> float | None:
-        """Largest magnitude that the cut removed; far below ``smallest_kept`` if weights had parted in two kinds."""
+        """Largest magnitude that the cut removed; far below ``smallest_kept`` if the weights had separated."""
         return max((cut for layer in self.layers if (cut := layer.largest_cut) is not None), default=None)
 
     @property
@@ -117,7 +117,7 @@ class Report:
         return min((kept for layer in self.layers if (kept := layer.smallest_kept) is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON; derived totals included."""
+        """Return plain values only, ready for JSON, including derived totals."""
         layers = [{**asdict(layer), "shape": list(layer.shape), "density": layer.density} for layer in self.layers]
         return {
             "of": f"the {self.total:,} weights in scope ({len(self.layers)} tensors)",
@@ -187,7 +187,7 @@ class Report:
 
 
 def _finite(value: Any) -> Any:
-    """Numbers that JSON does not have (NaN, infinity) become None."""
+    """Replace numbers that JSON cannot represent (NaN, infinity) with None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -223,7 +223,7 @@ def report_layers(
     cuts: Mapping[str, float] | None = None,
     reasons: Mapping[str, str] | None = None,
 ) -> tuple[LayerReport, ...]:
-    """Count tensors, or this rank's blocks of them; the reports are of the whole, the same on every rank."""
+    """Count tensors, or this rank's blocks of them; reports cover the whole tensors and are equal on all ranks."""
     blocks = [(shards or {}).get(name) for name in values]
     counted = [_count(value, shard) for value, shard in zip(values.values(), blocks, strict=True)]
     sums = sum_vectors([counts for counts, _ in counted], blocks)
@@ -249,7 +249,7 @@ def report_layers(
 
 
 def _count(value: Tensor, shard: Shard | None) -> tuple[Tensor, float]:
-    """The number of non-zeros and that of the whole tensor's channels, here; and the smallest magnitude of them."""
+    """This rank's counts of non-zeros, in total and per channel of the whole tensor; and their smallest magnitude."""
     num_channels = value.shape[:1] if shard is None else shard.shape[:1]
     channels = torch.zeros(num_channels.numel() if num_channels else 0, dtype=torch.int64)
     if not value.numel():
@@ -272,7 +272,7 @@ def _survey(value: Tensor) -> tuple[Tensor, float]:
 
 
 def report(model: nn.Module, scope: Scope | None = None) -> Report:
-    """Count the zeros of any model as it is, pruned by whatever means. Of a sharded one all ranks must ask.
+    """Count the zeros of any model, pruned by any means. If the model is sharded, call this on every rank.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -283,7 +283,7 @@ def report(model: nn.Module, scope: Scope | None = None) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"report() counts the weights of a torch.nn.Module, got {type(model).__name__}; load a state dict into its"
-            " model first, or save it and ask `pomona report FILE`"
+            " model first, or save it and run `pomona report FILE`"
         )
     reshard(model)
     selection = (scope or Scope()).select(model)

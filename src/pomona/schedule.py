@@ -1,6 +1,6 @@
-"""WHEN: numbers and events as functions of the optimizer step, which counts from 1.
+"""WHEN: numbers and events as functions of the optimizer step, counted from 1.
 
-A schedule is a frozen value; wherever a hyper-parameter accepts one, a plain number is accepted too.
+A schedule is a frozen value. Every hyper-parameter that accepts a schedule also accepts a plain number.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Schedule(ABC):
 
 
 Value: TypeAlias = float | Schedule
-FAR_AWAY = 2**53  # a step at which every schedule has come to its end
+FAR_AWAY = 2**53  # a step at which every schedule has ended
 
 
 def value_at(value: Value, step: int) -> float:
-    """The number that ``value`` is at ``step``."""
+    """The value at ``step``: that of a schedule, or the number itself."""
     return value(step) if isinstance(value, Schedule) else value
 
 
 def highest(value: Value) -> float:
-    """The largest number of a ramp or a constant; 0 for a schedule of unknown shape."""
+    """The largest value of a ramp or a constant; 0 for a schedule of unknown shape."""
     if isinstance(value, _Ramp):
         return max(value.start, value.end)
     if isinstance(value, Constant):
@@ -39,9 +39,9 @@ def highest(value: Value) -> float:
 
 
 def check_value(name: str, value: Value, *, low: float, high: float) -> None:
-    """Refuse a hyper-parameter outside [low, high) at the door, naming it, its value and the way out.
+    """Refuse a hyper-parameter outside [low, high), with its name, its value and the way out.
 
-    A schedule is checked at its ends: all schedules here move monotonically between them.
+    A schedule is checked at its ends: all schedules here are monotonic between them.
     """
     if isinstance(value, _Ramp):
         numbers: tuple[object, ...] = (value.start, value.end)
@@ -57,7 +57,7 @@ def check_value(name: str, value: Value, *, low: float, high: float) -> None:
 
 
 def check_count(name: str, count: int, *, low: int = 1) -> None:
-    """Refuse a count, such as a number of steps, that is no integer or below ``low``."""
+    """Refuse a count, such as a number of steps, that is not an integer or is below ``low``."""
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{name} must be an integer, got {count!r}")
     if count < low:
@@ -65,7 +65,7 @@ def check_count(name: str, count: int, *, low: int = 1) -> None:
 
 
 def check_never_falls(name: str, value: Value) -> None:
-    """Refuse a ramp that falls, for a method whose cut weights never return."""
+    """Refuse a falling ramp: for methods whose cut weights never return."""
     first, last = value_at(value, 0), value_at(value, FAR_AWAY)
     if first > last:
         raise ValueError(
@@ -123,7 +123,7 @@ class _Ramp(Schedule):
         return self.end + (self.start - self.end) * self._left(progress)
 
     def _left(self, progress: float) -> float:
-        """Share of the way that is still left, from 1 to 0 as ``progress`` goes from 0 to 1."""
+        """Remaining share of the ramp, from 1 to 0 as ``progress`` goes from 0 to 1."""
         raise NotImplementedError
 
 
@@ -155,7 +155,7 @@ class Cosine(_Ramp):
 
 
 class Geometric(_Ramp):
-    """By the same factor each step: ``start (end / start)^p``; both ends above 0."""
+    """By the same factor at each step: ``start (end / start)^p``; both ends above 0."""
 
     __slots__ = ()
 
@@ -175,12 +175,12 @@ class Geometric(_Ramp):
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """An event each ``n`` steps: true at ``start``, ``start + n``, ... up to and including ``end``.
+    """An event every ``n`` steps: true at ``start``, ``start + n``, ... up to and including ``end``.
 
     Args:
         n: period in optimizer steps, >= 1.
         start: first step of the event, >= 1.
-        end: last step at which it may happen; None: for ever.
+        end: last step at which it may happen; None: no limit.
     """
 
     n: int

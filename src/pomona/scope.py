@@ -15,12 +15,12 @@ from torch.nn.parameter import is_lazy
 
 @dataclass(frozen=True, slots=True)
 class ScopedParameters:
-    """The outcome of a scope: what is pruned, and why the rest is not.
+    """What a scope selects from a model, and why it leaves out the rest.
 
     Attributes:
-        inside: name -> parameter, in the order of ``model.named_parameters()``; a tied parameter once, under
-            its first name.
-        outside: name -> reason, for every other parameter (also the further names of tied ones).
+        inside: name -> parameter, in the order of ``model.named_parameters()``; a tied parameter appears once,
+            under its first name.
+        outside: name -> reason, for every other parameter (and for the other names of tied ones).
     """
 
     inside: dict[str, nn.Parameter]
@@ -31,13 +31,13 @@ class ScopedParameters:
 class Scope:
     """Which parameters are pruned. The default is every trainable weight of two or more dimensions.
 
-    Biases, norms' scales and other vectors stay dense, and no number that is printed counts them.
+    Biases, normalisation scales and other vectors stay dense, and no printed number counts them.
 
     Args:
-        types: module classes whose own parameters are taken, e.g. ``(nn.Conv2d, nn.Linear)``; empty: all.
-        include: patterns of which a parameter must match at least one; empty: all.
-        exclude: patterns of which a parameter must match none.
-        min_ndim: least number of dimensions of a pruned parameter, >= 0. The default of 2 leaves out biases and
+        types: only parameters owned by modules of these classes, e.g. ``(nn.Conv2d, nn.Linear)``; empty: all.
+        include: a parameter must match at least one of these patterns; empty: all.
+        exclude: a parameter must match none of these patterns.
+        min_ndim: minimum number of dimensions of a pruned parameter, >= 0. The default of 2 leaves out biases and
             norms by shape, which is safer than by name (GSM's own code looks for "bias" and "bn").
 
     A pattern is a shell wildcard (``*``, ``?``, ``[ab]``, case matters) over the full parameter name, such as
@@ -74,8 +74,8 @@ class Scope:
         """Find the parameters of ``model`` that are pruned, each tensor once.
 
         Raises:
-            ValueError: a pattern or type matches nothing, nothing is left to prune, or a parameter in scope
-                cannot be pruned as it stands (lazy, complex or integer, recomputed by a parametrization).
+            ValueError: a pattern or type matches nothing, there is nothing to prune, or a parameter in scope
+                cannot be pruned (it is lazy, complex or integer, or recomputed by a parametrization).
         """
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._check_patterns(names)
@@ -105,9 +105,9 @@ class Scope:
         return ScopedParameters(inside, outside)
 
     def _reason_outside(self, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
-        """Why the parameter with these names, and the modules that own it, is not pruned; "" if it is."""
+        """Why a parameter with these names and owning modules is not pruned; "" if it is."""
         if self.types and not any(isinstance(module, tuple(self.types)) for module in modules.values()):
-            return f"of {type(next(iter(modules.values()))).__name__}, not in types"
+            return f"belongs to {type(next(iter(modules.values()))).__name__}, which is not in types"
         if self.include and not any(matches(name, pattern) for name in modules for pattern in self.include):
             return "not in include"
         for pattern in self.exclude:
@@ -141,8 +141,8 @@ class Scope:
             if not any(isinstance(module, kind) for module in model.modules()):
                 have = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))})
                 raise ValueError(
-                    f"Scope(types=[{kind.__name__}]) matches no module of the model; modules with parameters "
-                    f"are of {', '.join(have)}"
+                    f"Scope(types=[{kind.__name__}]) matches no module of the model; its modules with parameters "
+                    f"are: {', '.join(have)}"
                 )
 
 
@@ -154,11 +154,11 @@ def matches(name: str, pattern: str) -> bool:
 
 def _check_prunable(name: str, parameter: nn.Parameter, module: nn.Module) -> None:
     if not parameter.is_floating_point():
-        raise ValueError(f"{name} is of {parameter.dtype}; only real floating-point weights can be pruned")
+        raise ValueError(f"{name} is {parameter.dtype}; only real floating-point weights can be pruned")
     if parameter.layout is not torch.strided:
         raise ValueError(f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned")
     leaf = name.rpartition(".")[2]
-    plain = re.sub("_(orig|g|v)$", "", leaf)  # of prune and spectral_norm; of weight_norm
+    plain = re.sub("_(orig|g|v)$", "", leaf)  # suffixes of prune and spectral_norm (orig), of weight_norm (g, v)
     if ".parametrizations." in f".{name}" or (plain != leaf and plain in vars(module)):
         raise ValueError(
             f"{name} is recomputed by a parametrization (torch.nn.utils.parametrize or torch.nn.utils.prune), so "

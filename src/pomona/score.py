@@ -1,7 +1,7 @@
-"""HOW a weight is ranked: scores >= 0 of the weight's shape; a larger one stays.
+"""HOW a weight is ranked: scores >= 0 in the weight's shape; larger scores survive.
 
-Scores are float32 whatever the weights are: a product of two half-precision numbers underflows to zero long
-before the weight stops mattering.
+Scores are float32 for weights of any dtype: a product of two half-precision numbers underflows to zero long before
+the weight stops mattering.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Score:
-    """``|w|``, or ``|w g|``, of one tensor: a description, computed where it is needed, a piece at a time.
+    """``|w|`` or ``|w g|`` of one tensor: a description, evaluated on demand, one piece at a time.
 
     Attributes:
         w: any shape and floating dtype.
-        g: the second factor, of the same shape; None if there is none.
-        inside: boolean, of the same shape: rank inside this mask only. Scores outside are zero; scores inside are at
+        g: the second factor, with the same shape; None if there is none.
+        inside: boolean, with the same shape: rank only inside this mask. Scores outside are zero; scores inside are at
             least the smallest normal number, so that a selection may keep them. None: rank everywhere.
     """
 
@@ -40,7 +40,7 @@ class Score:
         return self.w.numel()
 
     def tensor(self) -> Tensor:
-        """The scores: a new float32 tensor, outside of autograd."""
+        """Compute the scores: a new float32 tensor, detached from autograd."""
         w = self.w.detach()
         if self.g is None:
             score = w.to(torch.float32, copy=True).abs_()
@@ -49,15 +49,15 @@ class Score:
         return score if self.inside is None else rank_inside_(score, self.inside)
 
     def flat(self) -> Score:
-        """The same in one dimension."""
+        """The same scores in one dimension."""
         return self._map(lambda t: t.reshape(-1))
 
     def piece(self, start: int, stop: int) -> Score:
-        """Scores [start, stop) of a flat one: a view."""
+        """View of the scores [start, stop) of a flat one."""
         return self._map(lambda t: t[start:stop])
 
     def take(self, places: Tensor) -> Score:
-        """The scores at these flat places."""
+        """The scores at these flat indices."""
         return self._map(lambda t: torch.take(t, places))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Score:
@@ -76,7 +76,7 @@ def magnitude(w: Tensor) -> Score:
 
 
 def saliency(w: Tensor, g: Tensor) -> Score:
-    """``|w g|``: what the loss changes by, to first order, if the weight goes to zero.
+    """``|w g|``: the first-order change of the loss if the weight becomes zero.
 
     GSM's metric T (arXiv 1909.12778, eq. 4), the first-order Taylor term.
 
@@ -84,5 +84,7 @@ def saliency(w: Tensor, g: Tensor) -> Score:
         ValueError: the shapes differ.
     """
     if w.shape != g.shape:
-        raise ValueError(f"a weight and its gradient have one shape, got {tuple(w.shape)} and {tuple(g.shape)}")
+        raise ValueError(
+            f"a weight and its gradient must have the same shape, got {tuple(w.shape)} and {tuple(g.shape)}"
+        )
     return Score(w, g)

@@ -725,7 +725,7 @@ def blocks_are_where_they_are_said_to_be(rows: int, columns: int) -> list[str]:
         try:
             shard = shards_of({"weight": weight})["weight"]
         except ValueError as error:
-            assert "is not one block of neighbours" in str(error), error
+            assert "does not hold one contiguous block" in str(error), error
             refused.append(name)
             continue
         block = local(weight)

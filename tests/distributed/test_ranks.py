@@ -130,13 +130,13 @@ def test_what_would_prune_wrongly_is_refused_on_all_ranks(world: World) -> None:
         "shape of state": "Shaped remembers rows of shape (5,) for 0.weight",
         "too early, step": "0.weight was no DTensor when the Pruner was made and has been replaced since",
         "too early, harden": "shard first (fully_shard, parallelize_module), then make the optimizer, then the Pruner",
-        "partial": "0.weight is placed as P(sum); weights can be pruned that are placed as Shard or Replicate",
-        "scattered": "0.weight is placed as (_StridedShard(dim=0, sf=2),) so that a rank's block is not one block of",
+        "partial": "0.weight is placed as P(sum); only weights placed as Shard or Replicate can be pruned",
+        "scattered": "0.weight is placed as (_StridedShard(dim=0, sf=2),), so that a rank does not hold one contiguous",
         "two meshes": "2.weight is on DeviceMesh((dp=3)",
         "gradient": "the gradient of 0.weight is placed as (Partial(sum),) and the weight as (Shard(dim=0),)",
         "methods": "this one has GSM(sparsity=0.5, min_density=0.0001, granularity='weight') for 2 tensors",
         "fsdp1": "use its successor, torch.distributed.fsdp.fully_shard",
-        "deepspeed": "DeepSpeedEngine is of DeepSpeed, which flattens the weights",
+        "deepspeed": "DeepSpeedEngine belongs to DeepSpeed, which flattens the weights",
     }
     for name, message in expected.items():
         assert message in first[name], (name, first[name])

@@ -22,7 +22,7 @@ def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if page.parent.name == "tutorials":
         pytest.skip("in test_tutorials.py")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "page"}  # of the whole page, which is read from top to bottom
+    names: dict[str, object] = {"__name__": "page"}  # shared by the whole page, which runs from top to bottom
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         exec(compile(code, page.name, "exec", dont_inherit=True), names)
 

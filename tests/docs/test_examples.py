@@ -52,7 +52,7 @@ def test_accelerate_loop() -> None:
     with pytest.warns(UserWarning, match=r"have not decayed"):  # one epoch of eight
         assert main("runs", num_epochs=1).num_steps == 128
     with pytest.warns(UserWarning, match=r"have not decayed"):
-        assert main("runs", num_epochs=2).num_steps == 256  # it goes on
+        assert main("runs", num_epochs=2).num_steps == 256  # it resumes
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -87,7 +87,7 @@ def test_distributed(options: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES if path.stem != "distributed"])
 def test_as_a_user_starts_it(name: str) -> None:
-    """With all its steps, and no warning of ours."""
+    """With all its steps, and without a warning from Pomona."""
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:pomona", FOLDER / f"{name}.py"],
         capture_output=True,

@@ -1,6 +1,6 @@
 """The package builds from its sdist and installs into clean environments: with a compiler, without, with a broken one.
 
-Needs the package index, for hatchling; torch is not fetched again but lent by the environment that runs the tests.
+Needs the package index for hatchling; torch is not downloaded but borrowed from the environment that runs the tests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ print(pomona.__version__, pruner.harden().nonzero, core.is_available(), pomona._
 
 
 def run(*command: str | Path, cwd: str | Path = sys.prefix, fails: bool = False, **environment: str) -> str:
-    """What it prints; not in the root by default, whose src would be found first."""
+    """Run a command and return what it prints; by default not in the root, whose src would be found first."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, env=inherited | environment, cwd=cwd, capture_output=True, text=True)
     assert bool(done.returncode) == fails, done.stdout + done.stderr
@@ -50,7 +50,7 @@ def run(*command: str | Path, cwd: str | Path = sys.prefix, fails: bool = False,
 
 
 def make_venv(folder: Path) -> Path:
-    """A clean environment's Python, which sees torch and numpy beside what is installed into it, but no pomona."""
+    """Make a clean environment that sees torch and numpy, but not pomona; returns its Python."""
     run(sys.executable, "-m", "venv", folder)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "lent.pth").write_text(str(Path(numpy.__file__).parent.parent))
@@ -74,7 +74,7 @@ def sdist(builder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def build(builder: Path, sdist: Path, tmp_path: Path) -> Build:
-    """Makes a wheel of what the sdist holds; what that printed is in ``tmp_path / "log"``."""
+    """Builds a wheel from the sdist; the output is in ``tmp_path / "log"``."""
 
     def build_wheel(*, fails: bool = False, **environment: str) -> Path:
         with tarfile.open(sdist) as archive:
@@ -90,7 +90,7 @@ def build(builder: Path, sdist: Path, tmp_path: Path) -> Build:
 
 
 def use(wheel: Path, folder: Path) -> list[str]:
-    """What a program prints in a fresh environment into which the wheel was installed."""
+    """Install the wheel into a fresh environment and return what a program prints there."""
     python = make_venv(folder / "venv")
     run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel)
     printed = run(python, "-c", USE).split()
@@ -101,7 +101,7 @@ def use(wheel: Path, folder: Path) -> list[str]:
 
 
 def without_tools(tmp_path: Path) -> dict[str, str]:
-    """An environment in which no program is found."""
+    """Environment variables with which no program is found."""
     (tmp_path / "empty").mkdir()
     return {"PATH": str(tmp_path / "empty"), "CXX": "", "CC": ""}
 
@@ -124,7 +124,7 @@ def test_a_wheel_with_the_core(build: Build, tmp_path: Path) -> None:
         }
         ours = {name for name in ours if "__pycache__" not in name and "/_core." not in name}
         metadata = next(archive.read(name).decode() for name in names if name.endswith("/METADATA"))
-    cores = {name for name in names if name.startswith("pomona/_core.")}
+    cores = {name for name in names if name.startswith("pomona/native/_core.")}
     assert len(cores) == 1
     assert {name for name in names if name.startswith("pomona/")} - cores == ours >= {"pomona/py.typed"}
     assert f"\nVersion: {pomona.__version__}\n" in metadata

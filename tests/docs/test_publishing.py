@@ -1,4 +1,4 @@
-"""What publishing rests on says the same everywhere; test_install.py (slow) does it."""
+"""Version, dependencies and workflows agree wherever they are stated; test_install.py (slow) installs the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_version_is_that_of_the_package() -> None:
     )
 
 
-def test_the_oldest_versions_are_those_that_are_tested_and_told() -> None:
+def test_the_oldest_versions_are_tested_and_documented() -> None:
     oldest = dict(one.split(">=") for one in PROJECT["project"]["dependencies"])
     assert oldest.keys() == {"torch", "numpy"}
     for package, version in oldest.items():
@@ -35,7 +35,7 @@ def test_the_oldest_versions_are_those_that_are_tested_and_told() -> None:
     assert f"make PYTHON=python{python} test-oldest" in INSTALL
 
 
-def test_the_workflows_run_what_there_is() -> None:
+def test_the_workflows_run_existing_targets() -> None:
     yaml = pytest.importorskip("yaml")
     targets = set(re.findall(r"^([a-z][\w-]*(?: [a-z][\w-]*)*):", MAKEFILE, re.MULTILINE))
     targets = {target for line in targets for target in line.split()}

@@ -1,4 +1,4 @@
-"""The code in the README runs, and what it says of the tree and the command line is so."""
+"""The code in the README runs, and what it says about the tree and the command line is true."""
 
 from __future__ import annotations
 

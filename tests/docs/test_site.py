@@ -1,4 +1,4 @@
-"""The site builds without a warning, needs nothing from elsewhere, and has a place for every public name."""
+"""The site builds without a warning, loads nothing from other hosts, and has a place for every public name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHONE = 390  # CSS pixels
 
 @dataclass
 class Seen(HTMLParser):
-    """What a built page shows and refers to."""
+    """What a built page shows and links to."""
 
     ids: set[str] = field(default_factory=set)
     links: list[str] = field(default_factory=list)  # to follow
@@ -75,7 +75,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pages(site: Path) -> dict[str, Seen]:
     seen = {}
     for path in sorted(site.rglob("*.html")):
-        if path.name != "404.html":  # whose links are absolute, for it is shown at any address
+        if path.name != "404.html":  # whose links are absolute, because it is shown at any address
             page = seen[path.relative_to(site).as_posix()] = Seen()
             page.feed(path.read_text(encoding="utf-8"))
     return seen
@@ -112,7 +112,7 @@ def test_every_file_of_docs_is_in_the_navigation(pages: dict[str, Seen]) -> None
 
 
 def public_names() -> Iterator[tuple[str, set[str]]]:
-    """As users import it, and the names that it may be described under."""
+    """Each name as users import it, and the names under which it may be documented."""
     modules = ["pomona", "pomona.runtime", "pomona.schedule", "pomona.score", "pomona.budget", "pomona.ops"]
     if importlib.util.find_spec("pomona.integrations"):
         package = importlib.import_module("pomona.integrations")
@@ -133,7 +133,7 @@ def test_every_public_name_has_a_place(pages: dict[str, Seen]) -> None:
     assert [name for name, possible in public_names() if not possible & places] == []
 
 
-def test_every_command_and_option_is_told(site: Path, pages: dict[str, Seen]) -> None:
+def test_every_command_and_option_is_documented(site: Path, pages: dict[str, Seen]) -> None:
     (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     page = (site / "cli.html").read_text(encoding="utf-8")
     for name, command in commands.choices.items():
@@ -142,7 +142,7 @@ def test_every_command_and_option_is_told(site: Path, pages: dict[str, Seen]) ->
             assert all(option in page for option in action.option_strings if option not in ("-h", "--help"))
 
 
-def test_the_home_page_begins_as_the_readme_does(pages: dict[str, Seen]) -> None:
+def test_the_home_page_starts_like_the_readme(pages: dict[str, Seen]) -> None:
     opening = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
     first = opening.partition("```python")[0].strip().splitlines()[2:]
     shown = " ".join("".join(pages["index.html"].text).split())
@@ -172,7 +172,7 @@ IN_FRAMES = """
 
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
 def test_pages_fit_a_phone(site: Path, pages: dict[str, Seen], tmp_path: Path) -> None:
-    """Tables, code and formulas scroll inside of the page; none makes it wider than the screen."""
+    """Tables, code and formulas scroll within the page; none makes it wider than the screen."""
     with served(site) as port, opened(tmp_path / "profile") as page:
         page.call("Page.navigate", url=f"http://127.0.0.1:{port}/404.html")
         page.wait_for("document.readyState == 'complete'")

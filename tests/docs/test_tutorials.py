@@ -1,4 +1,4 @@
-"""The tutorials run from top to bottom, and print what they say they do, but for the numbers."""
+"""The tutorials run from top to bottom and print what they show, except for the numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FOLDER = Path(__file__).parents[2] / "docs/tutorials"
 BLOCK = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", flags=re.DOTALL | re.MULTILINE)
 PAGES = sorted(path.name for path in FOLDER.glob("*.md") if BLOCK.search(path.read_text(encoding="utf-8")))
 
-# What makes a tutorial short enough for the default suite: (as it stands, instead).
+# Edits that make a tutorial short enough for the default suite: (original, replacement).
 SHORTER = {
     "cifar.md": [("num_images, epochs = 10_000, 12\n", "num_images, epochs = 128, 4\n")],
     "transformer.md": [
         ("num_held_out, num_sentences, epochs = 300, 1_000, 6\n", "num_held_out, num_sentences, epochs = 8, 16, 1\n")
     ],
-    "mnist.md": [  # fewer epochs, and so much decay that what is passive can vanish in them
+    "mnist.md": [  # fewer epochs, with so much decay that passive weights can still vanish
         ("epochs = 30\n", "epochs = 1\n"),
         ("epochs = 200\n", "epochs = 8\n"),
         ("momentum=0.99, weight_decay=5e-4", "momentum=0.9, weight_decay=0.2"),
@@ -29,7 +29,7 @@ SHORTER = {
 
 
 def shape_of(printed: str) -> str:
-    """Without its numbers, and the spaces and rules whose lengths follow from theirs."""
+    """Remove numbers, and the spaces and rules whose lengths depend on them."""
     return re.sub(r"\s+", " ", re.sub(r"-{4,}", "-", re.sub(r"[-+]?\d+([,.]\d+)*(e[-+]\d+)?", "#", printed))).strip()
 
 
@@ -57,7 +57,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_data: None) -
 @pytest.mark.parametrize("page", PAGES)
 def test_it_runs_when_shortened(page: str) -> None:
     with warnings.catch_warnings():
-        if page in SHORTER:  # too short to succeed, which is said
+        if page in SHORTER:  # too short to succeed, so it warns
             warnings.filterwarnings("ignore", message="decay exponent|harden")
         run(page, SHORTER.get(page, []))
 

@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_callback_or_method_is_refused(tmp_path: Path) -
     first.save_checkpoint(tmp_path / "half.ckpt")
     resume = partial(trainer().__class__.fit, ckpt_path=tmp_path / "half.ckpt")
     other = PrunerCallback(GSM, scope=pomona.Scope(exclude=["net.2"]))
-    with pytest.raises(ValueError, match=r"state of PrunerCallback\(optimizer=None.*but this is .*net\.2"):
+    with pytest.raises(ValueError, match=r"state of PrunerCallback\(optimizer=None.*but this callback is .*net\.2"):
         resume(trainer(other), Module(), Loader())
     with pytest.raises(ValueError, match=r"the state is of GSM.*this Pruner has GSM\(sparsity=0\.5"):
         resume(trainer(PrunerCallback(pomona.GSM(sparsity=0.5))), Module(), Loader())
@@ -350,9 +350,9 @@ def test_of_several_optimizers_each_gets_its_own_callback(tmp_path: Path) -> Non
 
 
 def test_which_of_several_optimizers_has_to_be_said() -> None:
-    with pytest.raises(ValueError, match=r"gave 2 optimizers; say which: PrunerCallback\(..., optimizer=0\)"):
+    with pytest.raises(ValueError, match=r"returned 2 optimizers; choose one: PrunerCallback\(..., optimizer=0\)"):
         fit(PrunerCallback(GSM), Two())
-    with pytest.raises(ValueError, match="optimizer must be below 2, as many as there are, got 2"):
+    with pytest.raises(ValueError, match="optimizer must be below 2, the number of optimizers, got 2"):
         fit(PrunerCallback(GSM, optimizer=2), Two())
     with pytest.raises(ValueError, match=r"the optimizer does not hold net\.2\.weight"):
         fit(PrunerCallback(GSM, optimizer=0), Two())
@@ -401,7 +401,7 @@ def test_bad_arguments_are_refused_at_once() -> None:
     ):
         PrunerCallback(0.9)  # type: ignore[arg-type]
     for wrong in (-1, True, "sgd"):
-        with pytest.raises(ValueError, match="optimizer must be a number >= 0"):
+        with pytest.raises(ValueError, match="optimizer must be an index in configure_optimizers, >= 0"):
             PrunerCallback(GSM, optimizer=wrong)  # type: ignore[arg-type]
 
 
@@ -449,7 +449,7 @@ def test_an_average_that_is_written_after_the_cut_is_noticed(is_first: bool) -> 
         return
     with (
         pytest.warns(UserWarning, match="the weights were changed since the last optimizer step"),
-        pytest.raises(RuntimeError, match=r"contract is broken.*has to come before PrunerCallback in callbacks="),
+        pytest.raises(RuntimeError, match=r"contract is broken.*must come before PrunerCallback in callbacks="),
     ):
         run.fit(Module(), Loader())
 

@@ -81,10 +81,10 @@ def test_what_cannot_be_merged_is_refused() -> None:
         merge(with_adapter(dense, torch.ones(1, 2), torch.ones(2, 1)))
     model = with_adapter(two_layers(), torch.ones(1, 2), torch.ones(2, 1))
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"adapters are merged into this model already"):
+    with pytest.raises(ValueError, match=r"adapters are already merged into this model"):
         merge(model)
     prefix = get_peft_model(sparse_bert(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match=r"adds nothing to the weights that could be merged"):
+    with pytest.raises(ValueError, match=r"adds nothing to the weights, so there is nothing to merge"):
         merge(prefix)
 
 
@@ -115,7 +115,7 @@ def test_training_adapters_moves_no_zero_of_the_base_and_merging_keeps_them(tmp_
 
 def test_a_pruner_that_would_only_meet_adapters_is_refused(tmp_path: Path) -> None:
     for callback in (PrunerCallback(), PrunerCallback(MAGNITUDE)):
-        with pytest.raises(ValueError, match=r"of a model with PEFT adapters only these train"):
+        with pytest.raises(ValueError, match=r"only the adapters of a PEFT model train"):
             trainer_of(tmp_path, callback, model=adapted_bert()).train()
     callback = PrunerCallback(MAGNITUDE, scope=pomona.Scope(include=["*.lora_*"]))
     trainer_of(tmp_path, callback, model=adapted_bert(), save_strategy="no").train()

@@ -207,13 +207,13 @@ def test_a_best_model_from_before_the_end_of_the_schedule_is_warned_of(tmp_path:
         trainer.train()
     assert callback.report.sparsity < SPARSITY - 0.2
     (tmp_path / "checkpoint-4" / FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=r"no state of a Pruner in .*checkpoint-4"):
+    with pytest.raises(FileNotFoundError, match=r"no Pruner state in .*checkpoint-4"):
         callback.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def test_a_checkpoint_without_the_state_is_refused(tmp_path: Path) -> None:
     trainer_of(tmp_path).train()
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-12: it was saved without PrunerCallback"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-12: the checkpoint was saved without PrunerCallback"):
         trainer_of(tmp_path, PrunerCallback(MAGNITUDE)).train(resume_from_checkpoint=True)
 
 
@@ -235,7 +235,7 @@ def test_a_checkpoint_may_lie_elsewhere_if_the_arguments_say_so(tmp_path: Path) 
     trainer = trainer_of(tmp_path / "old", callback)
     trainer.train()
     moved = shutil.move(tmp_path / "old/checkpoint-8", tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"say TrainingArguments.resume_from_checkpoint=FOLDER"):
+    with pytest.raises(FileNotFoundError, match=r"set TrainingArguments.resume_from_checkpoint=FOLDER"):
         trainer_of(tmp_path / "new", PrunerCallback(MAGNITUDE)).train(resume_from_checkpoint=str(moved))
     resumed = PrunerCallback(MAGNITUDE)
     again = trainer_of(tmp_path / "new", resumed, resume_from_checkpoint=str(moved))
@@ -267,7 +267,7 @@ def test_the_numbers_are_in_the_logs(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_reporter_that_would_not_see_the_numbers_is_warned_of(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, PrunerCallback(MAGNITUDE), report_to="tensorboard", save_strategy="no")
-    with pytest.warns(UserWarning, match=r"\['tensorboard'\] of report_to will not show the numbers"):
+    with pytest.warns(UserWarning, match=r"report_to=\['tensorboard'\] will not show Pomona's numbers"):
         trainer.train()
 
 
@@ -294,7 +294,7 @@ def test_a_folder_that_is_not_the_trainers_is_an_error(tmp_path: Path) -> None:
     callback = PrunerCallback(MAGNITUDE)
     trainer = trainer_of(tmp_path, callback, save_strategy="no")
     trainer.train()
-    with pytest.raises(RuntimeError, match=r"but not into .*checkpoint-12"):
+    with pytest.raises(RuntimeError, match=r"but not in .*checkpoint-12"):
         callback.on_save(trainer.args, trainer.state, trainer.control)
 
 

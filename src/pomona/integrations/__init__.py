@@ -1,7 +1,7 @@
-"""Where people already train: callbacks and functions around a Pruner, one framework a file.
+"""Callbacks and functions around a Pruner for the frameworks that people already train with, one file per framework.
 
-A framework is imported by its own file only. Here is what these share: how a Pruner is made, what of it is logged, and
-what of it lies in a checkpoint.
+Only its own file imports a framework. This module has what they share: how a Pruner is made, what is logged, and what
+goes into a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pomona.scope import Scope
 
 
 def check_arguments(method: Method | None, scope: Scope | None) -> None:
-    """TypeError for what a Pruner would refuse only once training begins."""
+    """Raise TypeError now for arguments that a Pruner would refuse only once training begins."""
     if not isinstance(method, Method | None):
         raise TypeError(
-            f"method must be a pomona.Method such as GSM(sparsity=0.9), or None to hold the zeros that are there, "
+            f"method must be a pomona.Method such as GSM(sparsity=0.9), or None to hold the model's existing zeros, "
             f"got {method!r}"
         )
     if not isinstance(scope, Scope | None):
@@ -30,28 +30,28 @@ def check_arguments(method: Method | None, scope: Scope | None) -> None:
 
 
 def attach(model: nn.Module, optimizer: Optimizer, method: Method | None, scope: Scope | None) -> Pruner:
-    """A Pruner with the method; without one it holds the zeros that the model has now.
+    """Make a Pruner with the method, or without one a Pruner that holds the model's current zeros.
 
     Raises:
-        ValueError: the model is wrapped by PEFT and there is no scope: only the adapters train, and nothing moves the
-            zeros of the frozen base.
+        ValueError: PEFT wraps the model and there is no scope: only the adapters train, and nothing moves the zeros of
+            the frozen base.
     """
     if hasattr(model, "peft_config") and scope is None:
         raise ValueError(
-            "of a model with PEFT adapters only these train: the zeros of its frozen base stay without a Pruner, and "
-            "pomona.integrations.peft.merge() keeps them when the adapters are merged. Leave the Pruner out; or, if "
-            "it is the adapters that you want pruned, say so: scope=Scope(include=['*.lora_*'])"
+            "only the adapters of a PEFT model train: the zeros of its frozen base stay without a Pruner, and "
+            "pomona.integrations.peft.merge() keeps them when the adapters are merged. Leave the Pruner out; or, to "
+            "prune the adapters themselves, pass scope=Scope(include=['*.lora_*'])"
         )
     return hold(model, optimizer, scope=scope) if method is None else Pruner(model, optimizer, method, scope=scope)
 
 
 def numbers(pruner: Pruner) -> dict[str, float]:
-    """What is logged, under the same names everywhere: for a loop of your own too.
+    """Return the numbers that the callbacks log, under the same names, for a loop of your own.
 
-    ``pomona/sparsity`` is the fraction of the weights in scope that are zero now, ``pomona/num_skipped`` the steps that
-    were skipped, ``pomona/density_if_cut/LAYER`` the share of a layer's weights that ``harden()`` would keep now, or
-    has kept; the method's own metrics follow. Costs a count and a selection, about what a step of pruning does. Of a
-    sharded model all ranks must ask.
+    ``pomona/sparsity`` is the fraction of the weights in scope that are zero now, ``pomona/num_skipped`` the number of
+    skipped steps, ``pomona/density_if_cut/LAYER`` the share of a layer's weights that ``harden()`` would keep now, or
+    has kept; the method's own metrics follow. Costs a count and a selection, about as much as one pruning step. If the
+    model is sharded, call this on every rank.
 
     Example:
         >>> import torch, pomona
@@ -67,19 +67,19 @@ def numbers(pruner: Pruner) -> dict[str, float]:
 
 
 def whole_state(pruner: Pruner) -> dict[str, Any]:
-    """``pruner.state_dict()`` for one file: sharded tensors put together, with checksums of the weights it belongs to.
+    """``pruner.state_dict()`` for one file: sharded tensors gathered, with checksums of the weights they belong to.
 
-    Of a sharded model all ranks must ask, and each holds the whole of one tensor at a time, but for those of the
-    state itself, which are whole on each rank in the end (on the CPU).
+    If the model is sharded, call this on every rank. Each rank holds one whole tensor at a time while gathering, and
+    in the end the whole state (on the CPU).
     """
     return {"pruner": _gathered(pruner.state_dict()), "weights": _checksums(pruner)}
 
 
 def load_whole_state(pruner: Pruner, state: Mapping[str, Any], origin: object) -> None:
-    """Go on from ``whole_state()``; the model's own weights have been loaded already.
+    """Resume from ``whole_state()``; the model's own weights must have been loaded already.
 
     Raises:
-        ValueError: it is something else, or belongs to another method, scope or weights; names where it lay.
+        ValueError: ``state`` is something else, or belongs to another method, scope or weights; names ``origin``.
     """
     if not isinstance(state, Mapping) or state.keys() != {"pruner", "weights"}:
         raise ValueError(f"{origin} does not hold the state of a Pruner")
@@ -88,7 +88,7 @@ def load_whole_state(pruner: Pruner, state: Mapping[str, Any], origin: object) -
     if wrong and held.keys() == state["weights"].keys():
         raise ValueError(
             f"the state of the Pruner in {origin} belongs to other weights than the model has now: {wrong[0]} differs; "
-            f"load the model's own weights of that checkpoint first"
+            f"load the model's weights from that checkpoint first"
         )
     try:
         pruner.load_state_dict(state["pruner"])
@@ -103,7 +103,7 @@ def _gathered(tree: Any) -> Any:
 
 
 def _checksums(pruner: Pruner) -> dict[str, int]:
-    """Name -> a number that follows from the bits of the whole weight, however it is spread."""
+    """Name -> checksum of the whole weight, independent of how it is sharded."""
     parameters = pruner.parameters()
     shards = shards_of(parameters)
     sums = sum_counts([checksum(local(p)) for p in parameters.values()], [shards.get(name) for name in parameters])

@@ -1,4 +1,4 @@
-"""Pruning in a loop of Hugging Face Accelerate."""
+"""Pruning in a Hugging Face Accelerate loop."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def prune(
     *,
     scope: Scope | None = None,
 ) -> Pruner:
-    """A Pruner for a prepared model and optimizer, saved and restored by ``save_state()`` and ``load_state()``.
+    """Make a Pruner for a prepared model and optimizer that ``save_state()`` and ``load_state()`` save and restore.
 
-    Call it after ``accelerator.prepare()`` and before ``load_state()``, on every rank. Names and patterns of the scope
-    are those of your own model, whatever it was wrapped in. Steps are those of the optimizer: a batch that only adds
-    to the gradients inside ``accelerator.accumulate()`` is none.
+    Call it after ``accelerator.prepare()`` and before ``load_state()``, on every rank. Names and scope patterns are
+    those of your own model, without its wrappers. Steps are optimizer steps: a batch that only accumulates gradients
+    inside ``accelerator.accumulate()`` does not count.
 
-    A checkpoint may go on with another number of processes. Its file (``custom_checkpoint_0.pkl``) is written by one
-    process, which holds the whole state then, with FSDP2 too.
+    A checkpoint can be resumed with another number of processes. One process writes its file
+    (``custom_checkpoint_0.pkl``) and then holds the whole state, with FSDP2 too.
 
     Args:
         accelerator: the one that prepared the model.
-        model: what ``prepare()`` returned: plain, in DistributedDataParallel, compiled, or sharded by FSDP2.
-        optimizer: what ``prepare()`` returned.
-        method: how weights are pruned; None: the zeros that are there now are held.
+        model: returned by ``prepare()``: plain, in DistributedDataParallel, compiled, or sharded by FSDP2.
+        optimizer: returned by ``prepare()``.
+        method: how weights are pruned; None: hold the model's current zeros.
         scope: which weights; default: every trainable weight of two or more dimensions.
 
     Raises:
-        ValueError: the model is of FSDP1 or DeepSpeed, or what else ``Pruner`` raises.
+        ValueError: the model uses FSDP1 or DeepSpeed, or ``Pruner`` refuses it for another reason.
     """
     check_arguments(method, scope)
     plain: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -50,7 +50,7 @@ def prune(
 
 
 class _Saved:
-    """A Pruner as ``save_state()`` needs it: what one process writes is the whole state."""
+    """Adapts a Pruner to ``save_state()``, where one process writes the whole state."""
 
     def __init__(self, pruner: Pruner) -> None:
         self.pruner = pruner

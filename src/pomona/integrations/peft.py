@@ -1,4 +1,4 @@
-"""LoRA and its kin over a sparse model: the zeros of the base, and what becomes of them when adapters are merged."""
+"""LoRA and similar adapters over a sparse model: keeping the zeros of the base when adapters are merged."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from pomona.reporting import Report, report_layers
 def merge(model: PeftModel, *, evaluate: Callable[[nn.Module], float] | None = None) -> tuple[nn.Module, Report]:
     """Merge the adapters into a sparse base and keep its zeros: ``merge_and_unload()``, then exact zeros again.
 
-    Adapters are dense, and ``merge_and_unload()`` alone makes the base dense: no zero is left in a layer that has one.
-    Here what an update adds to zeros of the base is thrown away. That has a price, which the report tells: the metric
-    ``update_lost`` is the share of the updates' sum of squares that fell on zeros (each layer's is in its reason), and
-    ``evaluate`` gives the accuracy with the adapters and after. To lose nothing, leave the adapters unmerged.
+    Adapters are dense, and ``merge_and_unload()`` alone makes the base dense: a layer with an adapter keeps no zeros.
+    This function discards what an update adds to zeros of the base. The report says what that cost: the metric
+    ``update_lost`` is the share of the updates' sum of squares that fell on zeros (each layer's share is in its
+    reason), and ``evaluate`` gives the accuracy with the adapters and after merging. To lose nothing, leave the
+    adapters unmerged.
 
-    Takes one copy of the base's weights while it lasts. The weights train again afterwards, so that ``hold()`` can win
-    back what was lost.
+    Needs a temporary copy of the base's weights. Afterwards all weights require gradients again, so that training with
+    ``hold()`` can recover what was lost.
 
     Args:
         model: adapters over a base with zeros, on one process; unusable afterwards.
         evaluate: called with the model before and after, e.g. for the accuracy.
 
     Returns:
-        The base model with the adapters merged into it, and its report: all weights of two or more dimensions.
+        The base model with the adapters merged into it, and a report on all weights of two or more dimensions.
 
     Raises:
-        ValueError: the base has no zeros, or adapters are merged into it already, or cannot be; or it is sharded.
+        ValueError: the base has no zeros or is sharded, or the adapters are already merged or cannot be.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a peft.PeftModel, got {type(model).__name__}")
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(
-            f"{model.peft_type} adds nothing to the weights that could be merged; the zeros of the base are where they "
-            f"were"
+            f"{model.peft_type} adds nothing to the weights, so there is nothing to merge; the zeros of the base are "
+            f"unchanged"
         )
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError("merge() works on one process; gather the model first (its full state dict)")
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError(
-            "adapters are merged into this model already, so the zeros of its base cannot be seen any more; call "
+            "adapters are already merged into this model, so the zeros of its base are no longer visible; call "
             "unmerge_adapter() first"
         )
     before = {name: p.detach().clone() for name, p in _base(model).items() if p.ndim >= 2 and p.is_floating_point()}
@@ -79,7 +80,7 @@ def merge(model: PeftModel, *, evaluate: Callable[[nn.Module], float] | None = N
 
 
 def _base(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The base's own parameters, by the names that they have once the adapters are gone."""
+    """The base's own parameters, by the names they have after the adapters are removed."""
     prefix: Any = model.base_model.prefix  # such as lora_
     found = {}
     for name, parameter in model.get_base_model().named_parameters():

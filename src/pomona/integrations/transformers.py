@@ -1,4 +1,4 @@
-"""Pruning in the Trainer of Hugging Face Transformers."""
+"""Pruning in the Hugging Face Transformers Trainer."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ FILE = "pruner.pt"
 
 
 class PrunerCallback(TrainerCallback):
-    """Prunes what a ``Trainer`` trains, or holds the zeros that its model has.
+    """Prunes the model that a ``Trainer`` trains, or holds its existing zeros.
 
-    Makes the Pruner when training begins, and asks it whether the run can succeed (``Pruner.diagnose``). Steps are
-    those of the optimizer, however many batches each accumulates; ``harden()`` follows the last of them, after
+    It makes the Pruner when training begins and checks whether the run can succeed (``Pruner.diagnose``). Steps are
+    optimizer steps, independent of gradient accumulation; ``harden()`` follows the last one, after
     ``load_best_model_at_end``. Each checkpoint folder gets a file ``pruner.pt``, and
-    ``train(resume_from_checkpoint=...)`` goes on from it: on a CPU bit for bit as if it had never stopped.
+    ``train(resume_from_checkpoint=...)`` resumes from it: on a CPU bit for bit as if it had never stopped.
 
-    The Trainer does not tell callbacks from which folder it resumes. It is ``checkpoint-STEP`` of ``output_dir``, or
-    else what ``TrainingArguments(resume_from_checkpoint=...)`` says.
+    The Trainer does not tell callbacks which folder it resumes from. The callback looks in ``checkpoint-STEP`` of
+    ``output_dir`` and in the folder named by ``TrainingArguments(resume_from_checkpoint=...)``.
 
     Each training log gets ``pomona/sparsity``, ``pomona/num_skipped`` and the method's metrics. A reporter that the
-    Trainer makes from ``report_to`` is called too early to see them; given as a callback after this one it does.
+    Trainer makes from ``report_to`` runs too early to see them; pass it as a callback after this one instead.
 
     Args:
-        method: how weights are pruned; None: the zeros that are there when training begins are held.
+        method: how weights are pruned; None: hold the zeros that the model has when training begins.
         scope: which weights; default: every trainable weight of two or more dimensions.
-        harden: write exact zeros at the end of training. Without a method they are exact all along.
+        harden: write exact zeros at the end of training. Without a method they are exact throughout.
 
     Attributes:
-        pruner: the Pruner, from the begin of training on.
-        report: what ``harden()`` reported, after the end of training.
+        pruner: the Pruner, set when training begins.
+        report: the report of ``harden()``, set when training ends.
 
     Example:
         >>> callback = PrunerCallback(pomona.Magnitude(0.8))
@@ -64,30 +64,30 @@ class PrunerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if hasattr(self, "pruner"):
-            self.pruner.detach()  # of an earlier call of train()
+            self.pruner.detach()  # left by an earlier call of train()
         if args.report_to:
             warnings.warn(
-                f"{args.report_to} of report_to will not show the numbers of Pomona, because the Trainer calls it "
-                f"before this callback; take report_to='none' and give its callback behind this one, such as "
+                f"report_to={args.report_to} will not show Pomona's numbers, because the Trainer calls these reporters "
+                f"before this callback; set report_to='none' and pass their callbacks after this one, such as "
                 f"callbacks=[PrunerCallback(...), TensorBoardCallback()]",
                 stacklevel=2,
             )
         self.pruner = attach(kwargs["model"], kwargs["optimizer"], self.method, self.scope)
         if state.global_step:
             self._restore([args.resume_from_checkpoint, _folder(args, state)])
-        elif isinstance(kwargs["lr_scheduler"], LambdaLR):  # as most of the Trainer's are; others may follow the loss
+        elif isinstance(kwargs["lr_scheduler"], LambdaLR):  # most of the Trainer's are; others may follow the loss
             self.pruner.diagnose(state.max_steps, kwargs["lr_scheduler"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         buffer = io.BytesIO()
-        torch.save(whole_state(self.pruner), buffer)  # on all ranks, for tensors may be spread over them
+        torch.save(whole_state(self.pruner), buffer)  # on all ranks, because tensors may be sharded
         folder = _folder(args, state)
         if not args.should_save:
             return
         if not folder.is_dir():
             raise RuntimeError(
-                f"the Trainer has saved a checkpoint, but not into {folder}, so the Pruner's state has no place beside "
-                f"it. (hyperparameter_search() makes folders of its own: take save_strategy='no' there)"
+                f"the Trainer saved a checkpoint, but not in {folder}, so the Pruner's state cannot be stored with "
+                f"it. (hyperparameter_search() makes its own folders: use save_strategy='no' there)"
             )
         safetensors.write(folder / FILE, buffer.getvalue())
 
@@ -110,9 +110,10 @@ class PrunerCallback(TrainerCallback):
         path = next((path for path in tried if path.is_file()), None)
         if path is None:
             raise FileNotFoundError(
-                f"there is no state of a Pruner in {tried[-1].parent}: it was saved without PrunerCallback, or cut off "
-                f"while it was written. Resume from a folder that has a {FILE}, or start anew. If it lies elsewhere, "
-                f"say TrainingArguments(resume_from_checkpoint=FOLDER) as well as train(resume_from_checkpoint=FOLDER)"
+                f"there is no Pruner state in {tried[-1].parent}: the checkpoint was saved without PrunerCallback, or "
+                f"writing it was interrupted. Resume from a folder that has a {FILE}, or start again. If it is "
+                f"elsewhere, set TrainingArguments(resume_from_checkpoint=FOLDER) as well as "
+                f"train(resume_from_checkpoint=FOLDER)"
             )
         load_whole_state(self.pruner, torch.load(path, map_location="cpu", weights_only=True), path)
 
