@@ -190,7 +190,8 @@ def _traced(
 
 def _calibrated(graph: Any, tensors: Mapping[str, Stored], inputs: tuple[Any, ...]) -> Any:
     """The graph with ranges, as it will be computed with what the file holds."""
-    from pomona.runtime import Graph, to_float32
+    from pomona.runtime import Graph
+    from pomona.runtime.network import to_float32
     from pomona.runtime.ranges import with_ranges
 
     graph = graph if isinstance(graph, Graph) else Graph.from_json(graph)
