@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pomona.files import container
-from pomona.files.container import File, Stored
+from pomona.files.container import FLOATS, File, Stored, to_float32
 from pomona.files.sparse import Sparse
 from pomona.native import library
 from pomona.runtime import reference
@@ -23,8 +23,6 @@ from pomona.runtime.ranges import with_ranges
 
 if TYPE_CHECKING:
     import torch
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
@@ -57,7 +55,7 @@ def load(
     try:
         graph = Graph.from_json(read.graph)
         graph.shapes(read.tensors)
-        tensors = {name: to_float32(name, read.tensors[name]) for name in graph.names()}
+        tensors = tensors_of(graph, read.tensors)
         return Network(
             graph, tensors, threads=threads, max_bytes=max_bytes, metadata=read.metadata, precision=precision
         )
@@ -156,16 +154,19 @@ class Network:
     __call__ = run
 
 
-def to_float32(name: str, stored: Stored) -> NDArray[np.float32] | Sparse:
-    """The numbers, exactly but for those of 64 bits."""
-    if stored.dtype not in _FLOATS:
-        raise ValueError(f"tensor {name[:100]!r} is of {stored.dtype}; the runtime computes with {', '.join(_FLOATS)}")
+def tensors_of(graph: Graph, stored: Mapping[str, Stored]) -> dict[str, NDArray[np.float32] | Sparse]:
+    """The tensors that a graph names, in float32: exactly, but for those of 64 bits.
 
-    def cast(values: NDArray[Any]) -> NDArray[np.float32]:
-        if stored.dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(over="ignore"):
-            return values.astype(np.float32)
+    Raises:
+        ValueError: one of them is not floating point.
+    """
+    return {name: _in_float32(name, stored[name]) for name in graph.names()}
 
+
+def _in_float32(name: str, stored: Stored) -> NDArray[np.float32] | Sparse:
+    if stored.dtype not in FLOATS:
+        raise ValueError(f"tensor {name[:100]!r} is of {stored.dtype}; the runtime computes with {', '.join(FLOATS)}")
     value = stored.value
-    return replace(value, values=cast(value.values)) if isinstance(value, Sparse) else cast(value)
+    if isinstance(value, Sparse):
+        return replace(value, values=to_float32(value.values, stored.dtype))
+    return to_float32(value, stored.dtype)
