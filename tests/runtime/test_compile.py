@@ -434,9 +434,9 @@ def test_the_table_says_what_was_chosen_and_why() -> None:
         Choice("head", 0.0, {}, None, None, False, "not called with the example"),
     )
     assert str(Compilation(layers, (50.0, 30.0))).splitlines() == [
-        "layer          zeros   dense us  sparse us  choice",
-        "features.conv  95.0%       30.0       10.0  sparse: 3.00 times as fast",
-        "fc             10.0%       10.0       20.0  torch: 0.50 times as fast",
-        "head            0.0%          -          -  torch: not called with the example",
+        "layer          zeros  dense us  sparse us  choice",
+        "features.conv  95.0%      30.0       10.0  sparse: 3.00 times as fast",
+        "fc             10.0%      10.0       20.0  torch: 0.50 times as fast",
+        "head            0.0%         -          -  torch: not called with the example",
         "1 of 3 layers run sparsely; the whole model takes 30.0 us with sparse layers, 50.0 without",
     ]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.native import library
+from pomona.pages.text import table
 from pomona.runtime.graph import Shape
 from pomona.runtime.layers import Within, forget, padding_of, sparse_kind_of
 
@@ -36,12 +37,12 @@ class Choice:
     """What was decided about one layer, and why.
 
     Attributes:
-        name: of the module.
-        sparsity: fraction of zeros of its weight.
-        calls: input shape -> how often it was called with that in one run of the example.
+        name: the module's name.
+        sparsity: the fraction of zeros in its weight.
+        calls: how often the layer is called with each input shape in one run of the example.
         dense_us: median time of the torch layer, in microseconds, summed over these calls; None if not measured.
-        sparse_us: the same of the sparse one.
-        is_sparse: whether it was replaced.
+        sparse_us: the same for the sparse layer.
+        is_sparse: whether the layer was replaced.
         reason: in a few words.
     """
 
@@ -60,7 +61,7 @@ class Compilation:
 
     layers: tuple[Choice, ...]
     whole_us: tuple[float, float] | None = None
-    """A call of the whole model, without and with its sparse layers; None if no layer gains alone."""
+    """Microseconds per call of the whole model, without and with its sparse layers; None if no layer gains alone."""
 
     @property
     def num_sparse(self) -> int:
@@ -68,41 +69,40 @@ class Compilation:
         return sum(choice.is_sparse for choice in self.layers)
 
     def __str__(self) -> str:
-        width = max([5, *(len(choice.name) for choice in self.layers)])
-        lines = [f"{'layer':<{width}}  zeros   dense us  sparse us  choice"]
-        for c in self.layers:
-            times = "".join(f"{t:11.1f}" if t is not None else f"{'-':>11}" for t in (c.dense_us, c.sparse_us))
-            lines.append(f"{c.name:<{width}} {100 * c.sparsity:5.1f}%{times}  {_choice(c)}")
-        lines.append(f"{self.num_sparse} of {len(self.layers)} layers run sparsely")
+        rows = [("layer", "zeros", "dense us", "sparse us", "choice"), *map(_row, self.layers)]
+        summary = f"{self.num_sparse} of {len(self.layers)} layers run sparsely"
         if self.whole_us:
             dense, sparse = self.whole_us
-            lines[-1] += f"; the whole model takes {sparse:.1f} us with sparse layers, {dense:.1f} without"
-        return "\n".join(lines)
+            summary += f"; the whole model takes {sparse:.1f} us with sparse layers, {dense:.1f} without"
+        return f"{table(rows, right=(1, 2, 3))}\n{summary}"
 
 
-def _choice(choice: Choice) -> str:
-    return ("sparse: " if choice.is_sparse else "torch: ") + choice.reason
+def _row(choice: Choice) -> tuple[str, ...]:
+    times = ("-" if us is None else f"{us:.1f}" for us in (choice.dense_us, choice.sparse_us))
+    kind = "sparse" if choice.is_sparse else "torch"
+    return choice.name, f"{100 * choice.sparsity:.1f}%", *times, f"{kind}: {choice.reason}"
 
 
 def compile(model: nn.Module, example: Tensor | Sequence[Any], *, threads: int | None = None) -> nn.Module:
     """A copy of ``model`` in which the layers that gain from their zeros are executed sparsely.
 
-    Every ``Conv2d`` and ``Linear`` with zeros is measured at the shapes that it sees in ``model(example)``: medians of
-    alternating runs of the torch layer and of the sparse one. It is replaced where the sparse one takes less time, by
-    more than 5 %. If then the whole model is no faster, all of them stay in torch: a layer alone finds its input in the
-    cache. What was chosen and why is ``compiled.compilation``; print it. A subclass with a ``forward`` of its
-    own runs that, and in it the calls of ``conv2d`` or ``linear`` with its weight itself are executed sparsely.
+    Every ``Conv2d`` and ``Linear`` with zeros is measured at the shapes that it sees in ``model(example)``: the torch
+    layer and the sparse one run in turns, and their medians are compared. A layer is replaced if the sparse one is
+    faster by more than 5 %. If the whole model is then no faster, all layers stay in torch; measured alone, a layer
+    finds its input in the cache, so it can gain there and not here. Print ``compiled.compilation`` to see the choices
+    and the reasons. A subclass keeps its own ``forward``: calls of ``conv2d`` or ``linear`` in it that take exactly its
+    weight are executed sparsely.
 
     The copy shares all parameters and buffers with ``model`` (as ``torch.compile`` does), has the same module names and
     the same ``state_dict()``. It follows any change of the weights that torch's version counters record: optimizers,
-    ``load_state_dict``, in-place operations, another tensor in their place. Writing through ``weight.data`` is recorded
-    nowhere and is not seen. In training mode, on other devices and in other dtypes than float32 a replaced layer does
-    what it did before; gradients in eval mode are those of the dense layer.
+    ``load_state_dict``, in-place operations, another tensor in their place. Torch does not record writes through
+    ``weight.data``, so these are not noticed. In training mode, on other devices and in other dtypes than float32, a
+    replaced layer does what it did before. In eval mode its gradients are those of the dense layer.
 
     Args:
         model: any module on the CPU, in eval mode.
-        example: its input, or a sequence of its arguments, of the shapes for which it is to be fast.
-        threads: how many a sparse layer may use. Default: ``torch.get_num_threads()``.
+        example: its input, or a sequence of its arguments, with the shapes for which it should be fast.
+        threads: how many threads a sparse layer may use. Default: ``torch.get_num_threads()``.
 
     Raises:
         ValueError: the model is in training mode, or ``threads`` is below 1.
@@ -148,7 +148,7 @@ def compile(model: nn.Module, example: Tensor | Sequence[Any], *, threads: int |
 
 
 def _calls(model: nn.Module, arguments: Sequence[Any]) -> dict[str, Counter[Shape]]:
-    """Of each layer the shapes of its inputs, and how often."""
+    """How often each layer is called with each input shape."""
     calls: dict[str, Counter[Shape]] = {}
 
     def record(name: str) -> Any:
@@ -209,7 +209,7 @@ def _why_not(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str | None:
 
 
 def _why_not_within(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str | None:
-    """Of a subclass, which may do anything: look what it does."""
+    """Why a subclass stays in torch. It may compute anything, so run it and look."""
     name = type(layer).__name__
     for shape in calls:
         mode = Within(layer, threads=1)
