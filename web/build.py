@@ -28,7 +28,7 @@ SOURCES = (
     "core/wasm/runtime.cpp",
 )
 _SECTION = b"\7sources"  # its name, with its length
-EXPORTS = ("new", "run", "shape", "about")
+EXPORTS = ("new", "run", "type", "about")
 # -Os: kernels are unrolled by hand; it is a quarter smaller than -O3 and not slower.
 COMPILE = """
     --target=wasm32 -std=c++17 -Os -msimd128 -mbulk-memory -ffreestanding -fno-exceptions -fno-rtti -fvisibility=hidden

@@ -32,7 +32,7 @@
 extern "C" {
 #endif
 
-#define POMONA_ABI 4 /* to be raised with every change of a signature, a struct or a constant in this file */
+#define POMONA_ABI 5 /* to be raised with every change of a signature, a struct or a constant in this file */
 
 #define POMONA_KEY_INFINITE 0x7f800000
 #define POMONA_KEY_MAX 0x7fffffff

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pomona._version import __version__
 
-_ABI = 4  # POMONA_ABI of pomona.h
+_ABI = 5  # POMONA_ABI of pomona.h
 _ISAS = ("portable", "avx2", "avx512")
 
 _is_off = False

@@ -52,28 +52,31 @@ def fold(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, 
                 ranges[node.operands[0]] = ranges[first + i]
         elif node.op == "conv" and _is_padding(before, made) and node.dilation == (1, 1):
             nodes[i] = _padded(before, node, made)
-    return prune_graph(graph.inputs, nodes, [alias[v] for v in graph.outputs], made, ranges)
+    folded = replace(
+        graph,
+        nodes=tuple(nodes),
+        outputs=tuple(alias[v] for v in graph.outputs),
+        ranges=None if ranges is None else tuple(ranges),
+    )
+    return prune_graph(folded, made)
 
 
-def prune_graph(
-    inputs: tuple[tuple[int, ...], ...],
-    nodes: list[Node],
-    outputs: list[int],
-    tensors: Mapping[str, Tensor],
-    ranges: list[float] | None = None,
-) -> tuple[Graph, dict[str, Tensor]]:
-    """A graph of the nodes that the outputs depend on, renumbered, and of the tensors that they need."""
-    first = len(inputs)
-    needed = set(outputs)
+def prune_graph(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, Tensor]]:
+    """The graph of the nodes that the outputs depend on, renumbered, and the tensors that they need."""
+    first, nodes = graph.num_inputs, graph.nodes
+    needed = set(graph.outputs)
     for i in reversed(range(len(nodes))):
         if first + i in needed:
             needed.update(nodes[i].operands)
     kept = [i for i in range(len(nodes)) if first + i in needed]
     number = {**{v: v for v in range(first)}, **{first + i: first + n for n, i in enumerate(kept)}}
-    renumbered = (replace(nodes[i], operands=tuple(number[v] for v in nodes[i].operands)) for i in kept)
-    left = None if ranges is None else (*ranges[:first], *(ranges[first + i] for i in kept))
-    graph = Graph(inputs, tuple(renumbered), tuple(number[v] for v in outputs), left)
-    return graph, {name: tensors[name] for name in graph.names()}
+    pruned = replace(
+        graph,
+        nodes=tuple(replace(nodes[i], operands=tuple(number[v] for v in nodes[i].operands)) for i in kept),
+        outputs=tuple(number[v] for v in graph.outputs),
+        ranges=None if graph.ranges is None else (*graph.ranges[:first], *(graph.ranges[first + i] for i in kept)),
+    )
+    return pruned, {name: tensors[name] for name in pruned.names()}
 
 
 def pad_weight(

@@ -126,7 +126,7 @@ class Network:
         Raises:
             ValueError: shapes do not fit, or a value is not finite.
         """
-        graph = with_ranges(self.graph, self.tensors, *(np.ascontiguousarray(x, np.float32) for x in inputs))
+        graph = with_ranges(self.graph, self.tensors, *inputs)
         return Network(
             graph,
             self.tensors,
@@ -140,15 +140,16 @@ class Network:
         """The outputs for a batch.
 
         Args:
-            inputs: arrays of real numbers, (batch, ...) each; computed with as float32.
+            inputs: arrays, (batch, ...) each: of real numbers, which are computed with as float32; of integers where
+                the network takes these.
 
         Returns:
             A float32 array (batch, ...), or a list of them where the network has several outputs.
 
         Raises:
-            ValueError: their number or a shape is wrong.
+            ValueError: their number, a shape or a dtype is wrong.
         """
-        outputs = self._execute(*(np.ascontiguousarray(x, np.float32) for x in inputs))
+        outputs = self._execute(*reference.arrays_of(self.graph, inputs))
         return outputs[0] if len(outputs) == 1 else outputs
 
     __call__ = run
