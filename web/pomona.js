@@ -4,8 +4,7 @@
 //   const logits = network.run(pixels); // Float32Array to Float32Array
 //
 // The file is that of docs/file-format.md, the engine is core/ compiled to WebAssembly (pomona.wasm). A file is not
-// trusted: whatever is wrong with it is an Error, and costs no more memory than `maxBytes` says and no more time than
-// its size explains.
+// trusted: a bad one leads to an Error, takes no more memory than `maxBytes`, and no more time than its size explains.
 
 const MAX_BYTES = 2 ** 28; // of a file's tensors as dense ones; and of what the engine makes of them
 
@@ -230,7 +229,7 @@ function readEntry(name, dtype, storage, sizes, kept, low, numBooks) {
   return entry;
 }
 
-/** Bytes of all sections but the last, whose length only its content tells; and what the last may have. */
+/** Least and most bytes of the payload: only the content of the last section says how long that is. */
 function payloadBytes({ graphBytes, books, own }) {
   const sparse = own.filter((entry) => entry.isSparse);
   const kept = sum(sparse, (entry) => entry.count);
@@ -250,7 +249,7 @@ const lowBytes = (entry) => Math.ceil((entry.count * entry.low) / 8);
 async function inflate(stream, plan) {
   const { least, most } = payloadBytes(plan);
   const payload = await inflated(stream, most);
-  // Not all browsers mind bytes behind the end. One that ends with its last byte is cut off without it.
+  // Not all browsers object to bytes after the end. A stream that ends with its last byte is cut off without it.
   const isCutOff = await inflated(stream.subarray(0, -1), most).then(
     () => false,
     () => true,
@@ -575,11 +574,11 @@ export class Network {
 
   /** A network of what read() returned.
    *
-   * dense: "never" or "always", how layers run; by default as is faster.
-   * microBatch: samples that go through the network together; 0: as fits into the cache.
-   * maxBytes: of memory for weights and activations.
+   * dense: "never" or "always" runs layers so; by default the faster way is taken for each.
+   * microBatch: samples that go through the network together; 0: as many as fit into the cache.
+   * maxBytes: the most memory that weights and activations may take.
    * precision: "int16" computes in fixed point, faster; the file must have the ranges of values.
-   * wasm: URL or bytes of pomona.wasm, where it does not lie beside this file; the first one given serves for all. */
+   * wasm: URL or bytes of pomona.wasm, if it is not in the folder of this file; the first one given serves for all. */
   static async from(file, { dense, microBatch = 0, maxBytes = MAX_BYTES, precision = "float32", wasm } = {}) {
     if (dense !== undefined && !Object.hasOwn(DENSE, dense))
       throw new Error(`dense must be "never", "always" or undefined, got ${short(dense)}`);

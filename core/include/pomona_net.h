@@ -112,7 +112,7 @@ typedef struct {
   int32_t num_inputs, num_nodes, num_operands, num_attributes, num_tensors, num_outputs;
 } pomona_graph;
 
-/* Whether layers run as if without zeros; else as is faster. */
+/* Whether layers run as if they had no zeros; 0: as is faster. */
 enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 };
 
 /* With `ranges` a network computes in 16-bit fixed point instead of float32, in half the memory. A value v is then kept
@@ -123,9 +123,9 @@ enum { POMONA_DENSE_NEVER = 1, POMONA_DENSE_ALWAYS = 2 };
  *
  *   max_pool, flatten: it is the operand's.
  *
- * To a layer belongs the add behind it, where nothing else reads the layer and the other operand, the residual, is
- * there already; and the relu or clip behind that, or behind the layer, likewise. Then u is the unit of the last of
- * these. Its products are summed in units s = 2^d u, with the least d <= 15 for which few weights are kept in parts:
+ * The add after a layer belongs to it if nothing else reads the layer and the other operand, the residual, exists
+ * already; and so does the relu or clip after that, or after the layer. Then u is the unit of the last of these. Its
+ * products are summed in units s = 2^d u, with the least d <= 15 for which few weights are kept in parts:
  *
  *   parts = 1 + floor(|w| (u_in / s) / m) if |w| (u_in / s) > m, and else 1, with m = 32767 / 32768, is at most 16 for
  *   each weight, sum(parts - 1) is at most a sixteenth of the number of weights that are not zero, and max|bias| is at

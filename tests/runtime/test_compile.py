@@ -151,7 +151,7 @@ def test_what_was_made_of_a_weight_goes_with_it() -> None:
     for size in range(20):
         sparse_conv2d(torch.randn(1, 2, 4 + size, 4), kept[:, :2, None, None], None, [1, 1], [0, 0], [1, 1], 1, 1)
     made = layers._made[layers._place(kept)]
-    assert len(made.layers) <= layers._ENGINES_A_WEIGHT
+    assert len(made.layers) <= layers._ENGINES_PER_WEIGHT
 
 
 @needs_core

@@ -3,8 +3,8 @@
     >>> import pomona.runtime  # doctest: +SKIP
     >>> logits = pomona.runtime.load("lenet.pomona.safetensors").run(images)  # doctest: +SKIP
 
-Torch is needed by :meth:`Network.from_model` alone. Without the compiled core a network runs too, literally and slowly
-(:mod:`pomona.runtime.reference`); ``Network.is_compiled`` tells.
+Only :meth:`Network.from_model` needs torch. Without the compiled core a network runs in numpy, literally and slowly
+(:mod:`pomona.runtime.reference`); ``Network.is_compiled`` says which it is.
 """
 
 from pomona.runtime.graph import Graph

@@ -1,9 +1,6 @@
-"""Any torch model, in which the layers that gain from their zeros are executed sparsely; the rest stays in torch.
+"""Choose the layers of a torch model that gain from their zeros, and run these sparsely; the rest stays in torch.
 
-A layer that gains calls one of two custom operations, ``torch.ops.pomona.sparse_conv2d`` and ``sparse_linear``. They
-take the dense weight: ``torch.compile`` and ``torch.export`` see an ordinary operation with a fake kernel, and a saved
-program runs in any process that imports ``pomona.runtime.compile``. What the engine made of a weight is kept beside it,
-and made anew when torch says that the weight has changed: by its memory or its version counter.
+A process that loads an exported program with such layers imports this module, or :mod:`pomona.runtime.layers`, first.
 """
 
 from __future__ import annotations
@@ -216,7 +213,7 @@ def _why_not_within(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str 
         try:
             with torch.no_grad(), mode:
                 layer(torch.randn(shape))
-        except Exception as error:  # whatever its forward throws
+        except Exception as error:  # its forward may raise anything
             return f"a {name}, which cannot be called by itself: {type(error).__name__}"
         if not mode.num_calls:
             return f"a {name}, which computes something else with its weight"

@@ -1,15 +1,14 @@
 """Networks with sparse weights, executed as a whole by the compiled core; numpy only.
 
-``core/include/pomona_net.h`` says what each operation computes, ``graph.py`` how a network is written down. Here a
-graph and its tensors are handed over; the core lays them out, decides for each layer whether zeros are worth skipping,
-and keeps a copy of its own.
+``core/include/pomona_net.h`` is the interface, ``graph.py`` says how a network is written down. Here a graph and its
+tensors are handed over. The core copies them, lays them out, and decides for each layer whether skipping zeros pays.
 
-Memory: 8 bytes for every weight that is not zero, once for single samples and once more for batches, beside the
-weights as given; activations in one arena that is used again and again.
+Memory: 8 bytes for every weight that is not zero, once for single samples and once more for batches, in addition to
+the weights as given. Activations share one arena.
 
-Deviations from float32 arithmetic one operation after the other: sums are in another order and products are fused with
-them; the error is that of a float32 dot product in any order. ``gelu`` is within 2e-7 of the true value for |x| <= 1,
-relative to |x| beyond.
+Deviations from float32 arithmetic, one operation after the other: sums are taken in another order, and products are
+fused with them. The error is that of a float32 dot product in any order. ``gelu`` is within 2e-7 of the true value for
+|x| <= 1, and beyond that relative to |x|.
 
 With ``precision="int16"`` the arithmetic is 16-bit fixed point. A value v of range r, the largest magnitude it had on
 some samples, is kept as an int16 q with v = u q, u = 4 r / 32767 (the 4 is POMONA_HEADROOM: what exceeds four times the
@@ -21,7 +20,7 @@ that is 2^15 or more (each counts as a weight), and a layer is
 
 so that an output of n weights whose magnitudes sum to S is off by at most (n + 1) / 2 s (products and bias), S / 2 u_in
 (the input) and n 2^-16 |q_in| s (weights). Everything else, and layers of one position where samples go one by one, is
-computed in float32 and rounded once. Results are the same bits on every machine, but for what goes through float32.
+computed in float32 and rounded once. Results have the same bits on every machine, except what goes through float32.
 """
 
 from __future__ import annotations
@@ -117,10 +116,10 @@ class About:
     """What a network takes.
 
     Attributes:
-        activation_bytes: arenas, one for each number of samples that was run together.
-        weight_bytes: weights as laid out for execution, for each of these.
-        macs: multiplications that one sample takes.
-        dense_macs: the same if there were no zeros.
+        activation_bytes: all arenas; there is one for each number of samples that ran together.
+        weight_bytes: weights as laid out for execution, for each of these numbers.
+        macs: multiplications per sample.
+        dense_macs: multiplications per sample of the same network without zeros.
     """
 
     activation_bytes: int
@@ -136,10 +135,10 @@ class Engine:
         graph: what it computes.
         tensors: its weights by name, numpy arrays or :class:`~pomona.files.sparse.Sparse`, floating point; cast to
             float32.
-        threads: how many at most.
-        dense: True runs all layers as if they had no zeros, False skips zeros everywhere; None chooses for each layer.
+        threads: how many it may use.
+        dense: True runs all layers as if they had no zeros, False skips zeros everywhere, None chooses for each layer.
         micro_batch: samples that go through the network together; 0 chooses as many as the cache holds.
-        max_bytes: of weights and of activations; ValueError above.
+        max_bytes: the most that weights and activations may take together.
         precision: of values and weights; "int16" is faster by up to two times and needs ``graph.ranges``.
 
     Raises:
@@ -221,7 +220,7 @@ class Engine:
         return About(about.activation_bytes, about.weight_bytes, about.macs, about.dense_macs)
 
     def profile(self, *inputs: NDArray[Any], repeats: int = 1) -> list[float]:
-        """Seconds a run spends in each node, mean over `repeats` runs. Nodes done together count as their first."""
+        """Mean seconds that a run spends in each node; nodes that are done together count as their first."""
         seconds = np.zeros(len(self.graph.nodes))
         self._library.pomona_net_profile(self._handle, 1, seconds.ctypes.data)
         for _ in range(repeats):

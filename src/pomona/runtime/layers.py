@@ -1,4 +1,10 @@
-"""Layers of torch that skip their zeros: the operations, the modules that call them, and the engines they keep."""
+"""Layers of torch that skip their zeros: the modules, the operations that they call, and the engines behind these.
+
+A sparse layer calls one of two custom operations, ``torch.ops.pomona.sparse_conv2d`` and ``sparse_linear``. They take
+the dense weight: ``torch.compile`` and ``torch.export`` see an ordinary operation with a fake kernel, and a saved
+program runs in any process that imports this module. The engines made for a weight are kept as long as the weight is,
+and made again when the memory or the version counter of the tensor shows that it has changed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,7 @@ from pomona.native import library
 from pomona.runtime.engine import Engine
 from pomona.runtime.graph import Graph, Node, Pair, Shape
 
-_ENGINES_A_WEIGHT = 8  # kept at once, for inputs of different shapes
+_ENGINES_PER_WEIGHT = 8  # kept at once, for inputs of different shapes
 
 
 class SparseConv2d(nn.Conv2d):
@@ -45,7 +51,7 @@ class SparseLinear(nn.Linear):
         return sparse_linear(x, self.weight, self.bias, self.threads)
 
 
-# What a layer becomes; subclasses are added as they come.
+# The sparse class of each class of layers; those of subclasses are added when they are first asked for.
 _SPARSE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
 
 
@@ -101,7 +107,7 @@ def sparse_kind_of(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _kind_within(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a subclass of ``Conv2d`` or ``Linear``: does the same, with :class:`Within` in eval mode."""
+    """Subclass a subclass of ``Conv2d`` or ``Linear``: its own ``forward``, inside of :class:`Within` in eval mode."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training:
@@ -221,11 +227,11 @@ sparse_conv2d: Callable[..., Tensor] = torch.ops.pomona.sparse_conv2d.default
 sparse_linear: Callable[..., Tensor] = torch.ops.pomona.sparse_linear.default
 
 
-# What was made of weights.
+# The engines.
 
 
 class _Layer:
-    """An engine of one layer, for one state of its weight. Calls of several threads wait for each other."""
+    """An engine for one layer and one state of its weight. Calls from several threads wait for each other."""
 
     def __init__(self, graph: Graph, tensors: dict[str, Any], threads: int) -> None:
         self._engine = Engine(graph, tensors, threads=threads)
@@ -249,7 +255,7 @@ class _Made:
         self.layers: OrderedDict[Any, _Layer] = OrderedDict()
 
     def is_alive(self) -> bool:
-        """Whether the weight still is."""
+        """Whether the weight still exists."""
         return not self._storage.expired()  # type: ignore[no-untyped-call]
 
 
@@ -260,7 +266,7 @@ _made_lock = threading.Lock()
 def _layer(
     op: str, shape: Shape, weight: Tensor, bias: Tensor | None, threads: int, settings: tuple[Any, ...]
 ) -> _Layer | None:
-    """What runs the layer; None where there is no core, or changes of the weight could not be noticed."""
+    """The engine for the layer, or None if there is no core or changes of the weight would go unnoticed."""
     if not library.is_available() or weight.is_inference() or (bias is not None and bias.is_inference()):
         return None
     state = (_state(weight), None if bias is None else _state(bias), op, shape, threads, settings)
@@ -275,7 +281,7 @@ def _place(weight: Tensor) -> tuple[int, int]:
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """Differs when the tensor is another one, or was changed."""
+    """A value that differs once the tensor is another one or has changed."""
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
@@ -293,7 +299,7 @@ def _make(weight: Tensor, bias: Tensor | None, state: tuple[Any, ...]) -> _Layer
     for old in [old for old in made.layers if old[0] != state[0]]:
         del made.layers[old]  # of the weight as it was before
     made.layers[state] = layer
-    while len(made.layers) > _ENGINES_A_WEIGHT:
+    while len(made.layers) > _ENGINES_PER_WEIGHT:
         made.layers.popitem(last=False)
     return layer
 
@@ -308,7 +314,7 @@ def _pair(x: Sequence[int]) -> Pair:
 
 
 def padding_of(layer: nn.Conv2d) -> Pair | None:
-    """By how much it pads each side; None if not both by the same."""
+    """Padding of height and width, or None if the two sides of one differ."""
     if layer.padding == "valid":
         return 0, 0
     if layer.padding == "same":

@@ -35,22 +35,22 @@ def load(
     """The network of a file, ready to run.
 
     Args:
-        file: a path, or what :func:`pomona.files.container.read` gave.
-        threads: how many the network may use.
-        max_bytes: the most that its tensors may take as dense ones, and the most for what is made of them and for
-            activations. Default: that of :func:`pomona.files.container.read`, and 16 GiB.
+        file: a path, or what :func:`pomona.files.container.read` returned.
+        threads: how many threads the network may use.
+        max_bytes: the most that its tensors may take as dense ones, and the most that the engine's copy of them and
+            the activations may take. Default: that of :func:`pomona.files.container.read`, and 16 GiB.
         precision: see :class:`Network`.
 
     Raises:
-        FormatError: it is not such a file, or damaged; a ValueError.
-        ValueError: it holds no graph, one that does not fit its tensors, or no ranges where int16 is asked for.
+        FormatError: this is no such file, or it is damaged; a ValueError.
+        ValueError: the file holds no graph, a graph that does not fit its tensors, or, for int16, no ranges.
     """
     read = file if isinstance(file, File) else container.read(file, max_bytes=max_bytes)
     where = "the file" if isinstance(file, File) else os.fspath(file)
     if read.graph is None:
         raise ValueError(
-            f"{where} holds tensors but not what is computed with them; write it anew from the model and an example of "
-            "its input, or load it into the model with pomona.load"
+            f"{where} holds tensors but not what is computed with them; write it again with pomona.export(model, path, "
+            "example=...), or load it into the model with pomona.load"
         )
     try:
         graph = Graph.from_json(read.graph)
@@ -66,16 +66,16 @@ def load(
 class Network:
     """A graph with its tensors, ready to run.
 
-    In float32, or in 16-bit fixed point (``precision="int16"``), which is faster by up to two times where layers have
-    many positions, and takes half the memory for activations: :mod:`pomona.runtime.engine` says how it rounds. It needs
-    the ranges of values (:meth:`calibrated`, or ``pomona.export(calibrate=...)``).
+    It computes in float32 or in 16-bit fixed point (``precision="int16"``). The latter is up to twice as fast where
+    layers have many positions, and halves the memory of activations; :mod:`pomona.runtime.engine` says how it rounds.
+    It needs the ranges of values (:meth:`calibrated`, or ``pomona.export(calibrate=...)``).
 
     Attributes:
-        graph: what it computes, after folding (:func:`pomona.runtime.fold.fold`).
+        graph: what the network computes, after folding (:func:`pomona.runtime.fold.fold`).
         tensors: its weights by name, float32, dense or :class:`~pomona.files.sparse.Sparse`.
-        metadata: what the file says of it.
-        threads: how many it may use.
-        precision: as asked for; without the compiled core everything is computed in float32 all the same.
+        metadata: what the file says about it.
+        threads: how many threads it may use.
+        precision: as given; without the compiled core everything is computed in float32.
         is_compiled: whether the compiled core runs it.
     """
 
@@ -108,20 +108,20 @@ class Network:
     def from_model(
         cls, model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor], *, threads: int = 1
     ) -> Network:
-        """The network that a torch model in eval mode is; see :func:`pomona.runtime.readers.trace.trace`.
+        """Make a network of a torch model in eval mode; see :func:`pomona.runtime.readers.trace.trace`.
 
         Raises:
-            UnsupportedError: the runtime cannot say what the model computes; :func:`pomona.compile` takes any.
+            UnsupportedError: the model has an operation that the runtime lacks; :func:`pomona.compile` takes any model.
         """
         from pomona.runtime.readers.trace import trace
 
         return cls(*trace(model, example), threads=threads)
 
     def calibrated(self, *inputs: Any) -> Network:
-        """The same network in fixed point, with the ranges that values have on these samples.
+        """Make the same network in fixed point, with the ranges that values have on these samples.
 
         Args:
-            inputs: as of :meth:`run`; a few dozen typical samples.
+            inputs: as for :meth:`run`; a few dozen typical samples.
 
         Raises:
             ValueError: shapes do not fit, or a value is not finite.
@@ -156,7 +156,7 @@ class Network:
 
 
 def tensors_of(graph: Graph, stored: Mapping[str, Stored]) -> dict[str, NDArray[np.float32] | Sparse]:
-    """The tensors that a graph names, in float32: exactly, but for those of 64 bits.
+    """The tensors that a graph names, in float32: exact unless they have 64 bits.
 
     Raises:
         ValueError: one of them is not floating point.

@@ -75,7 +75,7 @@ _READ: dict[Kind, Callable[[str, Any, int], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """What may be said of a node besides its operands.
+    """A setting of a node besides its operands.
 
     Attributes:
         name: in a file, and of the field of :class:`Node`.

@@ -17,11 +17,11 @@ from pomona.runtime.graph import Graph
 
 
 def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inputs: NDArray[Any]) -> Graph:
-    """The same graph with the largest magnitude that each value has on these samples.
+    """Add to a graph the largest magnitude that each value has on these samples.
 
-    A few dozen typical samples are enough: four times what they reach is kept free (``POMONA_HEADROOM`` of
-    ``core/include/pomona_net.h``), and what goes beyond is cut off. Samples go through one by one, so that memory is
-    that of all values of one sample.
+    A few dozen typical samples are enough: values may reach four times their range (``POMONA_HEADROOM`` of
+    ``core/include/pomona_net.h``), and what goes beyond is cut off. Samples go through one by one, so this takes the
+    memory of all values of one sample.
 
     Args:
         graph: what is computed.
@@ -29,8 +29,8 @@ def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inp
         inputs: one for each of ``graph.inputs``, with the batch in front.
 
     Raises:
-        ValueError: there is no sample, shapes do not fit, an input is zero in all samples (whatever it is later would
-            be cut off at next to nothing), or a value is not finite or beyond 1e18.
+        ValueError: there is no sample, shapes do not fit, a value is not finite or beyond 1e18, or an input is zero in
+            all samples: anything else would then be cut off at almost nothing.
     """
     arrays = reference.arrays_of(graph, inputs)
     batch = reference.check_inputs(graph, arrays)

@@ -22,7 +22,7 @@ from pomona.runtime.rules import num_channels
 
 
 class UnsupportedError(ValueError):
-    """The model computes something that the runtime's graph cannot say."""
+    """The model computes something that a graph of the runtime cannot express."""
 
 
 @dataclass(frozen=True, slots=True)

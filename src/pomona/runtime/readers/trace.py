@@ -2,11 +2,11 @@
 
 Why ``torch.export`` and not ``torch.fx.symbolic_trace``: it runs the model on tensors without data, so every shape is
 known, functional forms, methods, parametrizations and control flow on shapes come out as the same few ATen operations,
-and each remembers the module it is in. The operations are read as exported, without decompositions: there ``linear``,
-``conv2d`` and ``batch_norm`` are still one operation each. What is computed of parameters alone is computed here.
+and each remembers the module it is in. The operations are read as exported, without decompositions, so that ``linear``,
+``conv2d`` and ``batch_norm`` are still one operation each. What depends on parameters alone is computed here.
 
-The batch is no part of a graph. The model is exported with a batch size that hardly occurs elsewhere; whatever mixes
-samples is refused.
+The batch is no part of a graph. The model is exported with a batch size that hardly occurs elsewhere, and everything
+that mixes samples is refused.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _INTEGERS: dict[torch.dtype, DType] = {torch.int32: "int32", torch.int64: "int64
 def trace(
     model: nn.Module, example: Tensor | Sequence[Tensor], *, folded: bool = True
 ) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
-    """What ``model`` computes, as a graph, and the tensors that it needs.
+    """Read a model into a graph and the tensors that it needs.
 
-    Weights keep the names of the state dict. What had to be made (batch norm as scale and shift, a transposed matrix,
-    the selection of channels) has a name with an ``@`` in it. Dropout and copies vanish.
+    Weights keep the names of the state dict. Tensors made here (batch norm as scale and shift, a transposed matrix, the
+    selection of channels) have an ``@`` in their names. Dropout and copies vanish.
 
     Args:
-        model: in eval mode, of any floating dtype; it is left as it is.
-        example: its input with the batch in front, or a sequence of them; only shape and dtype are looked at.
-        folded: fold scales into the layers before them, and padding into those behind (``pomona.runtime.fold``).
-            Without it all weights keep their values, as a file wants them.
+        model: in eval mode, of any floating dtype; it is not changed.
+        example: its input with the batch in front, or a sequence of inputs; only shapes and dtypes matter.
+        folded: fold scales into the layers before them, and padding into those after it (``pomona.runtime.fold``).
+            Otherwise all weights keep their values, as in a file.
 
     Returns:
         The graph, and float32 copies of its tensors by name.
 
     Raises:
-        UnsupportedError: names the operation and where it is.
+        UnsupportedError: the runtime lacks an operation; the message names it and says where it is.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
