@@ -7,7 +7,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-install test-oldest test-newest docs docs-serve bench fuzz web sanitize format clean
+.PHONY: demo test test-slow test-install test-oldest test-newest docs docs-serve bench fuzz web tables sanitize format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
@@ -52,6 +52,9 @@ fuzz: $(VENV)/.test  ## minutes: 100,000 damaged and hostile files, and as many 
 
 web:  ## the core for browsers, web/pomona.wasm: after a change of the core; needs clang and lld
 	$(PYTHON) web/build.py
+
+tables: $(VENV)/.test  ## after a change of the runtime's operations: the tables that C, JavaScript and docs have of them
+	$(VENV)/bin/python core/tables.py
 
 sanitize:  ## random calls of the compiled core under the sanitizers, without Python
 	for kinds in address,undefined thread; do \

@@ -3,7 +3,7 @@
     python web/build.py [--clang clang++-19] [--out FILE]
 
 There is no C or C++ library for this target; core/wasm has the few pieces that the core uses. The result remembers what
-it was made of (a custom section, `sources`), so that a test can tell whether it is up to date.
+it was made of (a custom section, `sources`), so that a test can see whether it is up to date.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOURCES = (
     "core/wasm/runtime.cpp",
 )
 _SECTION = b"\7sources"  # its name, with its length
-EXPORTS = ("new", "run", "shape", "about")
+EXPORTS = ("new", "run", "type", "about")
 # -Os: kernels are unrolled by hand; it is a quarter smaller than -O3 and not slower.
 COMPILE = """
     --target=wasm32 -std=c++17 -Os -msimd128 -mbulk-memory -ffreestanding -fno-exceptions -fno-rtti -fvisibility=hidden
@@ -41,7 +41,7 @@ LINK += [f"-Wl,--export=pomona_net_{name}" for name in EXPORTS]
 
 
 def digest() -> str:
-    """Of all that the result depends on, but for the compiler's version."""
+    """A digest of everything that the result depends on, except the compiler's version."""
     found = hashlib.sha256(" ".join((*COMPILE, *LINK)).encode())
     for path in sorted(included(ROOT / name for name in SOURCES)):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -49,7 +49,7 @@ def digest() -> str:
 
 
 def included(files: Iterable[Path]) -> set[Path]:
-    """These files and what they include, from the core's folders."""
+    """These files and the files from the core's folders that they include."""
     found: set[Path] = set()
     left = list(files)
     while left:
@@ -69,7 +69,7 @@ def remembered(wasm: bytes) -> str:
 
 
 def has_compiler(clang: str) -> bool:
-    """Whether it is there, and the linker that it calls."""
+    """Whether the compiler and the linker that it calls exist."""
     if shutil.which(clang) is None:
         return False
     asked = subprocess.run([clang, "-print-prog-name=wasm-ld"], capture_output=True, text=True, check=True)

@@ -4,8 +4,7 @@
 //   const logits = network.run(pixels); // Float32Array to Float32Array
 //
 // The file is that of docs/file-format.md, the engine is core/ compiled to WebAssembly (pomona.wasm). A file is not
-// trusted: whatever is wrong with it is an Error, and costs no more memory than `maxBytes` says and no more time than
-// its size explains.
+// trusted: a bad one leads to an Error, takes no more memory than `maxBytes`, and no more time than its size explains.
 
 const MAX_BYTES = 2 ** 28; // of a file's tensors as dense ones; and of what the engine makes of them
 
@@ -230,7 +229,7 @@ function readEntry(name, dtype, storage, sizes, kept, low, numBooks) {
   return entry;
 }
 
-/** Bytes of all sections but the last, whose length only its content tells; and what the last may have. */
+/** Least and most bytes of the payload: only the content of the last section says how long that is. */
 function payloadBytes({ graphBytes, books, own }) {
   const sparse = own.filter((entry) => entry.isSparse);
   const kept = sum(sparse, (entry) => entry.count);
@@ -250,7 +249,7 @@ const lowBytes = (entry) => Math.ceil((entry.count * entry.low) / 8);
 async function inflate(stream, plan) {
   const { least, most } = payloadBytes(plan);
   const payload = await inflated(stream, most);
-  // Not all browsers mind bytes behind the end. One that ends with its last byte is cut off without it.
+  // Not all browsers object to bytes after the end. A stream that ends with its last byte is cut off without it.
   const isCutOff = await inflated(stream.subarray(0, -1), most).then(
     () => false,
     () => true,
@@ -449,68 +448,83 @@ export function digestOf(message) {
 
 // --- Networks ---
 
-// Operations with their attributes, in the order of pomona_net.h.
-const POOL = ["kernel", "stride", "padding", "ceil"];
-const OPERATIONS = Object.entries({
-  conv: ["weight", "bias", "stride", "padding", "dilation", "groups"],
-  linear: ["weight", "bias"],
-  relu: [],
-  clip: ["low", "high"],
-  gelu: [],
-  gelu_tanh: [],
-  silu: [],
-  sigmoid: [],
-  tanh: [],
-  hardswish: [],
-  hardsigmoid: [],
-  add: [],
-  mul: [],
-  scale: ["weight", "bias"],
-  max_pool: POOL,
-  avg_pool: [...POOL, "count_padding"],
-  mean: [],
-  flatten: [],
-  concat: [],
-});
-const FLAGS = { count_padding: 1, ceil: 2 };
+// made by `make tables`: begin
+const OPERATIONS = {
+  conv: { number: 0, weight: "kernel", attributes: ["weight", "bias", "stride", "padding", "dilation", "groups"] },
+  linear: { number: 1, weight: "matrix", attributes: ["weight", "bias"] },
+  relu: { number: 2, weight: "", attributes: [] },
+  clip: { number: 3, weight: "", attributes: ["low", "high"] },
+  gelu: { number: 4, weight: "", attributes: [] },
+  gelu_tanh: { number: 5, weight: "", attributes: [] },
+  silu: { number: 6, weight: "", attributes: [] },
+  sigmoid: { number: 7, weight: "", attributes: [] },
+  tanh: { number: 8, weight: "", attributes: [] },
+  hardswish: { number: 9, weight: "", attributes: [] },
+  hardsigmoid: { number: 10, weight: "", attributes: [] },
+  add: { number: 11, weight: "", attributes: [] },
+  mul: { number: 12, weight: "", attributes: [] },
+  scale: { number: 13, weight: "vector", attributes: ["weight", "bias"] },
+  max_pool: { number: 14, weight: "", attributes: ["kernel", "stride", "padding", "ceil"] },
+  avg_pool: { number: 15, weight: "", attributes: ["kernel", "stride", "padding", "ceil", "count_padding"] },
+  mean: { number: 16, weight: "", attributes: [] },
+  flatten: { number: 17, weight: "", attributes: [] },
+  concat: { number: 18, weight: "", attributes: [] },
+};
+const ATTRIBUTES = {
+  weight: { number: 0, kind: "tensor", least: 0 },
+  bias: { number: 1, kind: "tensor", least: 0 },
+  kernel: { number: 2, kind: "pair", least: 1 },
+  stride: { number: 3, kind: "pair", least: 1 },
+  padding: { number: 4, kind: "pair", least: 0 },
+  dilation: { number: 5, kind: "pair", least: 1 },
+  groups: { number: 6, kind: "integer", least: 1 },
+  low: { number: 7, kind: "number", least: 0 },
+  high: { number: 8, kind: "number", least: 0 },
+  ceil: { number: 9, kind: "bool", least: 0 },
+  count_padding: { number: 10, kind: "bool", least: 0 },
+};
+const INPUT_DTYPES = {
+  float32: 0,
+  int32: 1,
+  int64: 2,
+};
+const DIMENSIONS = 4;
+// made by `make tables`: end
 const DENSE = { never: 1, always: 2 };
 
 // Structs of pomona_net.h on wasm32: the first number is the size, the others are where the fields are, in bytes.
 // The module has the same numbers (core/wasm/interface.cpp); instantiate() compares them.
-const NODE = {
-  size: 68,
-  op: 0,
-  first_operand: 4,
-  num_operands: 8,
-  weight: 12,
-  bias: 16,
-  kernel: 20,
-  stride: 28,
-  padding: 36,
-  dilation: 44,
-  groups: 52,
-  flags: 56,
-  low: 60,
-  high: 64,
-};
-const SHAPE = { size: 16, rank: 0, dims: 4 };
+const NODE = { size: 20, op: 0, first_operand: 4, num_operands: 8, first_attribute: 12, num_attributes: 16 };
+const ATTRIBUTE = { size: 20, name: 0, value: 4 };
+const TYPE = { size: 24, dtype: 0, rank: 4, dims: 8 };
 const TENSOR = { size: 40, values: 0, columns: 4, starts: 8, rows: 16, cols: 24, num_values: 32 };
 const GRAPH = {
-  size: 40,
+  size: 48,
   inputs: 0,
   nodes: 4,
   operands: 8,
-  tensors: 12,
-  outputs: 16,
-  num_inputs: 20,
-  num_nodes: 24,
-  num_operands: 28,
-  num_tensors: 32,
-  num_outputs: 36,
+  attributes: 12,
+  tensors: 16,
+  outputs: 20,
+  num_inputs: 24,
+  num_nodes: 28,
+  num_operands: 32,
+  num_attributes: 36,
+  num_tensors: 40,
+  num_outputs: 44,
 };
 const OPTIONS = { size: 24, max_bytes: 0, micro_batch: 8, dense: 12, ranges: 16, num_ranges: 20 };
 const INFO = { size: 32, activation_bytes: 0, weight_bytes: 8, macs: 16, dense_macs: 24 };
-export const LAYOUT = [OPERATIONS.length, ...[NODE, SHAPE, TENSOR, GRAPH, OPTIONS, INFO].flatMap(Object.values)];
+const ends = (records) => 1 + Math.max(...Object.values(records).map(({ number }) => number));
+export const LAYOUT = [
+  ends(OPERATIONS),
+  ends(ATTRIBUTES),
+  DIMENSIONS,
+  ...[NODE, ATTRIBUTE, TYPE, TENSOR, GRAPH, OPTIONS, INFO].flatMap(Object.values),
+];
+
+// Arrays that inputs come in, by their dtype.
+const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array };
 
 const ERRORS = {
   "-2": "it needs more memory than maxBytes allows",
@@ -549,8 +563,9 @@ export class Network {
   #outputs;
   #pointers; // to all of them, as the engine takes them
 
-  /** Shapes of one sample. */
+  /** Shapes of one sample, and dtypes of the inputs: "float32", "int32" or "int64". */
   inputs;
+  dtypes;
   outputs;
   /** Bytes of activations and of weights as laid out; multiplications of one sample: `macs` made, `denseMacs` of the
    * same network without zeros. */
@@ -559,11 +574,11 @@ export class Network {
 
   /** A network of what read() returned.
    *
-   * dense: "never" or "always", how layers run; by default as is faster.
-   * microBatch: samples that go through the network together; 0: as fits into the cache.
-   * maxBytes: of memory for weights and activations.
+   * dense: "never" or "always" runs layers so; by default the faster way is taken for each.
+   * microBatch: samples that go through the network together; 0: as many as fit into the cache.
+   * maxBytes: the most memory that weights and activations may take.
    * precision: "int16" computes in fixed point, faster; the file must have the ranges of values.
-   * wasm: URL or bytes of pomona.wasm, where it does not lie beside this file; the first one given serves for all. */
+   * wasm: URL or bytes of pomona.wasm, if it is not in the folder of this file; the first one given serves for all. */
   static async from(file, { dense, microBatch = 0, maxBytes = MAX_BYTES, precision = "float32", wasm } = {}) {
     if (dense !== undefined && !Object.hasOwn(DENSE, dense))
       throw new Error(`dense must be "never", "always" or undefined, got ${short(dense)}`);
@@ -580,14 +595,15 @@ export class Network {
   }
 
   /** Outputs of as many samples as the inputs hold, one after the other: a Float32Array, or an array of them where the
-   * network has several outputs. */
+   * network has several outputs. Inputs are a Float32Array, an Int32Array or a BigInt64Array each, by their dtype. */
   run(...inputs) {
     if (!this.#net) throw new Error("the network had stopped before, by an error; load it again");
     if (inputs.length !== this.inputs.length)
       throw new Error(`the network takes ${this.inputs.length} inputs, got ${inputs.length}`);
     const batch = inputs[0].length / size(this.inputs[0]);
     inputs.forEach((input, i) => {
-      if (!(input instanceof Float32Array)) throw new Error(`input ${i} must be a Float32Array`);
+      const type = ARRAYS[this.dtypes[i]];
+      if (!(input instanceof type)) throw new Error(`input ${i} must be a ${type.name}`);
       if (!Number.isInteger(batch) || input.length !== batch * size(this.inputs[i]))
         throw new Error(
           `input ${i} must hold whole samples of ${this.inputs[i].join(" x ")} numbers, as many as the others; ` +
@@ -596,7 +612,9 @@ export class Network {
     });
     return this.#guarded(() => {
       if (batch > this.#capacity) this.#makeRoom(batch);
-      inputs.forEach((input, i) => this.#floats(this.#inputs[i], input.length).set(input));
+      inputs.forEach((input, i) =>
+        new ARRAYS[this.dtypes[i]](this.#exports.memory.buffer, this.#inputs[i], input.length).set(input),
+      );
       const outputs = this.#pointers + 4 * inputs.length;
       this.#check(this.#exports.pomona_net_run(this.#net, BigInt(batch), this.#pointers, outputs, 1));
       const found = this.outputs.map((shape, i) => this.#floats(this.#outputs[i], batch * size(shape)).slice());
@@ -637,7 +655,9 @@ export class Network {
     [...this.#inputs, ...this.#outputs].forEach(free);
     this.#capacity = 0;
     this.#inputs = this.#outputs = [];
-    const places = [...this.inputs, ...this.outputs].map((shape) => this.#allocate(4 * batch * size(shape)));
+    const places = [...this.inputs, ...this.outputs].map((shape, i) =>
+      this.#allocate(ARRAYS[this.dtypes[i] ?? "float32"].BYTES_PER_ELEMENT * batch * size(shape)),
+    );
     new Uint32Array(this.#exports.memory.buffer, this.#pointers, places.length).set(places);
     this.#inputs = places.slice(0, this.inputs.length);
     this.#outputs = places.slice(this.inputs.length);
@@ -667,7 +687,6 @@ export class Network {
         write((field, value, k = 0) => {
           const at = i * layout.size + layout[field] + 4 * k;
           if (typeof value === "bigint") view.setBigInt64(at, value, true);
-          else if (field === "low" || field === "high") view.setFloat32(at, value, true);
           else view.setInt32(at, value, true);
         }, item),
       );
@@ -675,15 +694,19 @@ export class Network {
     };
 
     const operands = graph.nodes.flatMap((node) => node.operands);
-    let first = 0;
+    const settings = needed.nodes.flatMap((node) => Object.entries(node.attributes));
+    let [first_operand, first_attribute] = [0, 0];
     const nodes = structs(NODE, needed.nodes, (set, node) => {
-      set("op", node.op);
-      set("first_operand", first);
-      set("num_operands", node.operands.length);
-      first += node.operands.length;
-      for (const field of ["kernel", "stride", "padding", "dilation"])
-        node[field].forEach((value, axis) => set(field, value, axis));
-      for (const field of ["weight", "bias", "groups", "flags", "low", "high"]) set(field, node[field]);
+      const [num_operands, num_attributes] = [node.operands.length, Object.keys(node.attributes).length];
+      set("op", OPERATIONS[node.name].number);
+      Object.entries({ first_operand, num_operands, first_attribute, num_attributes }).forEach((entry) => set(...entry));
+      first_operand += num_operands;
+      first_attribute += num_attributes;
+    });
+    const attributes = structs(ATTRIBUTE, settings, (set, [name, value]) => {
+      const { number, kind } = ATTRIBUTES[name];
+      set("name", number);
+      [value].flat().forEach((each, k) => set("value", kind === "number" ? patternOf(each) : Number(each), k));
     });
     const matrices = needed.matrices.map((matrix) => ({
       values: place(matrix.values),
@@ -697,12 +720,14 @@ export class Network {
       GRAPH,
       [
         {
-          inputs: structs(SHAPE, graph.inputs, (set, shape) => {
+          inputs: structs(TYPE, graph.inputs, (set, { shape, dtype }) => {
+            set("dtype", INPUT_DTYPES[dtype]);
             set("rank", shape.length);
             shape.forEach((dim, axis) => set("dims", dim, axis));
           }),
           nodes,
           operands: place(Int32Array.from(operands)),
+          attributes,
           tensors: structs(TENSOR, matrices, (set, matrix) =>
             Object.entries(matrix).forEach((entry) => set(...entry)),
           ),
@@ -710,6 +735,7 @@ export class Network {
           num_inputs: graph.inputs.length,
           num_nodes: graph.nodes.length,
           num_operands: operands.length,
+          num_attributes: settings.length,
           num_tensors: matrices.length,
           num_outputs: graph.outputs.length,
         },
@@ -728,7 +754,7 @@ export class Network {
     const [net, bad] = new Int32Array(exports.memory.buffer, answer, 2);
     held.forEach(exports.free);
     if (code) {
-      const where = graph.nodes[bad] ? `node ${bad} (${OPERATIONS[graph.nodes[bad].op][0]}): ` : "the network: ";
+      const where = graph.nodes[bad] ? `node ${bad} (${graph.nodes[bad].name}): ` : "the network: ";
       throw new Error(where + (ERRORS[code] ?? `the engine's error ${code}`));
     }
     this.#net = net;
@@ -737,13 +763,14 @@ export class Network {
 
   #describe(graph) {
     const exports = this.#exports;
-    const place = this.#allocate(Math.max(SHAPE.size, INFO.size));
+    const place = this.#allocate(Math.max(TYPE.size, INFO.size));
     const shape = (value) => {
-      this.#check(exports.pomona_net_shape(this.#net, value, place));
-      const [rank, ...dims] = new Int32Array(exports.memory.buffer, place, 4);
+      this.#check(exports.pomona_net_type(this.#net, value, place));
+      const [, rank, ...dims] = new Int32Array(exports.memory.buffer, place, 2 + DIMENSIONS);
       return dims.slice(0, rank);
     };
     this.inputs = graph.inputs.map((_, i) => shape(i));
+    this.dtypes = graph.inputs.map(({ dtype }) => dtype);
     this.outputs = graph.outputs.map(shape);
     this.#check(exports.pomona_net_about(this.#net, place));
     const view = new DataView(exports.memory.buffer, place);
@@ -772,12 +799,7 @@ export async function load(source, options = {}) {
 function checkedGraph(graph) {
   if (!isObject(graph) || !["inputs,nodes,outputs", "inputs,nodes,outputs,ranges"].includes(Object.keys(graph).sort().join()))
     throw new Error(`a graph is a JSON object of inputs, nodes and outputs, got ${short(graph)}`);
-  const inputs = list("inputs", graph.inputs, MAX_OPERANDS).map((shape, i) => {
-    const dims = integers(`input ${i}`, shape, 1);
-    if (dims.length < 1 || dims.length > 3)
-      throw new Error(`input ${i} must have 1 to 3 dimensions, got ${short(shape)}`);
-    return dims;
-  });
+  const inputs = list("inputs", graph.inputs, MAX_OPERANDS).map((input, i) => checkedInput(`input ${i}`, input));
   const nodes = list("nodes", graph.nodes, MAX_NODES).map((node, i) => {
     try {
       return checkedNode(node);
@@ -797,58 +819,56 @@ function checkedGraph(graph) {
   return { inputs, nodes, outputs: integers("outputs", graph.outputs, 0), ranges };
 }
 
+function checkedInput(what, input) {
+  const { shape, dtype } = isObject(input) ? input : { shape: input, dtype: "float32" };
+  if (isObject(input) && Object.keys(input).sort().join() !== "dtype,shape")
+    throw new Error(`${what} must be a shape, or an object of shape and dtype; got ${short(input)}`);
+  if (typeof dtype !== "string" || !Object.hasOwn(INPUT_DTYPES, dtype))
+    throw new Error(`the dtype of ${what} must be one of ${Object.keys(INPUT_DTYPES).join(", ")}, got ${short(dtype)}`);
+  const dims = integers(what, shape, 1);
+  if (dims.length < 1 || dims.length > DIMENSIONS)
+    throw new Error(`${what} must have 1 to ${DIMENSIONS} dimensions, got ${short(shape)}`);
+  return { shape: dims, dtype };
+}
+
 function checkedNode(node) {
   if (!Array.isArray(node) || node.length < 2 || node.length > 3 || typeof node[0] !== "string")
     throw new Error(`a node is [operation, operands] or [operation, operands, attributes], got ${short(node)}`);
-  const [name, operands, attributes = {}] = node;
-  const op = OPERATIONS.findIndex(([known]) => known === name);
-  if (op < 0)
-    throw new Error(`an operation is one of ${OPERATIONS.map(([known]) => known).join(", ")}; got ${short(name)}`);
-  if (!isObject(attributes)) throw new Error(`attributes of ${name} are a JSON object, got ${short(attributes)}`);
-  const known = OPERATIONS[op][1];
-  const read = {
-    op,
-    operands: integers(`${name}'s operands`, operands, 0),
-    kernel: [1, 1],
-    stride: [1, 1],
-    padding: [0, 0],
-    dilation: [1, 1],
-    groups: 1,
-    flags: 0,
-    low: -Infinity,
-    high: Infinity,
-  };
-  for (const [attribute, value] of Object.entries(attributes)) {
-    const what = `${name}'s ${attribute}`;
+  const [name, operands, given = {}] = node;
+  if (!Object.hasOwn(OPERATIONS, name))
+    throw new Error(`an operation is one of ${Object.keys(OPERATIONS).join(", ")}; got ${short(name)}`);
+  if (!isObject(given)) throw new Error(`attributes of ${name} are a JSON object, got ${short(given)}`);
+  const { attributes: known } = OPERATIONS[name];
+  const attributes = {};
+  for (const [attribute, value] of Object.entries(given)) {
     if (!known.includes(attribute))
       throw new Error(`${name} has no attribute ${short(attribute)}; it has: ${known.join(", ") || "none"}`);
-    if (attribute in FLAGS) read.flags |= truth(what, value) ? FLAGS[attribute] : 0;
-    else read[attribute] = READ[attribute](what, value);
+    const { kind, least } = ATTRIBUTES[attribute];
+    attributes[attribute] = READ[kind](`${name}'s ${attribute}`, value, least);
   }
-  if (known.includes("weight") && read.weight === undefined) throw new Error(`${name} needs a weight`);
-  if (read.kernel[0] * read.kernel[1] > MAX_WINDOW)
-    throw new Error(`a kernel has at most ${MAX_WINDOW} elements, got ${short(read.kernel)}`);
-  return read;
+  if (known.includes("weight") && attributes.weight === undefined) throw new Error(`${name} needs a weight`);
+  checkWindow(attributes.kernel ?? [1, 1]);
+  return { name, operands: integers(`${name}'s operands`, operands, 0), attributes };
+}
+
+function checkWindow(kernel) {
+  if (kernel[0] * kernel[1] > MAX_WINDOW)
+    throw new Error(`a kernel has at most ${MAX_WINDOW} elements, got ${short(kernel)}`);
 }
 
 const READ = {
-  weight: text,
-  bias: text,
-  kernel: (what, value) => pair(what, value, 1),
-  stride: (what, value) => pair(what, value, 1),
-  padding: (what, value) => pair(what, value, 0),
-  dilation: (what, value) => pair(what, value, 1),
-  groups: (what, value) => whole(what, value, 1, MAX_INT),
-  low: real,
-  high: real,
+  tensor: text,
+  integer: (what, value, least) => whole(what, value, least, MAX_INT),
+  pair,
+  number: real,
+  bool: truth,
 };
 
-/** Matrices that the nodes name, each once, and `index` to find them; kernels of convolutions are set on the way. */
+/** Matrices that the nodes name, each once, and the nodes with their places; kernels of convolutions are added. */
 function neededTensors(graph, tensors) {
   const matrices = [];
   const places = new Map();
   const index = (name, make) => {
-    if (name === undefined) return -1;
     const key = `${make.name} ${name}`;
     if (!places.has(key)) places.set(key, matrices.push(make(name, tensorOf(name))) - 1);
     return places.get(key);
@@ -858,10 +878,13 @@ function neededTensors(graph, tensors) {
     return tensors.get(name);
   };
   const nodes = graph.nodes.map((node) => {
-    const [name] = OPERATIONS[node.op];
-    const kernel = name === "conv" ? kernelOf(node.weight, tensorOf(node.weight)) : node.kernel;
-    const weight = index(node.weight, name === "scale" ? vector : matrix);
-    return { ...node, kernel, weight, bias: index(node.bias, vector) };
+    const attributes = { ...node.attributes };
+    const { weight: form } = OPERATIONS[node.name];
+    if (form === "kernel") attributes.kernel = kernelOf(attributes.weight, tensorOf(attributes.weight));
+    for (const [name, value] of Object.entries(attributes))
+      if (ATTRIBUTES[name].kind === "tensor")
+        attributes[name] = index(value, name === "weight" && form !== "vector" ? matrix : vector);
+    return { ...node, attributes };
   });
   return { nodes, matrices };
 }
@@ -870,8 +893,7 @@ function kernelOf(name, { shape }) {
   if (shape.length !== 2 && shape.length !== 4)
     throw new Error(`${short(name)} must be (outputs, channels / groups, kh, kw), got ${short(shape)}`);
   const kernel = shape.length === 4 ? shape.slice(2) : [1, 1];
-  if (kernel[0] * kernel[1] > MAX_WINDOW)
-    throw new Error(`a kernel has at most ${MAX_WINDOW} elements, got ${short(kernel)}`);
+  checkWindow(kernel);
   return kernel;
 }
 
@@ -917,6 +939,7 @@ function float32(name, { dtype, values }) {
 
 const size = (shape) => shape.reduce((a, b) => a * b, 1);
 const sum = (items, f) => items.reduce((total, item) => total + f(item), 0);
+const patternOf = (number) => new Int32Array(Float32Array.of(number).buffer)[0];
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 
 /** For messages: of any value, and never long. */

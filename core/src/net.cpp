@@ -19,9 +19,6 @@ constexpr double kMacsEach = 1 << 19;  // for which a further thread pays
 constexpr size_t kNear = 12;           // nodes
 constexpr int32_t kMostNodes = 1 << 20;
 
-bool is_layer(int32_t op) { return op == POMONA_CONV || op == POMONA_LINEAR; }
-bool is_unary(int32_t op) { return op >= POMONA_RELU && op <= POMONA_HARDSIGMOID; }
-
 int copy_matrix(const pomona_tensor& from, Budget* budget, Matrix* to) {
   const int64_t size = product({from.rows, from.cols});
   if (size < 0 || from.num_values < 0 || from.num_values > size) return POMONA_BAD_SIZE;
@@ -52,22 +49,25 @@ int copy_matrix(const pomona_tensor& from, Budget* budget, Matrix* to) {
   return POMONA_OK;
 }
 
-bool is_good(const pomona_shape& shape) {
-  if (shape.rank < 1 || shape.rank > 3) return false;
+bool is_good(const pomona_type& type) {
+  if (type.dtype != POMONA_FLOAT32 && type.dtype != POMONA_INT32 && type.dtype != POMONA_INT64) return false;
+  if (type.rank < 1 || type.rank > POMONA_MAX_DIMENSIONS) return false;
   int64_t size = 1;
-  for (int i = 0; i < shape.rank; ++i) {
-    if (shape.dims[i] < 1) return false;
-    size = product({size, shape.dims[i]});
+  for (int i = 0; i < type.rank; ++i) {
+    if (type.dims[i] < 1) return false;
+    size = product({size, type.dims[i]});
     if (size < 0) return false;
   }
   return true;
 }
 
-Shape shape_of(const pomona_shape& shape) {
-  switch (shape.rank) {
-    case 1: return {1, shape.dims[0], 1, 1};
-    case 2: return {2, shape.dims[1], 1, shape.dims[0]};
-    default: return {3, shape.dims[0], shape.dims[1], shape.dims[2]};
+Shape shape_of(const pomona_type& type) {
+  const int32_t* const dims = type.dims;
+  switch (type.rank) {
+    case 1: return {1, dims[0], 1, 1, 1, type.dtype};
+    case 2: return {2, dims[1], 1, dims[0], 1, type.dtype};
+    case 3: return {3, dims[0], dims[1], dims[2], 1, type.dtype};
+    default: return {4, int64_t{dims[0]} * dims[1], dims[2], dims[3], dims[0], type.dtype};
   }
 }
 
@@ -86,16 +86,18 @@ int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t padding, i
 
 // Shape of what a node yields, from its operands'.
 int infer(const Net& net, const Node& node, Shape* out) {
-  const pomona_node& a = node.attributes;
+  const Attributes& a = node.attributes;
+  const Traits& traits = traits_of(node.op);
   const size_t num = node.operands.size();
   const auto operand = [&](size_t i) { return net.shapes[static_cast<size_t>(node.operands[i])]; };
-  if (num != (a.op == POMONA_ADD || a.op == POMONA_MUL ? 2u : a.op == POMONA_CONCAT ? std::max<size_t>(num, 1) : 1u))
+  if (num < static_cast<size_t>(traits.least_operands) || num > static_cast<size_t>(traits.most_operands))
     return POMONA_BAD_VALUE;
+  for (size_t i = 0; i < num; ++i)
+    if ((traits.takes >> operand(i).dtype & 1) == 0) return POMONA_BAD_VALUE;
   const Shape x = operand(0);
-  const bool wants_weight = is_layer(a.op) || a.op == POMONA_SCALE;
   const auto is_tensor = [&](int32_t index) { return index >= 0 && static_cast<size_t>(index) < net.matrices.size(); };
-  if (wants_weight != is_tensor(a.weight) || (!wants_weight && a.weight != -1)) return POMONA_BAD_VALUE;
-  if (a.bias != -1 && !(wants_weight && is_tensor(a.bias))) return POMONA_BAD_VALUE;
+  if (traits.reads(POMONA_ATTRIBUTE_WEIGHT) && !is_tensor(a.weight)) return POMONA_BAD_VALUE;
+  if (a.bias != -1 && !is_tensor(a.bias)) return POMONA_BAD_VALUE;
   const Matrix* const weight = net.weight(node);
   if (weight != nullptr && weight->rows < 1) return POMONA_BAD_VALUE;
   if (a.bias != -1) {
@@ -103,7 +105,7 @@ int infer(const Net& net, const Node& node, Shape* out) {
     if (!bias.is_dense() || bias.cols != 1 || bias.rows != weight->rows) return POMONA_BAD_VALUE;
   }
   *out = x;
-  switch (a.op) {
+  switch (node.op) {
     case POMONA_CONV: {
       if (x.rank != 3 || a.groups < 1 || x.c % a.groups != 0 || weight->rows % a.groups != 0) return POMONA_BAD_VALUE;
       const int64_t h = windows(x.h, a.kernel[0], a.stride[0], a.padding[0], a.dilation[0], false);
@@ -114,11 +116,11 @@ int infer(const Net& net, const Node& node, Shape* out) {
       break;
     }
     case POMONA_LINEAR:
-      if (x.rank == 3 || weight->cols != x.c) return POMONA_BAD_VALUE;
+      if (x.rank > 2 || weight->cols != x.c) return POMONA_BAD_VALUE;
       out->c = weight->rows;
       break;
     case POMONA_SCALE:
-      if (!weight->is_dense() || weight->rows != x.c || weight->cols != 1) return POMONA_BAD_VALUE;
+      if (x.rank > 3 || !weight->is_dense() || weight->rows != x.c || weight->cols != 1) return POMONA_BAD_VALUE;
       break;
     case POMONA_CLIP:
       if (!(a.low <= a.high)) return POMONA_BAD_VALUE;
@@ -131,9 +133,8 @@ int infer(const Net& net, const Node& node, Shape* out) {
       break;
     case POMONA_MAX_POOL:
     case POMONA_AVG_POOL: {
-      const bool ceil = (a.flags & POMONA_CEIL) != 0;
-      const int64_t h = windows(x.h, a.kernel[0], a.stride[0], a.padding[0], 1, ceil);
-      const int64_t w = windows(x.w, a.kernel[1], a.stride[1], a.padding[1], 1, ceil);
+      const int64_t h = windows(x.h, a.kernel[0], a.stride[0], a.padding[0], 1, a.ceil);
+      const int64_t w = windows(x.w, a.kernel[1], a.stride[1], a.padding[1], 1, a.ceil);
       if (x.rank != 3 || h < 1 || w < 1) return POMONA_BAD_VALUE;
       if (2 * a.padding[0] > a.kernel[0] || 2 * a.padding[1] > a.kernel[1]) return POMONA_BAD_VALUE;
       *out = {3, x.c, h, w};
@@ -148,7 +149,7 @@ int infer(const Net& net, const Node& node, Shape* out) {
       *out = {1, x.size(), 1, 1};
       break;
     case POMONA_CONCAT:
-      if (x.rank == 2) return POMONA_BAD_VALUE;
+      if (x.rank == 2 || x.rank > 3) return POMONA_BAD_VALUE;
       for (size_t i = 1; i < num; ++i) {
         const Shape other = operand(i);
         if (other.rank != x.rank || other.h != x.h || other.w != x.w) return POMONA_BAD_VALUE;
@@ -156,7 +157,7 @@ int infer(const Net& net, const Node& node, Shape* out) {
       }
       break;
     default:
-      if (!is_unary(a.op)) return POMONA_BAD_VALUE;
+      if (traits.kind != kElementwise) return POMONA_BAD_VALUE;
   }
   return product({out->c, out->h, out->w}) < 0 ? POMONA_BAD_SIZE : POMONA_OK;
 }
@@ -173,16 +174,11 @@ int find_units(const float* ranges, Net* net) {
     if (value >= net->inputs.size()) {
       const Node& node = net->nodes[value - net->inputs.size()];
       const auto of = [&](size_t i) { return net->units[static_cast<size_t>(node.operands[i])]; };
-      switch (node.attributes.op) {
-        case POMONA_RELU:
-        case POMONA_CLIP: unit = std::max(unit, of(0)); break;
-        case POMONA_ADD: unit = std::max(unit, std::max(of(0), of(1))); break;
-        case POMONA_MAX_POOL:
-        case POMONA_FLATTEN: unit = of(0); break;
-        case POMONA_CONCAT:
+      switch (traits_of(node.op).unit) {
+        case kOwn: break;
+        case kOperand: unit = of(0); break;
+        case kLargest:
           for (size_t i = 0; i < node.operands.size(); ++i) unit = std::max(unit, of(i));
-          break;
-        default: break;
       }
     }
     net->units.push_back(std::min(unit, kMost));
@@ -197,11 +193,13 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
     return POMONA_BAD_VALUE;
   if (net->options.max_bytes == 0) net->options.max_bytes = kDefaultMaxBytes;
   for (const int32_t num :
-       {graph.num_inputs, graph.num_nodes, graph.num_operands, graph.num_tensors, graph.num_outputs})
+       {graph.num_inputs, graph.num_nodes, graph.num_operands, graph.num_attributes, graph.num_tensors,
+        graph.num_outputs})
     if (num < 0 || num > kMostNodes) return POMONA_BAD_SIZE;
   if (graph.num_inputs < 1 || graph.num_outputs < 1) return POMONA_BAD_VALUE;
   if (graph.inputs == nullptr || graph.outputs == nullptr || (graph.nodes == nullptr && graph.num_nodes > 0) ||
-      (graph.operands == nullptr && graph.num_operands > 0) || (graph.tensors == nullptr && graph.num_tensors > 0))
+      (graph.operands == nullptr && graph.num_operands > 0) ||
+      (graph.attributes == nullptr && graph.num_attributes > 0) || (graph.tensors == nullptr && graph.num_tensors > 0))
     return POMONA_BAD_POINTER;
   net->budget = Budget(net->options.max_bytes);
   if (!net->budget.take(int64_t{graph.num_inputs} + graph.num_nodes, 2 * sizeof(Shape)) ||
@@ -220,10 +218,14 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   }
   for (int32_t i = 0; i < graph.num_nodes; ++i) {
     *bad_node = i;
-    Node node{graph.nodes[i], {}};
-    const pomona_node& a = node.attributes;
-    if (a.op < 0 || a.op >= POMONA_NUM_OPS || a.first_operand < 0 || a.num_operands < 1 ||
-        a.first_operand > graph.num_operands - a.num_operands)
+    const pomona_node& a = graph.nodes[i];
+    const Traits* const traits = find_traits(a.op);
+    if (traits == nullptr || a.first_operand < 0 || a.num_operands < 1 ||
+        a.first_operand > graph.num_operands - a.num_operands || a.first_attribute < 0 || a.num_attributes < 0 ||
+        a.first_attribute > graph.num_attributes - a.num_attributes)
+      return POMONA_BAD_VALUE;
+    Node node{a.op, {}, {}};
+    if (!read_attributes(graph.attributes + a.first_attribute, a.num_attributes, *traits, &node.attributes))
       return POMONA_BAD_VALUE;
     if (!net->budget.take(a.num_operands, 8)) return POMONA_BAD_SIZE;
     for (int32_t k = 0; k < a.num_operands; ++k) {
@@ -239,7 +241,9 @@ int build(const pomona_graph& graph, const pomona_net_options* options, Net* net
   }
   *bad_node = -1;
   for (int32_t i = 0; i < graph.num_outputs; ++i) {
-    if (graph.outputs[i] < 0 || static_cast<size_t>(graph.outputs[i]) >= net->shapes.size()) return POMONA_BAD_VALUE;
+    if (graph.outputs[i] < 0 || static_cast<size_t>(graph.outputs[i]) >= net->shapes.size() ||
+        net->shapes[static_cast<size_t>(graph.outputs[i])].dtype != POMONA_FLOAT32)
+      return POMONA_BAD_VALUE;
     net->outputs.push_back(graph.outputs[i]);
   }
   if (!net->budget.take(static_cast<int64_t>(net->shapes.size()), 8)) return POMONA_BAD_SIZE;
@@ -302,7 +306,7 @@ size_t find_split(const Net& net, int64_t samples) {
   for (size_t i = first; i < num; ++i) {
     const Shape& shape = net.shapes[static_cast<size_t>(net.value_of(i))];
     macs += static_cast<double>(net.macs_of(net.nodes[i], shape, false));
-    if (net.nodes[i].attributes.op == POMONA_CONV) numbers += static_cast<double>(shape.size());
+    if (net.nodes[i].op == POMONA_CONV) numbers += static_cast<double>(shape.size());
   }
   if (macs < kIntensity * numbers) first = first_within(net, samples, kInCache);
   if (first == 0 || first == num) return first;
@@ -347,7 +351,7 @@ int route_for(Net* net, int64_t samples, Route** route, int32_t* bad_node) {
 }
 
 // Samples [first, first + n) of a batch.
-void run_route(Net& net, Route& route, int64_t first, int64_t n, const float* const* inputs, float* const* outputs,
+void run_route(Net& net, Route& route, int64_t first, int64_t n, const void* const* inputs, float* const* outputs,
                Team& team) {
   const auto to = [&](int32_t value, int64_t sample) {
     const int64_t output = net.output_of(value), size = net.shapes[static_cast<size_t>(value)].size();
@@ -355,7 +359,7 @@ void run_route(Net& net, Route& route, int64_t first, int64_t n, const float* co
   };
   const auto from = [&](int32_t value, int64_t sample) -> const float* {
     if (value >= net.value_of(0)) return to(value, sample);
-    return inputs[value] + (first + sample) * net.shapes[static_cast<size_t>(value)].size();
+    return static_cast<const float*>(inputs[value]) + (first + sample) * net.shapes[static_cast<size_t>(value)].size();
   };
   std::vector<const float*> sources;
   std::vector<float*> targets;
@@ -384,7 +388,7 @@ const float* Net::bias(const Node& node) const {
 }
 
 int64_t Net::macs_of(const Node& node, const Shape& out, bool with_zeros) const {
-  if (!is_layer(node.attributes.op)) return 0;
+  if (traits_of(node.op).kind != kLayer) return 0;
   const Matrix& matrix = *weight(node);
   return (with_zeros ? matrix.rows * matrix.cols : matrix.num_nonzero) * out.h * out.w;
 }
@@ -416,20 +420,21 @@ int pomona_net_new(const pomona_graph* graph, const pomona_net_options* options,
 
 void pomona_net_free(pomona_net* net) { delete net; }
 
-int pomona_net_shape(const pomona_net* net, int32_t value, pomona_shape* shape) {
-  if (net == nullptr || shape == nullptr) return POMONA_BAD_POINTER;
+int pomona_net_type(const pomona_net* net, int32_t value, pomona_type* type) {
+  if (net == nullptr || type == nullptr) return POMONA_BAD_POINTER;
   if (value < 0 || static_cast<size_t>(value) >= net->net.shapes.size()) return POMONA_BAD_VALUE;
   const pomona::Shape& s = net->net.shapes[static_cast<size_t>(value)];
   const auto narrow = [](int64_t size) { return static_cast<int32_t>(size); };
   switch (s.rank) {
-    case 1: *shape = {1, {narrow(s.c), 1, 1}}; break;
-    case 2: *shape = {2, {narrow(s.w), narrow(s.c), 1}}; break;
-    default: *shape = {3, {narrow(s.c), narrow(s.h), narrow(s.w)}};
+    case 1: *type = {s.dtype, 1, {narrow(s.c), 1, 1, 1}}; break;
+    case 2: *type = {s.dtype, 2, {narrow(s.w), narrow(s.c), 1, 1}}; break;
+    case 3: *type = {s.dtype, 3, {narrow(s.c), narrow(s.h), narrow(s.w), 1}}; break;
+    default: *type = {s.dtype, 4, {narrow(s.outer), narrow(s.c / s.outer), narrow(s.h), narrow(s.w)}};
   }
   return POMONA_OK;
 }
 
-int pomona_net_run(pomona_net* handle, int64_t batch, const float* const* inputs, float* const* outputs,
+int pomona_net_run(pomona_net* handle, int64_t batch, const void* const* inputs, float* const* outputs,
                    int num_threads) {
   if (handle == nullptr) return POMONA_BAD_POINTER;
   if (batch < 0 || num_threads < 1) return POMONA_BAD_VALUE;

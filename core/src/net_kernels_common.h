@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "net_kernels.h"
+#include "operations.inc"
 #include "pomona_net.h"
 
 #if POMONA_X86

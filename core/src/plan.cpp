@@ -111,15 +111,13 @@ class Gaps {
   int64_t end_, most_;
 };
 
-bool is_pointwise(int32_t op) { return (op >= POMONA_RELU && op <= POMONA_ADD) || op == POMONA_SCALE; }
-
 }  // namespace
 
 // Convolutions read their input where it is if they move over it one by one and it is not much larger than the output:
 // then both have rows of the same stride, and positions in the one are positions in the other.
 template <typename T>
 bool Layers<T>::is_in_place(const Net& net, const Node& node) const {
-  const pomona_node& a = node.attributes;
+  const Attributes& a = node.attributes;
   const Shape& x = net.shapes[static_cast<size_t>(node.operands[0])];
   const Shape& y = net.shapes[static_cast<size_t>(net.value_of(static_cast<size_t>(&node - net.nodes.data())))];
   return a.stride[0] == 1 && a.stride[1] == 1 && 4 * x.w <= 5 * y.w + 12 && 4 * x.h <= 5 * y.h + 12 &&
@@ -150,8 +148,8 @@ int Layers<T>::lay_out(const Net& net) {
   }
   for (size_t i = first_; i < last_; ++i) {
     const Node& node = net.nodes[i];
-    if (node.attributes.op != POMONA_CONV || !is_in_place(net, node)) continue;
-    const pomona_node& a = node.attributes;
+    if (node.op != POMONA_CONV || !is_in_place(net, node)) continue;
+    const Attributes& a = node.attributes;
     const size_t in = static_cast<size_t>(node.operands[0]), out = static_cast<size_t>(net.value_of(i));
     const Shape &x = net.shapes[in], &y = net.shapes[out];
     const Reach rows = reach(x.h, y.h, a.kernel[0], a.padding[0], a.dilation[0]);
@@ -191,7 +189,7 @@ int Layers<T>::lay_out(const Net& net) {
 // kernel.
 template <typename T>
 int Layers<T>::use_strided(const Net& net, Step<T>* step, std::vector<int64_t>* places) {
-  const pomona_node& a = net.nodes[step->node].attributes;
+  const Attributes& a = net.nodes[step->node].attributes;
   const Shape& y = net.shapes[static_cast<size_t>(step->out)];
   const int64_t row_stride = layouts_[static_cast<size_t>(step->out)].row_stride;
   const auto steps = [&](int axis) {  // whole strides from the first position to the first and the last tap
@@ -296,11 +294,11 @@ int64_t in_panel(const Step<T>& step, int64_t place) {  // every tap is in a pie
 template <typename T>
 int Layers<T>::add_weights(const Net& net, Step<T>* step) {
   const Node& node = net.nodes[step->node];
-  const pomona_node& a = node.attributes;
+  const Attributes& a = node.attributes;
   const Matrix& matrix = *net.weight(node);
   const Shape& x = net.shapes[static_cast<size_t>(step->in[0])];
   const Layout& in = layouts_[static_cast<size_t>(step->in[0])];
-  const bool is_conv = a.op == POMONA_CONV;
+  const bool is_conv = node.op == POMONA_CONV;
   const int64_t groups = is_conv ? a.groups : 1, channels = x.c / groups, rows_each = matrix.rows / groups;
   const int64_t taps = is_conv ? int64_t{a.kernel[0]} * a.kernel[1] : 1;
   step->num_rows = matrix.rows;
@@ -497,17 +495,17 @@ int Layers<T>::add_steps(const Net& net, int32_t* bad_node) {
     *bad_node = static_cast<int32_t>(i);
     const Node& node = net.nodes[i];
     Step<T> step;
-    step.op = node.attributes.op;
+    step.op = node.op;
     step.node = i;
     step.in = node.operands;
     step.out = net.value_of(i);
     step.low = node.attributes.low;
     step.high = node.attributes.high;
-    if (step.op == POMONA_CONV || step.op == POMONA_LINEAR) {
+    if (traits_of(step.op).kind == kLayer) {
       // A sum with what exists already, then an activation, are done before the result is stored.
       const auto follow = [&]() { return only_user[static_cast<size_t>(step.out)]; };
       int32_t user = follow();
-      if (user >= 0 && net.nodes[static_cast<size_t>(user)].attributes.op == POMONA_ADD) {
+      if (user >= 0 && net.nodes[static_cast<size_t>(user)].op == POMONA_ADD) {
         const std::vector<int32_t>& terms = net.nodes[static_cast<size_t>(user)].operands;
         const int32_t other = terms[0] == step.out ? terms[1] : terms[0];
         const bool exists = other < net.value_of(first_) || is_done[static_cast<size_t>(other - net.value_of(0))];
@@ -519,11 +517,11 @@ int Layers<T>::add_steps(const Net& net, int32_t* bad_node) {
         }
       }
       if (user >= 0) {
-        const pomona_node& next = net.nodes[static_cast<size_t>(user)].attributes;
+        const Node& next = net.nodes[static_cast<size_t>(user)];
         if (next.op == POMONA_RELU || next.op == POMONA_CLIP) {
           step.act = next.op;
-          step.low = next.low;
-          step.high = next.high;
+          step.low = next.attributes.low;
+          step.high = next.attributes.high;
           is_done[static_cast<size_t>(user)] = true;
           step.out = net.value_of(static_cast<size_t>(user));
         }
@@ -602,7 +600,7 @@ int Layers<T>::allocate(const Net& net) {
     // Where it can, a result takes the place of what it is computed from position by position.
     int32_t over = -1;
     if (step.residual >= 0 && step.residual != step.in[0]) over = step.residual;
-    else if (is_pointwise(step.op)) over = step.in[0];
+    else if (traits_of(step.op).is_in_place) over = step.in[0];
     const bool may = over >= 0 && net.shapes[static_cast<size_t>(over)] == net.shapes[out];
     std::vector<Piece>& here = ending[s];
     const auto piece = std::find_if(here.begin(), here.end(), [&](const Piece& p) {

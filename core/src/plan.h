@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "net_kernels.h"
+#include "operations.h"
 #include "pomona_net.h"
 #include "team.h"
 
@@ -43,13 +44,16 @@ class Budget {
   int64_t left_;
 };
 
-// (features) is c; (positions, features) is c = features, w = positions; (channels, height, width) is itself.
+// (features) is c; (positions, features) is c = features, w = positions; (channels, height, width) is itself; of four
+// dimensions the first two are c together, `outer` times something.
 struct Shape {
   int32_t rank = 0;
   int64_t c = 0, h = 1, w = 1;
+  int64_t outer = 1;
+  int32_t dtype = POMONA_FLOAT32;
   int64_t size() const { return c * h * w; }
   bool operator==(const Shape& other) const {
-    return rank == other.rank && c == other.c && h == other.h && w == other.w;
+    return rank == other.rank && c == other.c && h == other.h && w == other.w && outer == other.outer;
   }
 };
 
@@ -67,7 +71,8 @@ struct Matrix {
 };
 
 struct Node {
-  pomona_node attributes;
+  int32_t op;
+  Attributes attributes;
   std::vector<int32_t> operands;
 };
 

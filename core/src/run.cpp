@@ -56,12 +56,7 @@ T least() {
 
 // Whether 0 yields 0.
 bool keeps_zero(int32_t op, float low, float high) {
-  switch (op) {
-    case POMONA_SIGMOID:
-    case POMONA_HARDSIGMOID: return false;
-    case POMONA_CLIP: return low <= 0.0f && high >= 0.0f;
-    default: return true;
-  }
+  return op == POMONA_CLIP ? low <= 0.0f && high >= 0.0f : traits_of(op).keeps_zero;
 }
 
 // A row with its borders, as wide as a pool reads it.
@@ -70,7 +65,7 @@ struct PoolLine {
   // Border before the input, and columns of the kernel, both without those in the border at all places.
   int64_t left, columns;
 
-  PoolLine(const pomona_node& a, const Shape& x, const Shape& y) {
+  PoolLine(const Attributes& a, const Shape& x, const Shape& y) {
     places = (y.w - 1) * a.stride[1] + 1;
     left = std::min<int64_t>(a.padding[1], places - 1);
     const int64_t skipped = a.padding[1] - left;
@@ -127,7 +122,7 @@ void Layers<T>::copy_in(const Net& net, int32_t value, const float* from, int64_
   const Layout& l = layouts_[static_cast<size_t>(value)];
   const float per_unit = 1.0f / unit_of(net, value);
   constexpr int64_t kSquare = 32;
-  if (s.rank == 3) {
+  if (s.rank >= 3) {
     each_of(team, s.c, s.h * s.w * samples_, [&](int64_t c, int) {
       for (int64_t y = 0; y < s.h; ++y) {
         T* const to = at(value, c) + y * l.row_stride;
@@ -167,7 +162,7 @@ void Layers<T>::copy_out(const Net& net, int32_t value, float* to, int64_t n, Te
   const Layout& l = layouts_[static_cast<size_t>(value)];
   const float unit = unit_of(net, value);
   constexpr int64_t kSquare = 32;
-  if (s.rank == 3) {
+  if (s.rank >= 3) {
     each_of(team, s.c, s.h * s.w * samples_, [&](int64_t c, int) {
       for (int64_t y = 0; y < s.h; ++y) {
         const T* const from = at(value, c) + y * l.row_stride;
@@ -197,7 +192,7 @@ void Layers<T>::copy_out(const Net& net, int32_t value, float* to, int64_t n, Te
 // The images of one channel.
 template <typename T>
 void Layers<T>::copy_images(const Net& net, const Step<T>& step, int64_t channel, T* to) {
-  const pomona_node& a = net.nodes[step.node].attributes;
+  const Attributes& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Layout& in = layouts_[static_cast<size_t>(step.in[0])];
   const int64_t width = step.scratch.row_stride, columns = width / samples_, stride = a.stride[1];
@@ -390,13 +385,13 @@ template <typename T>
 template <typename Line>
 void Layers<T>::pool(const Net& net, const Step<T>& step, int64_t channel, Line* scratch) {
   constexpr bool kIsSame = std::is_same_v<Line, T>;
-  const pomona_node& a = net.nodes[step.node].attributes;
+  const Attributes& a = net.nodes[step.node].attributes;
   const Shape& x = net.shapes[static_cast<size_t>(step.in[0])];
   const Shape& y = net.shapes[static_cast<size_t>(step.out)];
   const Layout& in = layouts_[static_cast<size_t>(step.in[0])];
   const Layout& out = layouts_[static_cast<size_t>(step.out)];
   const NetKernels<Line>& kernels = kernels_of<Line>(net);
-  const bool is_max = step.op == POMONA_MAX_POOL, counts_padding = (a.flags & POMONA_COUNT_PADDING) != 0;
+  const bool is_max = step.op == POMONA_MAX_POOL, counts_padding = a.count_padding;
   const int64_t stride = a.stride[1];
   const PoolLine shape(a, x, y);
   const int64_t width = shape.width * samples_, places = shape.places * samples_, there = x.w * samples_;
@@ -501,24 +496,6 @@ void Layers<T>::run_step(const Net& net, const Step<T>& step, Team& team) {
   switch (step.op) {
     case POMONA_CONV:
     case POMONA_LINEAR: return run_layer(net, step, team);
-    case POMONA_RELU:
-    case POMONA_CLIP:
-    case POMONA_GELU:
-    case POMONA_GELU_TANH:
-    case POMONA_SILU:
-    case POMONA_SIGMOID:
-    case POMONA_TANH:
-    case POMONA_HARDSWISH:
-    case POMONA_HARDSIGMOID:
-      if (out.channel_stride == positions && in.channel_stride == positions && team.size() == 1)
-        return kernels.unary(step.op, at(step.in[0]), at(step.out), y.c * positions, step.low, step.high, step.units);
-      if (keeps_zero(step.op, step.low, step.high))
-        return channels([&](int64_t c) {
-          kernels.unary(step.op, at(step.in[0], c), at(step.out, c), positions, step.low, step.high, step.units);
-        });
-      return lines([&](int64_t c, int64_t from, int64_t to) {
-        kernels.unary(step.op, at(step.in[0], c) + from, at(step.out, c) + to, width, step.low, step.high, step.units);
-      });
     case POMONA_ADD:
       return channels([&](int64_t c) {
         kernels.add(at(step.in[0], c), at(step.in[1], c), at(step.out, c), positions, step.units);
@@ -588,7 +565,16 @@ void Layers<T>::run_step(const Net& net, const Step<T>& step, Team& team) {
       }
       return;
     }
-    default: return;
+    default:  // elementwise
+      if (out.channel_stride == positions && in.channel_stride == positions && team.size() == 1)
+        return kernels.unary(step.op, at(step.in[0]), at(step.out), y.c * positions, step.low, step.high, step.units);
+      if (keeps_zero(step.op, step.low, step.high))
+        return channels([&](int64_t c) {
+          kernels.unary(step.op, at(step.in[0], c), at(step.out, c), positions, step.low, step.high, step.units);
+        });
+      return lines([&](int64_t c, int64_t from, int64_t to) {
+        kernels.unary(step.op, at(step.in[0], c) + from, at(step.out, c) + to, width, step.low, step.high, step.units);
+      });
   }
 }
 

@@ -97,22 +97,69 @@ struct Tensor {
 struct Size {
   int rank;
   int64_t c, h, w;
+  int64_t outer = 1;  // of four dimensions: the first, of which c is a multiple
+  int32_t dtype = POMONA_FLOAT32;
   int64_t size() const { return c * h * w; }
   bool operator==(const Size& other) const {
-    return rank == other.rank && c == other.c && h == other.h && w == other.w;
+    return rank == other.rank && c == other.c && h == other.h && w == other.w && outer == other.outer &&
+           dtype == other.dtype;
   }
 };
 
+// A node with all the attributes that there are; `reads`: which of them it hands over, one bit each.
+struct Node {
+  int32_t op = 0, first_operand = 0, num_operands = 0;
+  int32_t weight = -1, bias = -1;
+  int32_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  int32_t groups = 1, ceil = 0, count_padding = 0;
+  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+  uint64_t reads = 0;
+};
+
+void add_attributes(const Node& node, std::vector<pomona_attribute>* to) {
+  const auto add = [&](int32_t name, int32_t first, int32_t second = 0) {
+    if ((node.reads >> name & 1) != 0) to->push_back({name, {{first, second, 0, 0}}});
+  };
+  const auto add_number = [&](int32_t name, float number) {
+    if ((node.reads >> name & 1) == 0) return;
+    to->push_back({name, {}});
+    to->back().value.numbers[0] = number;
+  };
+  add(POMONA_ATTRIBUTE_WEIGHT, node.weight);
+  add(POMONA_ATTRIBUTE_BIAS, node.bias);
+  add(POMONA_ATTRIBUTE_KERNEL, node.kernel[0], node.kernel[1]);
+  add(POMONA_ATTRIBUTE_STRIDE, node.stride[0], node.stride[1]);
+  add(POMONA_ATTRIBUTE_PADDING, node.padding[0], node.padding[1]);
+  add(POMONA_ATTRIBUTE_DILATION, node.dilation[0], node.dilation[1]);
+  add(POMONA_ATTRIBUTE_GROUPS, node.groups);
+  add(POMONA_ATTRIBUTE_CEIL, node.ceil);
+  add(POMONA_ATTRIBUTE_COUNT_PADDING, node.count_padding);
+  add_number(POMONA_ATTRIBUTE_LOW, node.low);
+  add_number(POMONA_ATTRIBUTE_HIGH, node.high);
+}
+
 struct Graph {
-  std::vector<pomona_shape> inputs;
-  std::vector<pomona_node> nodes;
+  std::vector<pomona_type> inputs;
+  std::vector<Node> nodes;
   std::vector<int32_t> operands;
   std::vector<Tensor> tensors;
   std::vector<int32_t> outputs;
   std::vector<Size> sizes;  // of all values
   std::vector<pomona_tensor> views;
+  std::vector<pomona_node> encoded;
+  std::vector<pomona_attribute> attributes;
 
   pomona_graph view() {
+    encoded.clear();
+    attributes.clear();
+    for (const Node& node : nodes) {
+      const int32_t first = static_cast<int32_t>(attributes.size());
+      add_attributes(node, &attributes);
+      encoded.push_back({node.op, node.first_operand, node.num_operands, first,
+                         static_cast<int32_t>(attributes.size()) - first});
+    }
+    encoded.shrink_to_fit();
+    attributes.shrink_to_fit();
     views.clear();
     views.reserve(tensors.size());
     for (Tensor& t : tensors) {
@@ -122,8 +169,8 @@ struct Graph {
       views.back().starts = t.is_dense ? nullptr : t.starts.data();
     }
     const auto num = [](const auto& list) { return static_cast<int32_t>(list.size()); };
-    return {inputs.data(), nodes.data(), operands.data(), views.data(), outputs.data(),
-            num(inputs),   num(nodes),   num(operands),   num(tensors), num(outputs)};
+    return {inputs.data(),  encoded.data(), operands.data(), attributes.data(), views.data(),  outputs.data(),
+            num(inputs),    num(encoded),   num(operands),   num(attributes),   num(tensors),  num(outputs)};
   }
 };
 
@@ -184,17 +231,19 @@ Tensor column(Random& random, int64_t rows) {
   return t;
 }
 
-Size size_of(const pomona_shape& s) {
-  if (s.rank == 1) return {1, s.dims[0], 1, 1};
-  if (s.rank == 2) return {2, s.dims[1], 1, s.dims[0]};
-  return {3, s.dims[0], s.dims[1], s.dims[2]};
+Size size_of(const pomona_type& s) {
+  if (s.rank == 1) return {1, s.dims[0], 1, 1, 1, s.dtype};
+  if (s.rank == 2) return {2, s.dims[1], 1, s.dims[0], 1, s.dtype};
+  if (s.rank == 3) return {3, s.dims[0], s.dims[1], s.dims[2], 1, s.dtype};
+  return {4, int64_t{s.dims[0]} * s.dims[1], s.dims[2], s.dims[3], s.dims[0], s.dtype};
 }
 
-pomona_shape shape_of(const Size& s) {
+pomona_type type_of(const Size& s) {
   const auto narrow = [](int64_t n) { return static_cast<int32_t>(n); };
-  if (s.rank == 1) return {1, {narrow(s.c), 1, 1}};
-  if (s.rank == 2) return {2, {narrow(s.w), narrow(s.c), 1}};
-  return {3, {narrow(s.c), narrow(s.h), narrow(s.w)}};
+  if (s.rank == 1) return {s.dtype, 1, {narrow(s.c), 1, 1, 1}};
+  if (s.rank == 2) return {s.dtype, 2, {narrow(s.w), narrow(s.c), 1, 1}};
+  if (s.rank == 3) return {s.dtype, 3, {narrow(s.c), narrow(s.h), narrow(s.w), 1}};
+  return {s.dtype, 4, {narrow(s.outer), narrow(s.c / s.outer), narrow(s.h), narrow(s.w)}};
 }
 
 // A network that is valid, of at most `most` numbers a value; where `is_extreme`, of any sizes and attributes that fit.
@@ -212,7 +261,8 @@ class Maker {
     const int64_t num_inputs = one_in(random_, 4) ? 2 : 1;
     for (int64_t i = 0; i < num_inputs; ++i) {
       Size size = i > 0 && one_in(random_, 2) ? graph_.sizes[0] : input();
-      graph_.inputs.push_back(shape_of(size));
+      if (i > 0 && one_in(random_, 4)) size.dtype = static_cast<int32_t>(between(random_, POMONA_INT32, POMONA_INT64));
+      graph_.inputs.push_back(type_of(size));
       graph_.sizes.push_back(size);
     }
     const int64_t num_nodes = below(random_, is_wide_ ? 4 : 10);
@@ -220,13 +270,17 @@ class Maker {
       for (int tries = 0; tries < 30 && !add(static_cast<int32_t>(below(random_, POMONA_NUM_OPS))); ++tries) {
       }
     const int64_t num_outputs = between(random_, 1, 3);
-    for (int64_t i = 0; i < num_outputs; ++i) graph_.outputs.push_back(i == 0 ? last() : any());
+    for (int64_t i = 0; i < num_outputs; ++i) graph_.outputs.push_back(i == 0 && size(last()).dtype == POMONA_FLOAT32 ? last() : any());
     return graph_;
   }
 
  private:
   int32_t last() const { return static_cast<int32_t>(graph_.sizes.size()) - 1; }
-  int32_t any() { return one_in(random_, 2) ? last() : static_cast<int32_t>(below(random_, last() + 1)); }
+  // Any value of float32; the first one is.
+  int32_t any() {
+    const int32_t value = one_in(random_, 2) ? last() : static_cast<int32_t>(below(random_, last() + 1));
+    return size(value).dtype == POMONA_FLOAT32 ? value : 0;
+  }
   const Size& size(int32_t value) const { return graph_.sizes[static_cast<size_t>(value)]; }
 
   Size input() {
@@ -238,9 +292,13 @@ class Maker {
       return s;
     }
     if (is_wide_) return {3, between(random_, 30, 90), between(random_, 3, 11), between(random_, 3, 11)};
-    switch (below(random_, 4)) {
+    switch (below(random_, 5)) {
       case 0: return {1, between(random_, 1, 300), 1, 1};
       case 1: return {2, between(random_, 1, 60), 1, between(random_, 1, 40)};
+      case 2: {
+        const int64_t outer = between(random_, 1, 4);
+        return {4, outer * between(random_, 1, 4), between(random_, 1, 12), between(random_, 1, 12), outer};
+      }
       default: return {3, between(random_, 1, 9), between(random_, 1, 16), between(random_, 1, 16)};
     }
   }
@@ -255,9 +313,8 @@ class Maker {
   }
 
   bool add(int32_t op) {
-    pomona_node a{};
+    Node a;
     a.op = op;
-    a.weight = a.bias = -1;
     std::vector<int32_t> operands = {any()};
     const Size x = size(operands[0]);
     Size y = x;
@@ -268,8 +325,12 @@ class Maker {
       case POMONA_AVG_POOL: {
         if (x.rank != 3) return false;
         const bool is_pool = op != POMONA_CONV, is_same = one_in(random_, 2);
-        a.flags = is_pool ? static_cast<int32_t>(below(random_, 4)) : 0;
-        a.groups = 1;
+        a.ceil = is_pool ? static_cast<int32_t>(below(random_, 2)) : 0;
+        a.count_padding = op == POMONA_AVG_POOL ? static_cast<int32_t>(below(random_, 2)) : 0;
+        a.reads = 1u << POMONA_ATTRIBUTE_KERNEL | 1u << POMONA_ATTRIBUTE_STRIDE | 1u << POMONA_ATTRIBUTE_PADDING;
+        a.reads |= is_pool ? 1u << POMONA_ATTRIBUTE_CEIL
+                           : 1u << POMONA_ATTRIBUTE_DILATION | 1u << POMONA_ATTRIBUTE_GROUPS;
+        if (op == POMONA_AVG_POOL) a.reads |= 1u << POMONA_ATTRIBUTE_COUNT_PADDING;
         for (int i = 0; i < 2; ++i) {
           const int64_t axis = i == 0 ? x.h : x.w;
           a.kernel[i] = static_cast<int32_t>(is_same ? 3 : attribute(5, 29));
@@ -281,7 +342,7 @@ class Maker {
           if (is_extreme_ && one_in(random_, 3)) a.padding[i] = a.kernel[i] / 2;
           if (is_pool) a.padding[i] = std::min(a.padding[i], a.kernel[i] / 2);
           (i == 0 ? y.h : y.w) =
-              windows(axis, a.kernel[i], a.stride[i], a.padding[i], a.dilation[i], is_pool && (a.flags & POMONA_CEIL));
+              windows(axis, a.kernel[i], a.stride[i], a.padding[i], a.dilation[i], a.ceil != 0);
         }
         if (y.h < 1 || y.w < 1) return false;
         if (is_pool) break;
@@ -294,13 +355,14 @@ class Maker {
         break;
       }
       case POMONA_LINEAR:
-        if (x.rank == 3) return false;
+        if (x.rank > 2) return false;
         y.c = is_extreme_ ? any_size(random_, 16) : between(random_, 1, 70);
         if (x.c * y.c > int64_t{1} << 31) return false;
         break;
       case POMONA_CLIP:
         a.low = normal(random_);
         a.high = a.low + std::abs(normal(random_));
+        a.reads = 1u << POMONA_ATTRIBUTE_LOW | 1u << POMONA_ATTRIBUTE_HIGH;
         break;
       case POMONA_ADD:
       case POMONA_MUL: {
@@ -310,7 +372,9 @@ class Maker {
         operands.push_back(other);
         break;
       }
-      case POMONA_SCALE: break;
+      case POMONA_SCALE:
+        if (x.rank > 3) return false;
+        break;
       case POMONA_MEAN:
         if (x.rank != 3) return false;
         y = {3, x.c, 1, 1};
@@ -320,7 +384,7 @@ class Maker {
         y = {1, x.size(), 1, 1};
         break;
       case POMONA_CONCAT:
-        if (x.rank == 2) return false;
+        if (x.rank == 2 || x.rank == 4) return false;
         for (int64_t i = below(random_, 3); i > 0; --i) {
           const int32_t other = any();
           if (size(other).rank != x.rank || size(other).h != x.h || size(other).w != x.w) continue;
@@ -338,6 +402,8 @@ class Maker {
     if (op == POMONA_SCALE && x.c > 1 << 20) return false;
     if (op == POMONA_SCALE) a.weight = tensor(column(random_, x.c));
     if (a.weight >= 0 && with_bias) a.bias = tensor(column(random_, y.c));
+    if (a.weight >= 0) a.reads |= 1u << POMONA_ATTRIBUTE_WEIGHT;
+    if (a.bias >= 0) a.reads |= 1u << POMONA_ATTRIBUTE_BIAS;
     a.first_operand = static_cast<int32_t>(graph_.operands.size());
     a.num_operands = static_cast<int32_t>(operands.size());
     graph_.operands.insert(graph_.operands.end(), operands.begin(), operands.end());
@@ -358,7 +424,7 @@ class Reference {
  public:
   Reference(const Graph& graph, bool with_zeros) : graph_(graph), with_zeros_(with_zeros) {
     rows_.resize(graph.tensors.size());
-    for (const pomona_node& a : graph.nodes)
+    for (const Node& a : graph.nodes)
       if (a.op == POMONA_CONV || a.op == POMONA_LINEAR)
         rows_[static_cast<size_t>(a.weight)] = rows_of(graph.tensors[static_cast<size_t>(a.weight)]);
   }
@@ -366,7 +432,7 @@ class Reference {
   std::vector<std::vector<double>> run(const std::vector<const float*>& inputs) const {
     std::vector<std::vector<double>> values;
     for (size_t i = 0; i < inputs.size(); ++i) values.emplace_back(inputs[i], inputs[i] + graph_.sizes[i].size());
-    for (const pomona_node& a : graph_.nodes) {
+    for (const Node& a : graph_.nodes) {
       std::vector<const std::vector<double>*> in;
       std::vector<Size> sizes;
       for (int32_t i = 0; i < a.num_operands; ++i) {
@@ -407,7 +473,7 @@ class Reference {
     return 1.0 / (1.0 + std::exp(-std::max(x, -88.0)));
   }  // not 0 at -infinity, as in float
 
-  static double unary(const pomona_node& a, double x) {
+  static double unary(const Node& a, double x) {
     if (std::isnan(x)) return x;
     switch (a.op) {
       case POMONA_RELU: return std::max(x, 0.0);
@@ -422,7 +488,7 @@ class Reference {
     }
   }
 
-  std::vector<double> apply(const pomona_node& a, const std::vector<const std::vector<double>*>& in,
+  std::vector<double> apply(const Node& a, const std::vector<const std::vector<double>*>& in,
                             const std::vector<Size>& sizes, const Size& y) const {
     const std::vector<double>& from = *in[0];
     const Size& x = sizes[0];
@@ -494,7 +560,7 @@ class Reference {
                 }
               out[next++] = a.op == POMONA_MAX_POOL
                                 ? (std::isnan(sum) && has_nan(a, x, from, c, i, j) ? std::nan("") : most)
-                                : sum / static_cast<double>(a.flags & POMONA_COUNT_PADDING ? in_padding : inside);
+                                : sum / static_cast<double>(a.count_padding != 0 ? in_padding : inside);
             }
         break;
       case POMONA_MEAN:
@@ -517,7 +583,7 @@ class Reference {
     return out;
   }
 
-  static bool has_nan(const pomona_node& a, const Size& x, const std::vector<double>& from, int64_t c, int64_t i,
+  static bool has_nan(const Node& a, const Size& x, const std::vector<double>& from, int64_t c, int64_t i,
                       int64_t j) {
     for (int64_t row = std::max<int64_t>(0, i * a.stride[0] - a.padding[0]);
          row < std::min(x.h, i * a.stride[0] - a.padding[0] + a.kernel[0]); ++row)
@@ -535,7 +601,7 @@ class Reference {
 // Inputs and outputs of a network for some samples, each array of exactly its size.
 struct Arrays {
   std::vector<std::vector<float>> inputs, outputs;
-  std::vector<const float*> from;
+  std::vector<const void*> from;
   std::vector<float*> to;
 
   Arrays(const std::vector<Size>& in, const std::vector<Size>& out, int64_t batch) {
@@ -601,8 +667,8 @@ void check_valid(Random& random, bool is_wide) {
   CHECK(pomona_net_new(&view, one_in(random, 5) ? nullptr : &options, &net, &bad_node) == POMONA_OK);
   CHECK(bad_node == -1);
   for (size_t i = 0; i < graph.sizes.size(); ++i) {
-    pomona_shape shape;
-    CHECK(pomona_net_shape(net, static_cast<int32_t>(i), &shape) == POMONA_OK && size_of(shape) == graph.sizes[i]);
+    pomona_type type;
+    CHECK(pomona_net_type(net, static_cast<int32_t>(i), &type) == POMONA_OK && size_of(type) == graph.sizes[i]);
   }
   std::vector<Size> in(graph.sizes.begin(), graph.sizes.begin() + static_cast<int64_t>(graph.inputs.size())), out;
   for (const int32_t value : graph.outputs) out.push_back(graph.sizes[static_cast<size_t>(value)]);
@@ -672,8 +738,9 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
   };
   switch (below(random, 12)) {
     case 0: {
-      pomona_shape& shape = pick(graph->inputs);
-      (one_in(random, 4) ? shape.rank : shape.dims[below(random, 3)]) = any_int32(random);
+      pomona_type& type = pick(graph->inputs);
+      const int64_t which = below(random, 8);
+      (which == 0 ? type.dtype : which < 3 ? type.rank : type.dims[below(random, 4)]) = any_int32(random);
       break;
     }
     case 1:
@@ -681,11 +748,13 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
     case 3:
     case 4: {
       if (graph->nodes.empty()) break;
-      pomona_node& a = pick(graph->nodes);
+      Node& a = pick(graph->nodes);
       int32_t* const fields[] = {&a.op,         &a.first_operand, &a.num_operands, &a.weight,    &a.bias,
                                  &a.kernel[0],  &a.kernel[1],     &a.stride[0],    &a.stride[1], &a.padding[0],
-                                 &a.padding[1], &a.dilation[0],   &a.dilation[1],  &a.groups,    &a.flags};
-      *fields[below(random, 15)] = any_int32(random);
+                                 &a.padding[1], &a.dilation[0],   &a.dilation[1],  &a.groups,    &a.ceil,
+                                 &a.count_padding};
+      *fields[below(random, 16)] = any_int32(random);
+      if (one_in(random, 6)) a.reads ^= uint64_t{1} << below(random, POMONA_NUM_ATTRIBUTES);
       if (one_in(random, 3)) a.op = static_cast<int32_t>(below(random, POMONA_NUM_OPS));
       if (one_in(random, 20)) a.low = std::numeric_limits<float>::quiet_NaN();
       if (one_in(random, 20)) a.high = -std::numeric_limits<float>::infinity();
@@ -747,10 +816,24 @@ void mutate(Random& random, Graph* graph, pomona_graph* view, pomona_net_options
   }
 }
 
+// Changes what only the encoded form has: where a node's attributes are, their names, and how many there are.
+void mutate_encoded(Random& random, Graph* graph, pomona_graph* view) {
+  if (!one_in(random, 6)) return;
+  if (one_in(random, 3)) view->num_attributes = static_cast<int32_t>(below(random, view->num_attributes + 1)) - 1;
+  if (!graph->encoded.empty()) {
+    pomona_node& a = graph->encoded[static_cast<size_t>(below(random, static_cast<int64_t>(graph->encoded.size())))];
+    (one_in(random, 2) ? a.first_attribute : a.num_attributes) =
+        one_in(random, 2) ? any_int32(random) : static_cast<int32_t>(below(random, 8));
+  }
+  if (!graph->attributes.empty() && one_in(random, 2))
+    graph->attributes[static_cast<size_t>(below(random, static_cast<int64_t>(graph->attributes.size())))].name =
+        one_in(random, 2) ? any_int32(random) : static_cast<int32_t>(below(random, POMONA_NUM_ATTRIBUTES));
+}
+
 // Weights and biases of the size that a node, changed, asks for.
 void mend(Random& random, Graph* graph) {
   for (size_t i = 0; i < graph->nodes.size(); ++i) {
-    const pomona_node& a = graph->nodes[i];
+    const Node& a = graph->nodes[i];
     if (a.op != POMONA_CONV || a.weight < 0 || a.weight >= static_cast<int32_t>(graph->tensors.size()) || a.groups < 1)
       continue;
     if (a.first_operand < 0 || a.first_operand >= static_cast<int32_t>(graph->operands.size())) continue;
@@ -774,16 +857,16 @@ struct Tally {
 };
 
 // Runs what was accepted, if that is not much to compute; returns how much memory was in use at most, arrays apart.
-int64_t run_accepted(Random& random, pomona_net* net, const pomona_graph& view, Tally* tally) {
+int64_t run_accepted(Random& random, pomona_net* net, const Graph& graph, const pomona_graph& view, Tally* tally) {
   double work = 0.0, numbers = 0.0;
   const auto size_of_value = [&](int32_t value) {
-    pomona_shape shape;
-    CHECK(pomona_net_shape(net, value, &shape) == POMONA_OK);
-    for (int i = 0; i < 3; ++i) CHECK(shape.dims[i] >= 1);
-    return size_of(shape);
+    pomona_type type;
+    CHECK(pomona_net_type(net, value, &type) == POMONA_OK);
+    for (const int32_t size : type.dims) CHECK(size >= 1);
+    return size_of(type);
   };
   for (int32_t i = 0; i < view.num_nodes; ++i) {
-    const pomona_node& a = view.nodes[i];
+    const Node& a = graph.nodes[static_cast<size_t>(i)];
     const double size = static_cast<double>(size_of_value(view.num_inputs + i).size());
     const bool is_pool = a.op == POMONA_MAX_POOL || a.op == POMONA_AVG_POOL;
     const Size x = size_of_value(view.operands[a.first_operand]);
@@ -840,6 +923,7 @@ void check_hostile(uint64_t index, Tally* tally) {
   if (options.max_bytes == 0 || options.max_bytes > int64_t{1} << 26) options.max_bytes = int64_t{1} << 26;
   Graph exact(graph);
   pomona_graph view = exact.view();
+  mutate_encoded(random, &exact, &view);
   const auto changed = [](int32_t now, int32_t before, int32_t* count) {
     if (now != before) *count = now;
   };
@@ -849,7 +933,8 @@ void check_hostile(uint64_t index, Tally* tally) {
   changed(counts.num_tensors, at_first.num_tensors, &view.num_tensors);
   changed(counts.num_outputs, at_first.num_outputs, &view.num_outputs);
   if (one_in(random, 50)) {
-    switch (below(random, 8)) {
+    switch (below(random, 9)) {
+      case 8: view.attributes = nullptr; break;
       case 0: view.inputs = nullptr; break;
       case 1: view.nodes = nullptr; break;
       case 2: view.operands = nullptr; break;
@@ -892,7 +977,7 @@ void check_hostile(uint64_t index, Tally* tally) {
     CHECK(live == before);
   } else {
     ++tally->made;
-    most = std::max(most, run_accepted(random, net, view, tally));
+    most = std::max(most, run_accepted(random, net, exact, view, tally));
   }
   const double memory = static_cast<double>(most - before);
   pomona_net_free(net);
@@ -907,16 +992,15 @@ void check_hostile(uint64_t index, Tally* tally) {
 void check_long(int32_t num) {
   for (int kind = 0; kind < 4; ++kind) {
     Graph graph;
-    graph.inputs.push_back({1, {1, 1, 1}});
+    graph.inputs.push_back({POMONA_FLOAT32, 1, {1, 1, 1, 1}});
     Tensor one;
     one.tensor.rows = one.tensor.cols = one.tensor.num_values = 1;
     one.values = {1.0f};
     graph.tensors.push_back(one);
     for (int32_t i = 0; i < num; ++i) {
-      pomona_node a{};
+      Node a;
       a.op = kind == 3 ? POMONA_LINEAR : POMONA_RELU;
-      a.weight = kind == 3 ? 0 : -1;
-      a.bias = -1;
+      if (kind == 3) a.weight = 0, a.reads = 1u << POMONA_ATTRIBUTE_WEIGHT;
       a.first_operand = i;
       a.num_operands = 1;
       graph.operands.push_back(kind == 1 ? i / 2 : kind == 2 ? 0 : i);
@@ -938,7 +1022,7 @@ void check_long(int32_t num) {
 
 void check_empty() {  // no nodes: the output is the input
   Graph graph;
-  graph.inputs.push_back({3, {2, 3, 5}});
+  graph.inputs.push_back({POMONA_FLOAT32, 3, {2, 3, 5, 1}});
   graph.outputs = {0, 0};
   const pomona_graph view = graph.view();
   pomona_net* net = nullptr;

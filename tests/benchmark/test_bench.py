@@ -35,8 +35,9 @@ from pomona.files import container
 from pomona.files.sparse import Sparse
 from pomona.native import library
 from pomona.runtime import reference
-from pomona.runtime.graph import ELEMENTWISE, Graph, Node
+from pomona.runtime.graph import Graph, Node
 from pomona.runtime.module import GraphModule
+from pomona.runtime.operations import ELEMENTWISE
 from pomona.zoo.models import build_model
 from tests.runs import command_line
 

@@ -1,4 +1,4 @@
-"""Hostile graphs: whatever is changed in one, it is refused with a ValueError or computed, by all alike.
+"""Hostile graphs: whatever is changed in one, all refuse it with a ValueError, or all compute the same.
 
 ``python -m tests.fuzz.graph --cases 100000`` makes that many. Case n of seed s is always the same graph: ``--seed s
 --only n`` repeats it. What ``Graph.shapes`` refuses the core must refuse too, which believes nothing either; what it
@@ -20,7 +20,8 @@ from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.engine import Engine
 from pomona.runtime.fold import fold, pad_weight
-from pomona.runtime.graph import OPS, Graph
+from pomona.runtime.graph import Graph
+from pomona.runtime.operations import DTYPES, OPERATIONS
 from tests.fuzz import fuzzing
 
 MAX_BYTES = 1 << 22
@@ -28,32 +29,36 @@ SECONDS = 5.0
 """No case may take more of a processor."""
 
 _GRAPH = {
-    "inputs": [[2, 6, 6], [5], [3, 5]],
+    "inputs": [[2, 6, 6], [5], [3, 5], [2, 3, 4, 2], {"shape": [7], "dtype": "int64"}],
     "nodes": [
         ["conv", [0], {"weight": "pad", "padding": [1, 0], "groups": 2}],
-        ["conv", [3], {"weight": "conv", "bias": "four", "padding": [1, 1]}],
-        ["scale", [4], {"weight": "four", "bias": "four"}],
-        ["clip", [5], {"low": 0.0, "high": 6.0}],
-        ["max_pool", [6], {"kernel": [2, 2], "stride": [2, 2], "ceil": True}],
-        ["avg_pool", [7], {"kernel": [3, 3], "padding": [1, 1], "count_padding": True}],
-        ["mean", [8]],
-        ["sigmoid", [9]],
-        ["mul", [8, 10]],
-        ["concat", [11, 8]],
-        ["flatten", [12]],
+        ["conv", [5], {"weight": "conv", "bias": "four", "padding": [1, 1]}],
+        ["scale", [6], {"weight": "four", "bias": "four"}],
+        ["clip", [7], {"low": 0.0, "high": 6.0}],
+        ["max_pool", [8], {"kernel": [2, 2], "stride": [2, 2], "ceil": True}],
+        ["avg_pool", [9], {"kernel": [3, 3], "padding": [1, 1], "count_padding": True}],
+        ["mean", [10]],
+        ["sigmoid", [11]],
+        ["mul", [10, 12]],
+        ["concat", [13, 10]],
+        ["flatten", [14]],
         ["linear", [1], {"weight": "linear"}],
-        ["concat", [13, 14]],
-        ["gelu", [15]],
-        ["add", [16, 15]],
+        ["concat", [15, 16]],
+        ["gelu", [17]],
+        ["add", [18, 17]],
         ["linear", [2], {"weight": "linear", "bias": "three"}],
-        ["hardswish", [18]],
+        ["hardswish", [20]],
+        ["tanh", [3]],
+        ["mul", [22, 3]],
+        ["flatten", [23]],
     ],
-    "outputs": [17, 11, 19],
+    "outputs": [19, 13, 21, 24],
 }
 
 _PLACES = [0, 1, 2, 3, 4, 5, 7, 19, 20, 255, 65_536, 2**31 - 1, 2**31, 2**63, -1, True, None, 1.5]
-_PARTS = [[], [1], [0, 1], [1, 1], [2, 2], [3, 1], {}, {"weight": "pad"}, {"kernel": [2, 3]}, {"low": 7.0}]
-_ATTRIBUTES = ["weight", "bias", "groups", "stride", "padding", "dilation", "kernel", "ceil", "low", "high"]
+_PARTS = [[], [1], [0, 1], [1, 1], [2, 2], [3, 1], {}, {"weight": "pad"}, {"kernel": [2, 3]}, {"low": 7.0},
+          {"shape": [2, 3], "dtype": "int32"}, {"shape": [5], "dtype": "float32"}, [2, 3, 2, 2]]  # fmt: skip
+_ATTRIBUTES = ["weight", "bias", "groups", "stride", "padding", "dilation", "kernel", "ceil", "low", "high", *DTYPES]
 
 
 def tensors() -> dict[str, Any]:
@@ -67,7 +72,7 @@ def tensors() -> dict[str, Any]:
 
 
 def mutated(seed: int, case: int) -> Any:
-    """Case number `case`: the graph, changed."""
+    """The graph, with what case number `case` changes in it."""
     chance = random.Random(f"{seed}/{case}")
     data = json.loads(json.dumps(_GRAPH))
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
@@ -76,7 +81,7 @@ def mutated(seed: int, case: int) -> Any:
 
 
 def _change(chance: random.Random, data: Any) -> Any:
-    """Something in it becomes something else."""
+    """Change one thing in it."""
     if isinstance(data, list) and data and chance.random() < 0.8:
         place, kind = chance.randrange(len(data)), chance.random()
         if kind < 0.1:
@@ -93,20 +98,20 @@ def _change(chance: random.Random, data: Any) -> Any:
         else:
             data[name] = _change(chance, data[name])
         return data
-    if isinstance(data, int) and chance.random() < 0.6:
+    if isinstance(data, int) and chance.random() < 0.8:
         return data + chance.choice((-1, 1, 2))
     if isinstance(data, str) and chance.random() < 0.8:
-        return chance.choice([*OPS, *tensors()])
+        return chance.choice([*OPERATIONS, *tensors(), *DTYPES])
     return _anything(chance)
 
 
 def _anything(chance: random.Random) -> Any:
-    kind = chance.choice([_PLACES, _PARTS, [*OPS, *_ATTRIBUTES]])
+    kind = chance.choice([_PLACES, _PARTS, [*OPERATIONS, *_ATTRIBUTES]])
     return json.loads(json.dumps(chance.choice(kind)))
 
 
 def check(data: Any, weights: dict[str, Any]) -> str:
-    """How it went with this graph. Raises whatever should not have come."""
+    """What became of this graph: "not read", "refused" or "run". Raises an error if that is wrong."""
     try:
         graph = Graph.from_json(data)
     except ValueError:
@@ -116,7 +121,10 @@ def check(data: Any, weights: dict[str, Any]) -> str:
     except ValueError:
         return _refused(graph, weights)
     rng = np.random.default_rng(0)
-    inputs = [rng.normal(size=(2, *shape)).astype(np.float32) for shape in graph.inputs]
+    inputs = [
+        (rng.normal(size=(2, *shape)) * (1 if dtype == "float32" else 100)).astype(dtype)
+        for shape, dtype in zip(graph.inputs, graph.dtypes, strict=True)
+    ]
     expected = reference.run(graph, weights, *inputs, dtype=np.float64)
     smaller, made = fold(graph, weights)
     _compare(reference.run(smaller, made, *inputs, dtype=np.float64), expected)
@@ -142,7 +150,7 @@ def _compare(found: list[Any], expected: list[Any]) -> None:
 
 
 def run(cases: range, seed: int) -> Counter[str]:
-    """Check these cases; a wrong one is named."""
+    """Check these cases; an error names the first that is wrong."""
     weights = tensors()
 
     def once(case: int) -> str:
@@ -157,9 +165,9 @@ def main() -> None:
         print(json.dumps(mutated(options.seed, options.only)))
     cases = fuzzing.cases_of(options)
     start = time.perf_counter()
-    told = run(cases, options.seed)
+    tally = run(cases, options.seed)
     print(
-        json.dumps({"seed": options.seed, "cases": len(cases), **told, "seconds": round(time.perf_counter() - start)})
+        json.dumps({"seed": options.seed, "cases": len(cases), **tally, "seconds": round(time.perf_counter() - start)})
     )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona.runtime import reference
+from pomona.runtime import rules
 from pomona.runtime.graph import Graph, Node, Shape
+from pomona.runtime.operations import OPERATIONS
 
 Array = NDArray[Any]
 Integers = NDArray[np.int64]
@@ -76,7 +77,7 @@ def run(graph: Graph, tensors: Mapping[str, Array], *inputs: Array) -> list[Arra
             q[value] = q[node.operands[0]].reshape(len(inputs[0]), -1)
         else:  # in float32
             x = [q[v].astype(F) * unit[v] for v in node.operands]
-            q[value] = to_units(reference._RUN[node.op](node, x, None, None), unit[value])
+            q[value] = to_units(OPERATIONS[node.op].compute(node, x, None, None), unit[value])
     return [q[v].astype(F) * unit[v] for v in graph.outputs]
 
 
@@ -151,6 +152,6 @@ def _layer(
 
 
 def _max_pool(node: Node, q: Integers) -> Integers:
-    out, reach = reference._pool_sizes(q, node)
-    padded = reference._padded(q, node, -32768, reach=reach)
-    return np.maximum.reduce(reference._taps(padded, node, node.kernel, out))
+    out, reach = rules._pool_sizes(q, node)
+    padded = rules._padded(q, node, -32768, reach=reach)
+    return np.maximum.reduce(rules.taps(padded, node, node.kernel, out))

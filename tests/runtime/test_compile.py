@@ -18,7 +18,9 @@ from torch.nn import functional as F
 import pomona
 from pomona.native import library
 from pomona.runtime import compile as module
-from pomona.runtime.compile import Choice, Compilation, sparse_conv2d, sparse_linear
+from pomona.runtime import layers
+from pomona.runtime.compile import Choice, Compilation
+from pomona.runtime.layers import sparse_conv2d, sparse_linear
 from tests.networks import NETWORKS, randomised, sparsified
 
 needs_core = pytest.mark.skipif(not library.is_available(), reason="no compiled core")
@@ -142,14 +144,14 @@ def test_what_was_made_of_a_weight_goes_with_it() -> None:
     gc.collect()
     kept = torch.randn(2, 3)
     sparse_linear(torch.randn(1, 3), kept, None, 1)  # making one looks after the others
-    assert all(made.is_alive() for made in module._made.values())
+    assert all(made.is_alive() for made in layers._made.values())
     for _ in range(20):
         kept.add_(1)
         sparse_linear(torch.randn(1, 3), kept, None, 1)
     for size in range(20):
         sparse_conv2d(torch.randn(1, 2, 4 + size, 4), kept[:, :2, None, None], None, [1, 1], [0, 0], [1, 1], 1, 1)
-    made = module._made[module._place(kept)]
-    assert len(made.layers) <= module._ENGINES_A_WEIGHT
+    made = layers._made[layers._place(kept)]
+    assert len(made.layers) <= layers._ENGINES_PER_WEIGHT
 
 
 @needs_core
@@ -308,8 +310,8 @@ def test_a_race_takes_turns_and_leaves_medians() -> None:
     layer = nn.Linear(64, 64).eval()
     layer.threads = 1
     seen = []
-    times = module._race([(layer, nn.Linear, module.SparseLinear)], lambda: seen.append(type(layer)))
-    assert seen[:4] == [nn.Linear, module.SparseLinear] * 2 and len(seen) % 2 == 0 and all(t > 0 for t in times)
+    times = module._race([(layer, nn.Linear, layers.SparseLinear)], lambda: seen.append(type(layer)))
+    assert seen[:4] == [nn.Linear, layers.SparseLinear] * 2 and len(seen) % 2 == 0 and all(t > 0 for t in times)
 
 
 @needs_core
@@ -432,9 +434,9 @@ def test_the_table_says_what_was_chosen_and_why() -> None:
         Choice("head", 0.0, {}, None, None, False, "not called with the example"),
     )
     assert str(Compilation(layers, (50.0, 30.0))).splitlines() == [
-        "layer          zeros   dense us  sparse us  choice",
-        "features.conv  95.0%       30.0       10.0  sparse: 3.00 times as fast",
-        "fc             10.0%       10.0       20.0  torch: 0.50 times as fast",
-        "head            0.0%          -          -  torch: not called with the example",
+        "layer          zeros  dense us  sparse us  choice",
+        "features.conv  95.0%      30.0       10.0  sparse: 3.00 times as fast",
+        "fc             10.0%      10.0       20.0  torch: 0.50 times as fast",
+        "head            0.0%         -          -  torch: not called with the example",
         "1 of 3 layers run sparsely; the whole model takes 30.0 us with sparse layers, 50.0 without",
     ]

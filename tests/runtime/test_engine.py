@@ -14,7 +14,8 @@ from pomona.files.sparse import Sparse
 from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.engine import Engine
-from pomona.runtime.graph import ELEMENTWISE, Graph, Node
+from pomona.runtime.graph import Graph, Node
+from pomona.runtime.operations import ELEMENTWISE
 
 if not library.is_available():
     pytest.skip(f"no compiled core: {library.why_not()}", allow_module_level=True)

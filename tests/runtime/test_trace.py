@@ -279,7 +279,28 @@ def test_what_the_graph_cannot_say_is_refused(name: str) -> None:
         trace(model, torch.zeros(1, *shape))
 
 
-@pytest.mark.parametrize("example", [torch.zeros(3), torch.zeros(1, 3, dtype=torch.long), [np.zeros((1, 3))]])
+BAD_EXAMPLES = [torch.zeros(3), torch.zeros(1, 3, dtype=torch.int16), torch.zeros(*[1] * 6), [np.zeros((1, 3))]]
+
+
+@pytest.mark.parametrize("example", BAD_EXAMPLES)
 def test_examples_are_tensors_with_a_batch(example: object) -> None:
-    with pytest.raises(ValueError, match="example 0 must be a floating-point tensor"):
+    with pytest.raises(ValueError, match="example 0 must be a tensor of floats, int32 or int64 with 2 to 5 dimensions"):
         trace(nn.ReLU(), example)  # type: ignore[arg-type]
+
+
+def test_integers_are_inputs_that_operations_of_floats_refuse() -> None:
+    class First(nn.Module):
+        def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+            return x.relu()
+
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    graph, _ = trace(First(), [torch.zeros(1, 4), tokens])
+    assert graph.inputs == ((4,), (3,)) and graph.dtypes == ("float32", "int64")
+    with pytest.raises(UnsupportedError, match=r"aten\.relu\.default: relu takes float32, but value 0 is of int64"):
+        trace(nn.ReLU(), tokens)
+    with pytest.raises(UnsupportedError, match=r"aten\.embedding\.default"):
+        trace(nn.Embedding(5, 4), tokens)
+
+
+def test_values_of_four_dimensions() -> None:
+    check(Lambda(lambda x: F.silu(x + x.tanh()).flatten(1)), (2, 3, 4, 5))

@@ -4,15 +4,17 @@ import { readFileSync } from "node:fs";
 import { deflateRawSync, inflateRawSync } from "node:zlib";
 import { digestOf, load, Network, read } from "../../web/pomona.js";
 
-const floats = (file) => new Float32Array(new Uint8Array(readFileSync(file)).buffer);
+const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array };
+const numbers = (file, dtype) => new ARRAYS[dtype](new Uint8Array(readFileSync(file)).buffer);
 const text = (value) => (Object.is(value, -0) ? "-0" : String(value)); // JSON has no NaN and no -0
 
 const commands = {
-  /** Outputs of a network for inputs in files of float32. */
+  /** Outputs of a network for inputs in files, of the dtypes that it takes. */
   async run(file, options, ...inputs) {
     const network = await load(readFileSync(file), JSON.parse(options));
-    const found = network.run(...inputs.map(floats));
-    const again = network.run(...inputs.map(floats));
+    const arrays = inputs.map((input, i) => numbers(input, network.dtypes[i]));
+    const found = network.run(...arrays);
+    const again = network.run(...arrays);
     const outputs = network.outputs.length === 1 ? [found] : found;
     if (
       !outputs.every((output, i) =>
@@ -121,12 +123,16 @@ async function ending(bytes) {
   try {
     const network = await load(bytes, { maxBytes: 2 ** 24 });
     if (network.info.denseMacs < 1e8)
-      network.run(...network.inputs.map((shape) => new Float32Array(shape.reduce((a, b) => a * b)).fill(0.5)));
+      network.run(...network.inputs.map((shape, i) => filled(network.dtypes[i], shape)));
     return null;
   } catch (error) {
     if (error.constructor !== Error || /engine failed/.test(error.message)) throw error;
     return error.message;
   }
+}
+
+function filled(dtype, shape) {
+  return new ARRAYS[dtype](shape.reduce((a, b) => a * b)).fill({ float32: 0.5, int32: 1, int64: 1n }[dtype]);
 }
 
 /** Numbers in [0, 1), the same for the same seed. */

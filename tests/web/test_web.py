@@ -243,6 +243,27 @@ def test_runs_as_the_reference_does(network: Any, options: dict[str, Any], tmp_p
 
 
 @needs_node
+def test_four_dimensions_and_inputs_of_integers(tmp_path: Path) -> None:
+    graph = {
+        "inputs": [[2, 3, 4, 5], {"shape": [6], "dtype": "int64"}, {"shape": [3], "dtype": "int32"}],
+        "nodes": [["tanh", [0]], ["add", [3, 0]], ["flatten", [4]]],
+        "outputs": [4, 5],
+    }
+    path = write(tmp_path / "x.pomona.safetensors", {"unused": np.ones((2, 2), np.float32)}, graph)
+    random = np.random.default_rng(3)
+    inputs = [random.standard_normal((3, 2, 3, 4, 5)), random.integers(0, 9, (3, 6)), random.integers(0, 9, (3, 3))]
+    files = []
+    for x, dtype in zip(inputs, ("float32", "int64", "int32"), strict=True):
+        files.append(tmp_path / f"{dtype}.bin")
+        x.astype(dtype).tofile(files[-1])
+    found = node("run", path, "{}", *files)
+    assert found["shapes"] == [[2, 3, 4, 5], [120]]
+    expected = (np.tanh(inputs[0]) + inputs[0]).reshape(-1)
+    for output in found["outputs"]:
+        np.testing.assert_allclose(np.array(output, float), expected, atol=1e-5)
+
+
+@needs_node
 @pytest.mark.parametrize("network", [images, words])
 def test_fixed_point_is_near_the_reference(network: Any, tmp_path: Path) -> None:
     graph, tensors = network()
@@ -289,6 +310,14 @@ def test_the_network_of_the_page_reads_digits(tmp_path: Path, no_data: None) -> 
         ({"nodes": [["relu", [0]]] * 70_000}, {}, "nodes must be a list of at most 65536"),
         ({"inputs": [[2**31 - 1, 2**31 - 1]]}, {}, "the network: "),
         ({"inputs": [[-1]]}, {}, "input 0 must be an integer in"),
+        ({"inputs": [[1, 1, 1, 1, 1]]}, {}, "input 0 must have 1 to 4 dimensions"),
+        ({"inputs": [{"shape": [9]}]}, {}, "input 0 must be a shape, or an object of shape and dtype"),
+        (
+            {"inputs": [{"shape": [9], "dtype": "int8"}]},
+            {},
+            "the dtype of input 0 must be one of float32, int32, int64",
+        ),
+        ({"inputs": [{"shape": [9, 10], "dtype": "int32"}] * 2}, {}, r"node 0 \(linear\): an operation, an operand"),
         ({}, {"maxBytes": 100}, "the tensors would take 2016 bytes, more than maxBytes=100"),
         ({}, {"maxBytes": 3000}, "the network: it needs more memory than maxBytes allows"),
         ({}, {"dense": "sometimes"}, 'dense must be "never", "always" or undefined, got "sometimes"'),

@@ -190,12 +190,13 @@ def _traced(
 
 def _calibrated(graph: Any, tensors: Mapping[str, Stored], inputs: tuple[Any, ...]) -> Any:
     """The graph with ranges, as it will be computed with what the file holds."""
-    from pomona.runtime import Graph, to_float32
+    from pomona.runtime import Graph
+    from pomona.runtime.network import tensors_of
     from pomona.runtime.ranges import with_ranges
 
     graph = graph if isinstance(graph, Graph) else Graph.from_json(graph)
     arrays = [x.detach().cpu().float().numpy() if isinstance(x, Tensor) else x for x in inputs]
-    return with_ranges(graph, {name: to_float32(name, tensors[name]) for name in graph.names()}, *arrays)
+    return with_ranges(graph, tensors_of(graph, tensors), *arrays)
 
 
 @contextmanager

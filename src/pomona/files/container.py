@@ -110,6 +110,15 @@ class File:
     graph: dict[str, Any] | None = None
 
 
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Elements of a float dtype as numbers of 32 bits."""
+    if dtype == "BF16":
+        pattern: NDArray[np.uint32] = values.astype(np.uint32) << np.uint32(16)
+        return pattern.view(np.float32)
+    with np.errstate(all="ignore"):
+        return values.astype(np.float32)
+
+
 def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     """float32 numbers as elements of a float dtype, rounded to nearest, ties to even."""
     if dtype != "BF16":

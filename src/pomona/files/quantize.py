@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona.files.container import FLOATS, Book, Stored, from_float32
+from pomona.files.container import FLOATS, Book, Stored, from_float32, to_float32
 from pomona.files.safetensors import DTYPES
 from pomona.files.sparse import Sparse
 
@@ -106,15 +106,6 @@ def _survivors(stored: Stored) -> NDArray[np.float32]:
         raise ValueError(f"a tensor of shape {stored.shape} has values that are not finite; they cannot be quantised")
     survivors: NDArray[np.float32] = values[values != 0]
     return survivors
-
-
-def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Elements of a float dtype as numbers of 32 bits."""
-    if dtype == "BF16":
-        pattern: NDArray[np.uint32] = values.astype(np.uint32) << np.uint32(16)
-        return pattern.view(np.float32)
-    with np.errstate(all="ignore"):
-        return values.astype(np.float32)
 
 
 def _fit(values: NDArray[np.float32], how: Quantization) -> Book:

@@ -1,15 +1,14 @@
 """Networks with sparse weights, executed as a whole by the compiled core; numpy only.
 
-``core/include/pomona_net.h`` says what each operation computes, ``graph.py`` how a network is written down. Here a
-graph and its tensors are handed over; the core lays them out, decides for each layer whether zeros are worth skipping,
-and keeps a copy of its own.
+``core/include/pomona_net.h`` is the interface, ``graph.py`` says how a network is written down. Here a graph and its
+tensors are handed over. The core copies them, lays them out, and decides for each layer whether skipping zeros pays.
 
-Memory: 8 bytes for every weight that is not zero, once for single samples and once more for batches, beside the
-weights as given; activations in one arena that is used again and again.
+Memory: 8 bytes for every weight that is not zero, once for single samples and once more for batches, in addition to
+the weights as given. Activations share one arena.
 
-Deviations from float32 arithmetic one operation after the other: sums are in another order and products are fused with
-them; the error is that of a float32 dot product in any order. ``gelu`` is within 2e-7 of the true value for |x| <= 1,
-relative to |x| beyond.
+Deviations from float32 arithmetic, one operation after the other: sums are taken in another order, and products are
+fused with them. The error is that of a float32 dot product in any order. ``gelu`` is within 2e-7 of the true value for
+|x| <= 1, and beyond that relative to |x|.
 
 With ``precision="int16"`` the arithmetic is 16-bit fixed point. A value v of range r, the largest magnitude it had on
 some samples, is kept as an int16 q with v = u q, u = 4 r / 32767 (the 4 is POMONA_HEADROOM: what exceeds four times the
@@ -21,7 +20,7 @@ that is 2^15 or more (each counts as a weight), and a layer is
 
 so that an output of n weights whose magnitudes sum to S is off by at most (n + 1) / 2 s (products and bias), S / 2 u_in
 (the input) and n 2^-16 |q_in| s (weights). Everything else, and layers of one position where samples go one by one, is
-computed in float32 and rounded once. Results are the same bits on every machine, but for what goes through float32.
+computed in float32 and rounded once. Results have the same bits on every machine, except what goes through float32.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from numpy.typing import NDArray
 
 from pomona.files.sparse import Sparse
 from pomona.native import library
-from pomona.runtime.graph import OPS, Graph, Node
-from pomona.runtime.reference import check_inputs
+from pomona.runtime.graph import Graph, Node
+from pomona.runtime.node import ATTRIBUTES
+from pomona.runtime.operations import DTYPES, MAX_DIMENSIONS, OPERATIONS, DType
+from pomona.runtime.reference import arrays_of, check_inputs
 
 Array = NDArray[np.float32]
 Precision: TypeAlias = Literal["float32", "int16"]
 
-_COUNT_PADDING, _CEIL = 1, 2
-_FORMS = {"scale": "vector", "conv": "kernel"}
 _RANKS = {"vector": (1,), "matrix": (2,), "kernel": (2, 4)}
 _DENSE = {None: 0, False: 1, True: 2}
 _ERRORS = {
@@ -53,6 +52,8 @@ _ERRORS = {
     -6: "an internal error",
 }
 
+_LISTS = ("inputs", "nodes", "operands", "attributes", "tensors", "outputs")
+
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -61,21 +62,21 @@ class _Node(ctypes.Structure):
         ("op", _int32),
         ("first_operand", _int32),
         ("num_operands", _int32),
-        ("weight", _int32),
-        ("bias", _int32),
-        ("kernel", _int32 * 2),
-        ("stride", _int32 * 2),
-        ("padding", _int32 * 2),
-        ("dilation", _int32 * 2),
-        ("groups", _int32),
-        ("flags", _int32),
-        ("low", ctypes.c_float),
-        ("high", ctypes.c_float),
+        ("first_attribute", _int32),
+        ("num_attributes", _int32),
     )
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = (("rank", _int32), ("dims", _int32 * 3))
+class _Setting(ctypes.Union):
+    _fields_ = (("integers", _int32 * 4), ("numbers", ctypes.c_float * 4))
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("name", _int32), ("value", _Setting))
+
+
+class _Type(ctypes.Structure):
+    _fields_ = (("dtype", _int32), ("rank", _int32), ("dims", _int32 * MAX_DIMENSIONS))
 
 
 class _Tensor(ctypes.Structure):
@@ -91,8 +92,8 @@ class _Tensor(ctypes.Structure):
 
 class _Graph(ctypes.Structure):
     _fields_ = (
-        *((name, _pointer) for name in ("inputs", "nodes", "operands", "tensors", "outputs")),
-        *((name, _int32) for name in ("num_inputs", "num_nodes", "num_operands", "num_tensors", "num_outputs")),
+        *((name, _pointer) for name in _LISTS),
+        *((f"num_{name}", _int32) for name in _LISTS),
     )
 
 
@@ -115,10 +116,10 @@ class About:
     """What a network takes.
 
     Attributes:
-        activation_bytes: arenas, one for each number of samples that was run together.
-        weight_bytes: weights as laid out for execution, for each of these.
-        macs: multiplications that one sample takes.
-        dense_macs: the same if there were no zeros.
+        activation_bytes: all arenas; there is one for each number of samples that ran together.
+        weight_bytes: weights as laid out for execution, for each of these numbers.
+        macs: multiplications per sample.
+        dense_macs: multiplications per sample of the same network without zeros.
     """
 
     activation_bytes: int
@@ -134,10 +135,10 @@ class Engine:
         graph: what it computes.
         tensors: its weights by name, numpy arrays or :class:`~pomona.files.sparse.Sparse`, floating point; cast to
             float32.
-        threads: how many at most.
-        dense: True runs all layers as if they had no zeros, False skips zeros everywhere; None chooses for each layer.
+        threads: how many it may use.
+        dense: True runs all layers as if they had no zeros, False skips zeros everywhere, None chooses for each layer.
         micro_batch: samples that go through the network together; 0 chooses as many as the cache holds.
-        max_bytes: of weights and of activations; ValueError above.
+        max_bytes: the most that weights and activations may take together.
         precision: of values and weights; "int16" is faster by up to two times and needs ``graph.ranges``.
 
     Raises:
@@ -167,23 +168,25 @@ class Engine:
         self._library = _declare(library.load())
         self.graph = graph
         self.threads = threads
-        builder = _Builder(tensors)
-        nodes = (_Node * len(graph.nodes))(*(builder.node(node) for node in graph.nodes))
-        shapes = (_Shape * len(graph.inputs))(*(_shape(shape) for shape in graph.inputs))
-        matrices = (_Tensor * len(builder.tensors))(*builder.tensors)
-        operands = np.asarray(builder.operands, np.int32)
-        outputs = np.asarray(graph.outputs, np.int32)
+        lists = _Lists(tensors)
+        nodes = (_Node * len(graph.nodes))(*(lists.node(node) for node in graph.nodes))
+        types = (_Type * graph.num_inputs)(*map(_type, graph.inputs, graph.dtypes))
+        attributes = (_Attribute * len(lists.attributes))(*lists.attributes)
+        matrices = (_Tensor * len(lists.tensors))(*lists.tensors)
+        operands, outputs = np.asarray(lists.operands, np.int32), np.asarray(graph.outputs, np.int32)
         described = _Graph(
-            ctypes.addressof(shapes),
-            ctypes.addressof(nodes),
-            operands.ctypes.data,
-            ctypes.addressof(matrices),
-            outputs.ctypes.data,
-            len(shapes),
-            len(nodes),
-            len(operands),
-            len(matrices),
-            len(outputs),
+            inputs=ctypes.addressof(types),
+            nodes=ctypes.addressof(nodes),
+            operands=operands.ctypes.data,
+            attributes=ctypes.addressof(attributes),
+            tensors=ctypes.addressof(matrices),
+            outputs=outputs.ctypes.data,
+            num_inputs=len(types),
+            num_nodes=len(nodes),
+            num_operands=len(operands),
+            num_attributes=len(attributes),
+            num_tensors=len(matrices),
+            num_outputs=len(outputs),
         )
         ranges = np.asarray(graph.ranges if precision == "int16" else [], np.float32)
         options = _Options(
@@ -198,15 +201,15 @@ class Engine:
         self.shapes = [self._shape_of(value) for value in graph.outputs]
 
     def __call__(self, *inputs: NDArray[Any]) -> list[Array]:
-        """The outputs of a batch: each input (batch, *shape), each output (batch, *shape), float32."""
-        arrays = [np.ascontiguousarray(x, np.float32) for x in inputs]
+        """The outputs of a batch, float32: each input and each output is (batch, *shape)."""
+        arrays = arrays_of(self.graph, inputs)
         batch = check_inputs(self.graph, arrays)
         results = [np.empty((batch, *shape), np.float32) for shape in self.shapes]
         self.run_at(batch, [_address(x) for x in arrays], [_address(x) for x in results])
         return results
 
     def run_at(self, batch: int, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-        """What a call does, for addresses of contiguous float32 arrays, whose sizes are not checked."""
+        """What a call does, for addresses of contiguous arrays, whose sizes and dtypes are not checked."""
         from_, to = (_pointer * len(inputs))(*inputs), (_pointer * len(outputs))(*outputs)
         _check(self._library.pomona_net_run(self._handle, batch, from_, to, self.threads), self.graph, -1)
 
@@ -217,7 +220,7 @@ class Engine:
         return About(about.activation_bytes, about.weight_bytes, about.macs, about.dense_macs)
 
     def profile(self, *inputs: NDArray[Any], repeats: int = 1) -> list[float]:
-        """Seconds a run spends in each node, mean over `repeats` runs. Nodes done together count as their first."""
+        """Mean seconds that a run spends in each node; nodes that are done together count as their first."""
         seconds = np.zeros(len(self.graph.nodes))
         self._library.pomona_net_profile(self._handle, 1, seconds.ctypes.data)
         for _ in range(repeats):
@@ -226,9 +229,9 @@ class Engine:
         return [float(s) / repeats for s in seconds]
 
     def _shape_of(self, value: int) -> tuple[int, ...]:
-        shape = _Shape()
-        _check(self._library.pomona_net_shape(self._handle, value, ctypes.byref(shape)), self.graph, -1)
-        return tuple(shape.dims[: shape.rank])
+        found = _Type()
+        _check(self._library.pomona_net_type(self._handle, value, ctypes.byref(found)), self.graph, -1)
+        return tuple(found.dims[: found.rank])
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
@@ -246,34 +249,42 @@ def check_precision(precision: str, graph: Graph) -> None:
         )
 
 
-class _Builder:
-    """Collects operands and tensors; keeps what their addresses point to alive."""
+class _Lists:
+    """Collects operands, attributes and tensors; keeps what their addresses point to alive."""
 
     def __init__(self, tensors: Mapping[str, NDArray[Any] | Sparse]) -> None:
         self.given = tensors
         self.operands: list[int] = []
+        self.attributes: list[_Attribute] = []
         self.tensors: list[_Tensor] = []
         self._places: dict[tuple[str, str], int] = {}
         self._alive: list[NDArray[Any]] = []
 
     def node(self, node: Node) -> _Node:
-        first = len(self.operands)
+        first_operand, first_attribute = len(self.operands), len(self.attributes)
         self.operands += node.operands
+        operation = OPERATIONS[node.op]
+        for name in operation.attributes:
+            value = getattr(node, name)
+            if ATTRIBUTES[name].kind == "tensor":
+                value = self._place(value, operation.weight if name == "weight" else "vector")
+            self._set(name, value)
+        if operation.weight == "kernel":
+            self._set("kernel", self._kernel(node))
         return _Node(
-            op=OPS.index(node.op),
-            first_operand=first,
-            num_operands=len(node.operands),
-            weight=self._place(node.weight, _FORMS.get(node.op, "matrix")),
-            bias=self._place(node.bias, "vector"),
-            kernel=node.kernel if node.op != "conv" else self._kernel(node),
-            stride=node.stride,
-            padding=node.padding,
-            dilation=node.dilation,
-            groups=node.groups,
-            flags=_COUNT_PADDING * node.count_padding + _CEIL * node.ceil,
-            low=node.low,
-            high=node.high,
+            operation.number,
+            first_operand,
+            len(node.operands),
+            first_attribute,
+            len(self.attributes) - first_attribute,
         )
+
+    def _set(self, name: str, value: Any) -> None:
+        attribute = _Attribute(ATTRIBUTES[name].number)
+        values = value if isinstance(value, tuple) else (value,)
+        to = attribute.value.numbers if ATTRIBUTES[name].kind == "number" else attribute.value.integers
+        to[: len(values)] = values
+        self.attributes.append(attribute)
 
     def _kernel(self, node: Node) -> tuple[int, int]:
         shape = self._find(node.weight or "").shape
@@ -321,8 +332,8 @@ class _Builder:
         return self._alive[-1]
 
 
-def _shape(shape: Sequence[int]) -> _Shape:
-    return _Shape(len(shape), tuple([*shape, 1, 1][:3]))
+def _type(shape: Sequence[int], dtype: DType) -> _Type:
+    return _Type(DTYPES[dtype], len(shape), (*shape, *[1] * (MAX_DIMENSIONS - len(shape))))
 
 
 def _address(array: Array) -> int:
@@ -342,7 +353,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.pomona_net_new.argtypes = (_pointer, _pointer, _pointer, _pointer)
     loaded.pomona_net_free.argtypes = (_pointer,)
     loaded.pomona_net_free.restype = None
-    loaded.pomona_net_shape.argtypes = (_pointer, _int32, _pointer)
+    loaded.pomona_net_type.argtypes = (_pointer, _int32, _pointer)
     loaded.pomona_net_run.argtypes = (_pointer, _int64, _pointer, _pointer, ctypes.c_int)
     loaded.pomona_net_profile.argtypes = (_pointer, ctypes.c_int, _pointer)
     loaded.pomona_net_about.argtypes = (_pointer, _pointer)

@@ -1,6 +1,6 @@
-"""What a graph computes, with fewer operations: scales go into the kernels before them, padding into those behind.
+"""Fold a graph into fewer operations: scales into the weights before them, padding into the convolution after it.
 
-Files hold a network's own tensors; this is done when it is loaded, so that nothing is stored twice.
+Files hold the network's own tensors. Folding happens when a file is loaded, so that nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Tensor = NDArray[Any] | Sparse
 
 
 def fold(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, Tensor]]:
-    """The same network with every ``scale`` folded into the layer before it, where that has no other reader.
+    """Fold every ``scale`` into the layer before it, unless something else reads that layer too.
 
     A layer is ``conv``, ``linear`` or another ``scale``: (w, b) then (s, t) becomes (s w, s b + t), computed in float64
-    and rounded once; a zero stays a zero. A ``conv`` that does nothing but pad (``pad_weight``) goes into the
-    convolution behind it, whose kernel grows by zeros. What no output depends on is dropped.
+    and rounded once; a zero stays a zero. A ``conv`` that only pads (``pad_weight``) goes into the convolution that
+    follows, whose kernel grows by zeros. Nodes that no output depends on are dropped.
 
     Args:
-        graph: is left as it is, as are its tensors.
+        graph: not changed; neither are its tensors.
         tensors: float32, by name; they must fit (:meth:`Graph.shapes`).
 
     Returns:
-        The graph and its tensors; those that were made have names with an ``@``.
+        The graph and its tensors; new ones have names with an ``@``.
     """
     made: dict[str, Tensor] = {**tensors}
     ranges = None if graph.ranges is None else list(graph.ranges)
@@ -52,28 +52,31 @@ def fold(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, 
                 ranges[node.operands[0]] = ranges[first + i]
         elif node.op == "conv" and _is_padding(before, made) and node.dilation == (1, 1):
             nodes[i] = _padded(before, node, made)
-    return prune_graph(graph.inputs, nodes, [alias[v] for v in graph.outputs], made, ranges)
+    folded = replace(
+        graph,
+        nodes=tuple(nodes),
+        outputs=tuple(alias[v] for v in graph.outputs),
+        ranges=None if ranges is None else tuple(ranges),
+    )
+    return prune_graph(folded, made)
 
 
-def prune_graph(
-    inputs: tuple[tuple[int, ...], ...],
-    nodes: list[Node],
-    outputs: list[int],
-    tensors: Mapping[str, Tensor],
-    ranges: list[float] | None = None,
-) -> tuple[Graph, dict[str, Tensor]]:
-    """A graph of the nodes that the outputs depend on, renumbered, and of the tensors that they need."""
-    first = len(inputs)
-    needed = set(outputs)
+def prune_graph(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, Tensor]]:
+    """The graph of the nodes that the outputs depend on, renumbered, and the tensors that they need."""
+    first, nodes = graph.num_inputs, graph.nodes
+    needed = set(graph.outputs)
     for i in reversed(range(len(nodes))):
         if first + i in needed:
             needed.update(nodes[i].operands)
     kept = [i for i in range(len(nodes)) if first + i in needed]
     number = {**{v: v for v in range(first)}, **{first + i: first + n for n, i in enumerate(kept)}}
-    renumbered = (replace(nodes[i], operands=tuple(number[v] for v in nodes[i].operands)) for i in kept)
-    left = None if ranges is None else (*ranges[:first], *(ranges[first + i] for i in kept))
-    graph = Graph(inputs, tuple(renumbered), tuple(number[v] for v in outputs), left)
-    return graph, {name: tensors[name] for name in graph.names()}
+    pruned = replace(
+        graph,
+        nodes=tuple(replace(nodes[i], operands=tuple(number[v] for v in nodes[i].operands)) for i in kept),
+        outputs=tuple(number[v] for v in graph.outputs),
+        ranges=None if graph.ranges is None else (*graph.ranges[:first], *(graph.ranges[first + i] for i in kept)),
+    )
+    return pruned, {name: tensors[name] for name in pruned.names()}
 
 
 def pad_weight(
@@ -81,7 +84,7 @@ def pad_weight(
 ) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """Weight and padding of a depthwise convolution that only adds so many zeros on each side.
 
-    Padding is equal on both sides, so the kernel looks past what is too much: all zeros but for a one.
+    A convolution pads both sides equally. A kernel of zeros and a single one skips what is too much on one side.
     """
     padding = max(top, bottom), max(left, right)
     weight = np.zeros((channels, 1, 1 + abs(top - bottom), 1 + abs(left - right)), np.float32)
@@ -116,7 +119,7 @@ def _times_rows(weight: Tensor, factor: NDArray[np.float64]) -> Tensor:
 
 
 def _is_padding(node: Node, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether it is what :func:`pad_weight` makes."""
+    """Whether this is a convolution with a weight from :func:`pad_weight`."""
     if node.op != "conv" or node.bias is not None or node.stride != (1, 1) or node.dilation != (1, 1):
         return False
     weight = tensors[node.weight or ""]

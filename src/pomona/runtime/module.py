@@ -1,4 +1,4 @@
-"""A graph as a torch module, so that what takes modules (export, `torch.compile`, other runtimes) takes files too."""
+"""A graph as a torch module, for everything that takes modules: export, `torch.compile`, other runtimes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from pomona.runtime.graph import Graph, Node
 
 
 class GraphModule(nn.Module):
-    """Computes a graph; batches as the graph's operations do, (N, *shape) each. Weights are buffers in float32.
+    """A module that computes a graph. Inputs and outputs are (N, *shape); weights are buffers in float32.
 
     Args:
         graph: what to compute.
         tensors: by name, dense or sparse.
 
-    Returns of a call:
-        The output, or a tuple where the graph has several.
+    A call returns the output, or a tuple where the graph has several.
     """
 
     def __init__(self, graph: Graph, tensors: Mapping[str, np.ndarray[Any, Any] | Sparse]) -> None:

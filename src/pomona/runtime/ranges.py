@@ -17,11 +17,11 @@ from pomona.runtime.graph import Graph
 
 
 def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inputs: NDArray[Any]) -> Graph:
-    """The same graph with the largest magnitude that each value has on these samples.
+    """Add to a graph the largest magnitude that each value has on these samples.
 
-    A few dozen typical samples are enough: four times what they reach is kept free (``POMONA_HEADROOM`` of
-    ``core/include/pomona_net.h``), and what goes beyond is cut off. Samples go through one by one, so that memory is
-    that of all values of one sample.
+    A few dozen typical samples are enough: values may reach four times their range (``POMONA_HEADROOM`` of
+    ``core/include/pomona_net.h``), and what goes beyond is cut off. Samples go through one by one, so this takes the
+    memory of all values of one sample.
 
     Args:
         graph: what is computed.
@@ -29,22 +29,24 @@ def with_ranges(graph: Graph, tensors: Mapping[str, NDArray[Any] | Sparse], *inp
         inputs: one for each of ``graph.inputs``, with the batch in front.
 
     Raises:
-        ValueError: there is no sample, shapes do not fit, an input is zero in all samples (whatever it is later would
-            be cut off at next to nothing), or a value is not finite or beyond 1e18.
+        ValueError: there is no sample, shapes do not fit, a value is not finite or beyond 1e18, or an input is zero in
+            all samples: anything else would then be cut off at almost nothing.
     """
-    batch = reference.check_inputs(graph, inputs)
+    arrays = reference.arrays_of(graph, inputs)
+    batch = reference.check_inputs(graph, arrays)
     if not batch:
         raise ValueError("ranges are measured on samples, got a batch of 0")
-    every = replace(graph, outputs=tuple(range(graph.num_values)), ranges=None)
+    numbers = [v for v in range(graph.num_values) if graph.dtype_of(v) == "float32"]
+    every = replace(graph, outputs=tuple(numbers), ranges=None)
     run = Engine(every, tensors) if library.is_available() else lambda *x: reference.run(every, tensors, *x)
-    most = np.zeros(graph.num_values)
+    most = np.zeros(graph.num_values)  # of integers there is no range, and none is needed
     for sample in range(batch):
-        values = run(*(np.asarray(x[sample : sample + 1], np.float32) for x in inputs))
-        most = np.maximum(most, [np.abs(value).max() for value in values])
+        values = run(*(x[sample : sample + 1] for x in arrays))
+        most[numbers] = np.maximum(most[numbers], [np.abs(value).max() for value in values])
         if not np.isfinite(most).all():
             first = int(np.flatnonzero(~np.isfinite(most))[0])
             raise ValueError(f"value {first} of sample {sample} is not finite, so it has no range")
-    zero = np.flatnonzero(most[: graph.num_inputs] == 0)
-    if len(zero):
+    zero = [v for v in numbers if v < graph.num_inputs and most[v] == 0]
+    if zero:
         raise ValueError(f"input {zero[0]} is zero in all samples, so it has no range; give typical ones")
     return replace(graph, ranges=tuple(float(np.float32(m)) for m in most))
