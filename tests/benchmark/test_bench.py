@@ -31,8 +31,9 @@ from pomona.benchmark.bench import (
 )
 from pomona.benchmark.page import write_bench_page
 from pomona.benchmark.paths import open_module, peak_memory, relative_error
-from pomona.files import container
+from pomona.files.pack import write
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Stored
 from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.graph import ELEMENTWISE, Graph, Node
@@ -167,7 +168,7 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     assert "must hold arrays x and y, got x" in failing(tiny, *shape, "--data", str(data))
     assert "understood for a run of pomona only" in failing(tiny, *shape, "--data", str(tmp_path))
     file = tmp_path / "weights.pomona.safetensors"
-    container.write(file, {"w": container.Stored("F32", np.ones((2, 2), np.float32))})
+    write(file, {"w": Stored("F32", np.ones((2, 2), np.float32))})
     assert "not what is computed with them" in failing(str(file))
 
 

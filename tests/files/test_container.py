@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pomona.files import container
-from pomona.files.container import Book, FormatError, Stored
-from pomona.files.safetensors import DTYPES
+from pomona.files import unpack
+from pomona.files.pack import pack, write
+from pomona.files.safetensors import DTYPES, FormatError
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Book, File, Stored, from_float32
 from tests.fuzz import container as fuzz_container
 from tests.oracles import container as oracle
 
@@ -32,9 +33,9 @@ ROOT = Path(__file__).parents[2]
 fast = settings(deadline=None, max_examples=60)
 
 
-def read(data: bytes, path: Path, **options: Any) -> container.File:
+def read(data: bytes, path: Path, **options: Any) -> File:
     path.write_bytes(data)
-    return container.read(path, **options)
+    return unpack.read(path, **options)
 
 
 def f32(*values: float) -> np.ndarray:
@@ -57,7 +58,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Stored]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "x"
-    found = read(container.pack(tensors), path).tensors
+    found = read(pack(tensors), path).tensors
     assert list(found) == list(tensors)
     for name, wanted in tensors.items():
         assert found[name].dtype == wanted.dtype and found[name].shape == wanted.shape
@@ -68,7 +69,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(
 @given(st.dictionaries(st.sampled_from("abcdef"), stored(), max_size=4), st.booleans())
 def test_the_specification_read_out_gives_the_same(tensors: dict[str, Stored], has_graph: bool) -> None:
     tensors = {**tensors, **{f"{name} again": value for name, value in tensors.items()}}
-    found = oracle.read(container.pack(tensors, graph={"a": 1} if has_graph else None))
+    found = oracle.read(pack(tensors, graph={"a": 1} if has_graph else None))
     assert list(found) != [] or not tensors
     for name, wanted in tensors.items():
         dtype, shape, elements = found[name]
@@ -84,7 +85,7 @@ def test_the_specification_read_out_decodes_books_and_halves() -> None:
         "uniform": Stored("F32", f32(-1, 0.5, 1, -0.5, 0), uniform),
         "half": Stored("F32", f32(0.1, 2).astype(np.float16).astype(np.float32), "F16"),
     }
-    found = oracle.read(container.pack(tensors))
+    found = oracle.read(pack(tensors))
     for name in ("sparse", "dense", "uniform"):
         assert b"".join(found[name][2]) == tensors[name].dense().tobytes()
     assert found["half"][0] == "F32:F16"
@@ -98,9 +99,7 @@ def test_books_come_back(dtype: str, book: Book, tmp_path: Path) -> None:
     chosen = np.random.default_rng(0).choice(values, 300)
     for zeros in (0, 3, 3000):
         array = np.concatenate([chosen, np.zeros(zeros, values.dtype)])
-        found = read(
-            container.pack({"a": Stored(dtype, array, book), "b": Stored(dtype, values, book)}), tmp_path / "x"
-        )
+        found = read(pack({"a": Stored(dtype, array, book), "b": Stored(dtype, values, book)}), tmp_path / "x")
         assert found.tensors["a"].dense().tobytes() == array.tobytes()
         assert found.tensors["b"].dense().tobytes() == values.tobytes()
         again = found.tensors["a"].storage
@@ -111,7 +110,7 @@ def test_a_book_of_256_values_serves_sparse_tensors_and_full_ones(tmp_path: Path
     book = Book.table(np.arange(1, 257))
     for zeros in (0, 5):
         array = np.concatenate([np.arange(1, 257), np.zeros(zeros)]).astype(np.float32)
-        found = read(container.pack({"a": Stored("F32", array, book)}), tmp_path / "x").tensors["a"]
+        found = read(pack({"a": Stored("F32", array, book)}), tmp_path / "x").tensors["a"]
         assert found.dense().tobytes() == array.tobytes()
 
 
@@ -120,15 +119,15 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
 
     numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, math.inf, -math.inf, 1 + 2**-8, 1 + 3 * 2**-8])])
     wanted = numbers.bfloat16().view(torch.uint16).numpy()
-    assert container.from_float32(numbers.numpy(), "BF16").tolist() == wanted.tolist()
-    nan = container.from_float32(f32(math.nan), "BF16")
+    assert from_float32(numbers.numpy(), "BF16").tolist() == wanted.tolist()
+    nan = from_float32(f32(math.nan), "BF16")
     assert torch.from_numpy(nan).view(torch.bfloat16).isnan().all()
 
 
 def test_tied_tensors_are_stored_once_and_come_back_as_one(tmp_path: Path) -> None:
     one = Stored("F32", np.random.default_rng(0).standard_normal(5000).astype(np.float32))
-    alone = container.pack({"a": one})
-    twice = container.pack({"a": one, "b": one})
+    alone = pack({"a": one})
+    twice = pack({"a": one, "b": one})
     assert len(twice) - len(alone) < 10
     tensors = read(twice, tmp_path / "x").tensors
     assert tensors["a"] is tensors["b"]
@@ -142,7 +141,7 @@ def test_the_header_is_readable_and_the_file_is_a_safetensors_file(tmp_path: Pat
         "fc.bias": Stored("F16", np.ones(20, np.float16)),
         "é;": Stored("I64", np.array(1)),
     }
-    size = container.write(tmp_path / "x.pomona.safetensors", tensors, {"pomona": "0"}, {"inputs": []})
+    size = write(tmp_path / "x.pomona.safetensors", tensors, {"pomona": "0"}, {"inputs": []})
     assert size == (tmp_path / "x.pomona.safetensors").stat().st_size
     with safetensors.safe_open(tmp_path / "x.pomona.safetensors", "np") as file:
         assert list(file.keys()) == ["pomona"]
@@ -152,7 +151,7 @@ def test_the_header_is_readable_and_the_file_is_a_safetensors_file(tmp_path: Pat
             "pomona": "0",
             "graph": "13",
         }
-    found = container.read(tmp_path / "x.pomona.safetensors")
+    found = unpack.read(tmp_path / "x.pomona.safetensors")
     assert found.metadata == {"pomona": "0"} and found.graph == {"inputs": []}
     assert isinstance(found.tensors["fc.weight"].value, Sparse)
 
@@ -170,7 +169,7 @@ def test_positions_of_a_random_mask_are_near_the_entropy_limit(sparsity: float) 
         kept += int(mask.sum())
         total += mask.size
         limit += mask.size * (-p * math.log2(p) - (1 - p) * math.log2(1 - p))
-    size = 8 * len(container.pack(tensors)) - kept  # an index takes a bit, of which deflate cannot take less
+    size = 8 * len(pack(tensors)) - kept  # an index takes a bit, of which deflate cannot take less
     assert size / kept < limit / kept + 0.1
 
 
@@ -179,8 +178,8 @@ def test_layers_of_different_density_share_a_table() -> None:
     generator = np.random.default_rng(0)
     book = Book.table(f32(1))
     layers = [(generator.random(n) < p).astype(np.float32) for n, p in ((4000, 0.05), (40_000, 0.003), (1000, 0.2))]
-    together = len(container.pack({str(i): Stored("F32", layer, book) for i, layer in enumerate(layers)}))
-    apart = sum(len(container.pack({"0": Stored("F32", layer, book)})) for layer in layers)
+    together = len(pack({str(i): Stored("F32", layer, book) for i, layer in enumerate(layers)}))
+    apart = sum(len(pack({"0": Stored("F32", layer, book)})) for layer in layers)
     assert together < apart - 2 * 200
 
 
@@ -192,12 +191,12 @@ def test_each_tensor_is_stored_as_is_smaller(tmp_path: Path) -> None:
         "sparse": Stored("F32", np.where(generator.random(1000) < 0.1, dense, np.float32(0))),
         "given sparse": Stored("F32", Sparse.from_dense(dense)),
     }
-    found = read(container.pack(tensors), tmp_path / "x").tensors
+    found = read(pack(tensors), tmp_path / "x").tensors
     assert [isinstance(f.value, Sparse) for f in found.values()] == [False, True, False]
 
 
 def test_a_model_without_weights_is_a_file_too(tmp_path: Path) -> None:
-    assert read(container.pack({}), tmp_path / "x").tensors == {}
+    assert read(pack({}), tmp_path / "x").tensors == {}
 
 
 @pytest.mark.parametrize(
@@ -217,16 +216,16 @@ def test_a_model_without_weights_is_a_file_too(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_stored_is_refused(tensors: dict[str, Stored], metadata: dict[str, str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        container.pack(tensors, metadata)
+        pack(tensors, metadata)
 
 
 def test_a_graph_with_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        container.pack({}, graph={"low": math.nan})
+        pack({}, graph={"low": math.nan})
 
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:
-    code = "import sys, pomona.files.container, pomona.files.quantize; sys.exit('torch' in sys.modules)"
+    code = "import sys, pomona.files.pack, pomona.files.unpack, pomona.files.quantize; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
@@ -339,7 +338,7 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_single_changed_bit_is_found(tmp_path: Path) -> None:
-    data = container.pack({"a": Stored("F32", np.arange(9, dtype=np.float32))}, {"note": "abc"})
+    data = pack({"a": Stored("F32", np.arange(9, dtype=np.float32))}, {"note": "abc"})
     for bit in range(0, 8 * len(data), 5):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
@@ -348,7 +347,7 @@ def test_a_single_changed_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
-    data = container.pack({"a": Stored("F32", np.arange(9, dtype=np.float32))})
+    data = pack({"a": Stored("F32", np.arange(9, dtype=np.float32))})
     for end in range(0, len(data), 3):
         with pytest.raises(FormatError):
             read(data[:end], tmp_path / "x")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomona.files.container import Book, Stored, from_float32
 from pomona.files.quantize import Quantization, k_means, quantize, to_float32
+from pomona.files.stored import Book, Stored, from_float32
 
 fast = settings(deadline=None, max_examples=50)
 

@@ -536,15 +536,16 @@ def write_network(
     path: str, module: nn.Module, examples: Sequence[Tensor], *, calibrate: Sequence[Tensor] = ()
 ) -> None:
     """What the module computes, and its tensors, as a file; with the ranges of values on these samples, if any."""
-    from pomona.files import container
+    from pomona.files.pack import write
+    from pomona.files.stored import Stored
     from pomona.runtime.ranges import with_ranges
     from pomona.runtime.readers.trace import trace
 
     graph, tensors = trace(module, examples, folded=False)
     if calibrate:
         graph = with_ranges(graph, tensors, *(x.numpy() for x in calibrate))
-    stored = {name: container.Stored("F32", tensor) for name, tensor in tensors.items()}
-    container.write(path, stored, {}, graph.to_json())
+    stored = {name: Stored("F32", tensor) for name, tensor in tensors.items()}
+    write(path, stored, {}, graph.to_json())
 
 
 def export_onnx(module: nn.Module, examples: Sequence[Tensor], path: str) -> None:

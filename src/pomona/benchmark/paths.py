@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pomona import runtime
-from pomona.files import container
+from pomona.files.unpack import read
 from pomona.runtime.engine import Engine
 
 Arrays = list[NDArray[Any]]
@@ -53,7 +53,7 @@ def open_pomona(case: Case, threads: int) -> Run:
 
 def open_pomona_int16(case: Case, threads: int) -> Run:
     """In fixed point, with the ranges in the file, or else those of the inputs of the case."""
-    file = container.read(case.file)
+    file = read(case.file)
     if "ranges" in (file.graph or {}):
         return _run_network(runtime.load(file, threads=threads, precision="int16"))
     return _run_network(runtime.load(file, threads=threads).calibrated(*case.read_inputs()))

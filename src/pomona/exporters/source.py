@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pomona.files.container import Stored
 from pomona.files.safetensors import DTYPES
 from pomona.files.sparse import bits
+from pomona.files.stored import Stored
 
 _TORCH = {
     "F64": torch.float64,

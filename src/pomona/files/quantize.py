@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona.files.container import FLOATS, Book, Stored, from_float32
 from pomona.files.safetensors import DTYPES
 from pomona.files.sparse import Sparse
+from pomona.files.stored import FLOATS, Book, Stored, from_float32
 
 _BITS = (2, 3, 4, 8)
 _TEXT = re.compile(

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona.files import container
-from pomona.files.container import File, Stored
+from pomona.files import unpack
 from pomona.files.sparse import Sparse
+from pomona.files.stored import File, Stored
 from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.engine import Engine, Precision, check_precision
@@ -46,17 +46,17 @@ def load(
     """The network of a file, ready to run.
 
     Args:
-        file: a path, or what :func:`pomona.files.container.read` gave.
+        file: a path, or what :func:`pomona.files.unpack.read` gave.
         threads: how many the network may use.
         max_bytes: the most that its tensors may take as dense ones, and the most for what is made of them and for
-            activations. Default: that of :func:`pomona.files.container.read`, and 16 GiB.
+            activations. Default: that of :func:`pomona.files.unpack.read`, and 16 GiB.
         precision: see :class:`Network`.
 
     Raises:
         FormatError: it is not such a file, or damaged; a ValueError.
         ValueError: it holds no graph, one that does not fit its tensors, or no ranges where int16 is asked for.
     """
-    read = file if isinstance(file, File) else container.read(file, max_bytes=max_bytes)
+    read = file if isinstance(file, File) else unpack.read(file, max_bytes=max_bytes)
     where = "the file" if isinstance(file, File) else os.fspath(file)
     if read.graph is None:
         raise ValueError(

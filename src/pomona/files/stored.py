@@ -1,0 +1,104 @@
+"""What a file `x.pomona.safetensors` holds: tensors, the values that they share, strings about them, and a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pomona.files.safetensors import DTYPES
+from pomona.files.sparse import Sparse
+
+FORMAT = "pomona 1"
+RESERVED = ("format", "tensors", "books", "graph")
+FLOATS = ("F64", "F32", "F16", "BF16")
+DIGEST_BYTES = 32  # of a SHA-256
+MAX_LOW_BITS = 40  # of a gap, stored apart
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Book:
+    """The few values that the weights of one or more tensors share.
+
+    Attributes:
+        kind: "table", values of any kind, or "uniform", multiples of a step without 0: -n/2 .. -1, 1 .. n/2.
+        dtype: how they are stored, F32 or F16; uniform: how the step is, F32.
+        values: float32, 1 to 256 of them; a weight is stored as its index.
+    """
+
+    kind: str
+    dtype: str
+    values: NDArray[np.float32]
+
+    @classmethod
+    def table(cls, values: NDArray[Any], dtype: str = "F32") -> Book:
+        """These values, rounded to `dtype`."""
+        with np.errstate(over="ignore"):
+            return cls("table", dtype, np.asarray(values).astype(DTYPES[dtype]).astype(np.float32))
+
+    @classmethod
+    def uniform(cls, step: float, count: int) -> Book:
+        """`count` (even) multiples of `step`, the nearest to zero without zero itself."""
+        half = count // 2
+        multiples = np.concatenate([np.arange(-half, 0), np.arange(1, half + 1)]).astype(np.float32)
+        with np.errstate(all="ignore"):
+            return cls("uniform", "F32", multiples * np.float32(step))
+
+    def of(self, dtype: str) -> NDArray[Any]:
+        """The values as elements of a tensor of this dtype."""
+        return from_float32(self.values, dtype)
+
+    def raw(self) -> bytes:
+        if self.kind == "table":
+            return self.values.astype(DTYPES[self.dtype]).tobytes()
+        return self.values[len(self.values) // 2 :][:1].astype("<f4").tobytes()  # 1 times the step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: a key of `safetensors.DTYPES`.
+        value: its elements, all of them or the sparse ones; bfloat16 and float8 as bit patterns.
+        storage: how values are written: "" as they are; "F16", of floats of 32 or 64 bits that half precision holds
+            exactly; or a `Book` of all values that are not zero.
+    """
+
+    dtype: str
+    value: NDArray[Any] | Sparse
+    storage: str | Book = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def dense(self) -> NDArray[Any]:
+        return self.value.dense() if isinstance(self.value, Sparse) else self.value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class File:
+    """What a file holds.
+
+    Attributes:
+        tensors: by name, in the order of the state dict; tied ones are one object under several names.
+        metadata: strings about the whole: pomona (the version that wrote it), scope, sparsity, method, ...
+        graph: what the network computes, as `pomona.runtime.graph` describes it, or None.
+    """
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str] = field(default_factory=dict)
+    graph: dict[str, Any] | None = None
+
+
+def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """float32 numbers as elements of a float dtype, rounded to nearest, ties to even."""
+    if dtype != "BF16":
+        with np.errstate(all="ignore"):
+            return values.astype(DTYPES[dtype])
+    pattern = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), pattern >> 16 | 0x40, rounded).astype(np.uint16)
