@@ -25,7 +25,7 @@ from pomona.files import unpack
 from pomona.files.pack import pack, write
 from pomona.files.safetensors import DTYPES, FormatError
 from pomona.files.sparse import Sparse
-from pomona.files.stored import Book, File, Stored, from_float32
+from pomona.files.stored import Codebook, File, Stored, from_float32
 from tests.fuzz import container as fuzz_container
 from tests.oracles import container as oracle
 
@@ -77,11 +77,11 @@ def test_the_specification_read_out_gives_the_same(tensors: dict[str, Stored], h
         assert b"".join(elements) == wanted.dense().tobytes()
 
 
-def test_the_specification_read_out_decodes_books_and_halves() -> None:
-    book, uniform = Book.table(f32(-1.5, 0.25, 3)), Book.uniform(0.5, 4)
+def test_the_specification_read_out_decodes_codebooks_and_halves() -> None:
+    codebook, uniform = Codebook.table(f32(-1.5, 0.25, 3)), Codebook.uniform(0.5, 4)
     tensors = {
-        "sparse": Stored("F32", np.concatenate([np.zeros(90, np.float32), f32(0.25, -1.5, 0, 3)]), book),
-        "dense": Stored("F32", f32(0.25, -1.5, 0.25, 3), book),
+        "sparse": Stored("F32", np.concatenate([np.zeros(90, np.float32), f32(0.25, -1.5, 0, 3)]), codebook),
+        "dense": Stored("F32", f32(0.25, -1.5, 0.25, 3), codebook),
         "uniform": Stored("F32", f32(-1, 0.5, 1, -0.5, 0), uniform),
         "half": Stored("F32", f32(0.1, 2).astype(np.float16).astype(np.float32), "F16"),
     }
@@ -93,24 +93,30 @@ def test_the_specification_read_out_decodes_books_and_halves() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
-@pytest.mark.parametrize("book", [Book.table(f32(-1.5, 0.25, 3)), Book.table(f32(0.25), "F16"), Book.uniform(0.3, 254)])
-def test_books_come_back(dtype: str, book: Book, tmp_path: Path) -> None:
-    values = book.of(dtype)
+@pytest.mark.parametrize(
+    "codebook", [Codebook.table(f32(-1.5, 0.25, 3)), Codebook.table(f32(0.25), "F16"), Codebook.uniform(0.3, 254)]
+)
+def test_codebooks_come_back(dtype: str, codebook: Codebook, tmp_path: Path) -> None:
+    values = codebook.of(dtype)
     chosen = np.random.default_rng(0).choice(values, 300)
     for zeros in (0, 3, 3000):
         array = np.concatenate([chosen, np.zeros(zeros, values.dtype)])
-        found = read(pack({"a": Stored(dtype, array, book), "b": Stored(dtype, values, book)}), tmp_path / "x")
+        found = read(pack({"a": Stored(dtype, array, codebook), "b": Stored(dtype, values, codebook)}), tmp_path / "x")
         assert found.tensors["a"].dense().tobytes() == array.tobytes()
         assert found.tensors["b"].dense().tobytes() == values.tobytes()
         again = found.tensors["a"].storage
-        assert isinstance(again, Book) and again.values.tobytes() == book.values.tobytes() and again.kind == book.kind
+        assert (
+            isinstance(again, Codebook)
+            and again.values.tobytes() == codebook.values.tobytes()
+            and again.kind == codebook.kind
+        )
 
 
-def test_a_book_of_256_values_serves_sparse_tensors_and_full_ones(tmp_path: Path) -> None:
-    book = Book.table(np.arange(1, 257))
+def test_a_codebook_of_256_values_serves_sparse_tensors_and_full_ones(tmp_path: Path) -> None:
+    codebook = Codebook.table(np.arange(1, 257))
     for zeros in (0, 5):
         array = np.concatenate([np.arange(1, 257), np.zeros(zeros)]).astype(np.float32)
-        found = read(pack({"a": Stored("F32", array, book)}), tmp_path / "x").tensors["a"]
+        found = read(pack({"a": Stored("F32", array, codebook)}), tmp_path / "x").tensors["a"]
         assert found.dense().tobytes() == array.tobytes()
 
 
@@ -164,7 +170,7 @@ def test_positions_of_a_random_mask_are_near_the_entropy_limit(sparsity: float) 
     tensors = {}
     for i, shape in enumerate(shapes):
         mask = generator.random(shape) > sparsity
-        tensors[str(i)] = Stored("F32", mask.astype(np.float32), Book.table(f32(1)))
+        tensors[str(i)] = Stored("F32", mask.astype(np.float32), Codebook.table(f32(1)))
         p = mask.mean()
         kept += int(mask.sum())
         total += mask.size
@@ -176,10 +182,10 @@ def test_positions_of_a_random_mask_are_near_the_entropy_limit(sparsity: float) 
 def test_layers_of_different_density_share_a_table() -> None:
     """Small layers cost a few bytes each, not a table of codes each."""
     generator = np.random.default_rng(0)
-    book = Book.table(f32(1))
+    codebook = Codebook.table(f32(1))
     layers = [(generator.random(n) < p).astype(np.float32) for n, p in ((4000, 0.05), (40_000, 0.003), (1000, 0.2))]
-    together = len(pack({str(i): Stored("F32", layer, book) for i, layer in enumerate(layers)}))
-    apart = sum(len(pack({"0": Stored("F32", layer, book)})) for layer in layers)
+    together = len(pack({str(i): Stored("F32", layer, codebook) for i, layer in enumerate(layers)}))
+    apart = sum(len(pack({"0": Stored("F32", layer, codebook)})) for layer in layers)
     assert together < apart - 2 * 200
 
 
@@ -205,8 +211,8 @@ def test_a_model_without_weights_is_a_file_too(tmp_path: Path) -> None:
         ({"": Stored("F32", f32(1))}, {}, "must have a name"),
         ({"a": Stored("F4", f32(1))}, {}, "dtype 'F4'; a file can hold F64"),
         ({"a": Stored("F16", f32(1))}, {}, "said to be F16, but its array has dtype float32"),
-        ({"a": Stored("I64", np.array([1]), Book.table(f32(1)))}, {}, "a book is for tensors of F64"),
-        ({"a": Stored("F32", f32(2), Book.table(f32(1)))}, {}, "1 elements of a tensor .* are not in its book"),
+        ({"a": Stored("I64", np.array([1]), Codebook.table(f32(1)))}, {}, "a codebook is for tensors of F64"),
+        ({"a": Stored("F32", f32(2), Codebook.table(f32(1)))}, {}, "1 elements of a tensor .* are not in its codebook"),
         ({"a": Stored("F32", f32(0.1), "F16")}, {}, "values that F16 does not hold exactly"),
         ({"a": Stored("BF16", np.zeros(1, np.uint16), "F16")}, {}, "cannot be stored as 'F16'"),
         ({"a": Stored("F32", f32(1), "F64")}, {}, "cannot be stored as 'F64'"),
@@ -284,18 +290,18 @@ def shuffled(*values: float) -> bytes:
         ),
         (forged("a F32 2 3/0"), r"cannot have 3/0"),
         (forged("a F32 2 1/41"), r"cannot have 1/41"),
-        (forged("a F32:q0 2"), "uses book 0; there are 0"),
-        (forged("a I32:q0 2", books="table F32 1"), "uses book 0; there are 1, for floats"),
+        (forged("a F32:q0 2"), "uses codebook 0; there are 0"),
+        (forged("a I32:q0 2", books="table F32 1"), "uses codebook 0; there are 1, for floats"),
         (forged("a F16:F16 2"), "cannot be stored as F16"),
         (forged("a F32:F64 2"), "describes a tensor as"),
-        (forged("a F32:q0 1", b"\0\0\0\0\2", books="table F32 1"), "refers to value 2 of a book of 2"),
-        (forged("a F32:q0 1 1/0", b"\0\0\0\0\1\0", books="table F32 1"), "refers to value 1 of a book of 1"),
-        (forged("", books=""), "describes a book of values as ''"),
-        (forged("", books="table F32 0"), "describes a book"),
-        (forged("", books="table F32 257"), "describes a book"),
-        (forged("", books="table I8 4"), "describes a book"),
-        (forged("", books="uniform F32 3"), "describes a book"),
-        (forged("", books="uniform F16 2"), "describes a book"),
+        (forged("a F32:q0 1", b"\0\0\0\0\2", books="table F32 1"), "refers to value 2 of a codebook of 2"),
+        (forged("a F32:q0 1 1/0", b"\0\0\0\0\1\0", books="table F32 1"), "refers to value 1 of a codebook of 1"),
+        (forged("", books=""), "describes a codebook as ''"),
+        (forged("", books="table F32 0"), "describes a codebook"),
+        (forged("", books="table F32 257"), "describes a codebook"),
+        (forged("", books="table I8 4"), "describes a codebook"),
+        (forged("", books="uniform F32 3"), "describes a codebook"),
+        (forged("", books="uniform F16 2"), "describes a codebook"),
         (forged("a F32 5 2/0", shuffled(1, 2) + b"\4\0"), "'a' has a value beyond its 5 elements"),
         (forged("a F32 5 2/0", shuffled(1, 2) + b"\5\0"), "'a' has a value beyond its 5 elements"),
         (forged("a F32 5 1/40", b"\xff" * 5 + shuffled(1) + b"\0"), "beyond its 5 elements"),

@@ -21,7 +21,7 @@ import pytest
 
 from pomona.files import pack
 from pomona.files.sparse import Sparse
-from pomona.files.stored import Book, Stored
+from pomona.files.stored import Codebook, Stored
 from pomona.files.unpack import read
 from pomona.runtime import reference
 from pomona.runtime.graph import Graph
@@ -94,8 +94,8 @@ def every_kind() -> dict[str, Stored]:
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-7, 65504.0, 6e-8, -1.5], np.float32)
     sparse = masked(random, 7, 11)
     halves = sparse.astype(np.float16)
-    table = Book.table(np.array([-1.5, 0.25, 2.0], np.float32), "F16")
-    steps = Book.uniform(0.125, 4)
+    table = Codebook.table(np.array([-1.5, 0.25, 2.0], np.float32), "F16")
+    steps = Codebook.uniform(0.125, 4)
     codes = table.values[random.integers(0, 3, 20)]
     spread = np.zeros((40, 50), np.float32)
     spread.reshape(-1)[[0, 3, 700, 701, 1999]] = steps.values[[0, 1, 2, 3, 0]]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pomona.files import safetensors
 from pomona.files.safetensors import DTYPES, MAX_NDIM
 from pomona.files.sparse import Sparse, bits
-from pomona.files.stored import DIGEST_BYTES, FLOATS, FORMAT, MAX_LOW_BITS, RESERVED, Book, Stored
+from pomona.files.stored import DIGEST_BYTES, FLOATS, FORMAT, MAX_LOW_BITS, RESERVED, Codebook, Stored
 
 
 def write(
@@ -88,18 +88,18 @@ _SMALL = 1 << 14
 def _pack(parts: dict[str, Stored], ties: dict[str, str], metadata: dict[str, str], graph: bytes) -> bytes:
     """The file, of tensors that are as they will be stored; `ties` has the first name for each."""
     sparse = [part.value for part in parts.values() if isinstance(part.value, Sparse)]
-    books = _books(parts.values())
+    codebooks = _codebooks(parts.values())
     low_bits, highs = _split_gaps(sparse)
     widths = iter(low_bits)
     lines = [
-        _line(name, parts[name], books, widths) if first == name else f"{_quote(name)}={_quote(first)}"
+        _line(name, parts[name], codebooks, widths) if first == name else f"{_quote(name)}={_quote(first)}"
         for name, first in ties.items()
     ]
     header = {"format": FORMAT, "tensors": ";".join(lines)}
-    if books:
-        header["books"] = ";".join(f"{book.kind} {book.dtype} {len(book.values)}" for book in books)
-    sections = [[graph], [_pack_lows(sparse, low_bits)], [book.raw() for book in books]]
-    sections.append([_codes(part).tobytes() for part in parts.values() if isinstance(part.storage, Book)])
+    if codebooks:
+        header["books"] = ";".join(f"{codebook.kind} {codebook.dtype} {len(codebook.values)}" for codebook in codebooks)
+    sections = [[graph], [_pack_lows(sparse, low_bits)], [codebook.raw() for codebook in codebooks]]
+    sections.append([_codes(part).tobytes() for part in parts.values() if isinstance(part.storage, Codebook)])
     for dtype in DTYPES:
         sections += [
             [plane] for plane in _planes([_plain(p) for p in parts.values() if (p.storage or p.dtype) == dtype])
@@ -111,8 +111,8 @@ def _pack(parts: dict[str, Stored], ties: dict[str, str], metadata: dict[str, st
 def _the_other_way(stored: Stored, original: Stored) -> Stored:
     """Sparse instead of dense, or the reverse."""
     dense = original.dense()
-    is_full_book = isinstance(stored.storage, Book) and len(stored.storage.values) > 255
-    if isinstance(stored.value, Sparse) and not is_full_book:
+    is_full_codebook = isinstance(stored.storage, Codebook) and len(stored.storage.values) > 255
+    if isinstance(stored.value, Sparse) and not is_full_codebook:
         return Stored(stored.dtype, dense, stored.storage)
     return Stored(stored.dtype, Sparse.from_dense(dense), stored.storage)
 
@@ -135,8 +135,8 @@ def _check_stored(name: str, stored: Stored) -> None:
         raise ValueError(f"{name} is said to be {stored.dtype}, but its array has dtype {values.dtype}")
     if len(stored.shape) > MAX_NDIM:
         raise ValueError(f"{name} has {len(stored.shape)} dimensions; at most {MAX_NDIM} can be stored")
-    if isinstance(stored.storage, Book) and stored.dtype not in FLOATS:
-        raise ValueError(f"{name} is {stored.dtype}; a book is for tensors of {', '.join(FLOATS)}")
+    if isinstance(stored.storage, Codebook) and stored.dtype not in FLOATS:
+        raise ValueError(f"{name} is {stored.dtype}; a codebook is for tensors of {', '.join(FLOATS)}")
     if isinstance(stored.storage, str) and stored.storage not in ("", stored.dtype):
         if stored.storage != "F16" or stored.dtype not in ("F32", "F64"):
             raise ValueError(f"{name} of {stored.dtype} cannot be stored as {stored.storage!r}; only F32, F64 as F16")
@@ -150,12 +150,12 @@ def _smaller(stored: Stored) -> Stored:
     """The same tensor, sparse or dense: as its bytes will be fewer, by their entropy."""
     dense = stored.dense()
     value = Sparse.from_dense(dense)
-    if (isinstance(stored.storage, Book) and len(stored.storage.values) > 255) or dense.dtype == bool:
+    if (isinstance(stored.storage, Codebook) and len(stored.storage.values) > 255) or dense.dtype == bool:
         return Stored(stored.dtype, value if dense.dtype != bool else dense, stored.storage)
     sparse_bits = _gap_bits(value) + 64  # what the header says of it
     as_sparse = Stored(stored.dtype, value, stored.storage)
     as_dense = Stored(stored.dtype, dense, stored.storage)
-    if isinstance(stored.storage, Book):
+    if isinstance(stored.storage, Codebook):
         sparse_bits += _entropy(_codes(as_sparse))
         dense_bits = _entropy(_codes(as_dense))
     else:
@@ -180,15 +180,15 @@ def _gap_bits(sparse: Sparse) -> float:
     return -size * (p * math.log2(p) + (1 - p) * math.log2(1 - p))
 
 
-def _books(parts: Iterable[Stored]) -> list[Book]:
-    found = {id(p.storage): p.storage for p in parts if isinstance(p.storage, Book)}
+def _codebooks(parts: Iterable[Stored]) -> list[Codebook]:
+    found = {id(p.storage): p.storage for p in parts if isinstance(p.storage, Codebook)}
     return list(found.values())
 
 
-def _line(name: str, stored: Stored, books: list[Book], widths: Iterator[int]) -> str:
+def _line(name: str, stored: Stored, codebooks: list[Codebook], widths: Iterator[int]) -> str:
     dtype = stored.dtype
-    if isinstance(stored.storage, Book):
-        dtype += f":q{[id(book) for book in books].index(id(stored.storage))}"
+    if isinstance(stored.storage, Codebook):
+        dtype += f":q{[id(codebook) for codebook in codebooks].index(id(stored.storage))}"
     elif stored.storage not in ("", stored.dtype):
         dtype += f":{stored.storage}"
     line = f"{_quote(name)} {dtype} {'x'.join(map(str, stored.shape)) or '-'}"
@@ -265,8 +265,8 @@ def _plain(stored: Stored) -> NDArray[Any]:
 
 
 def _codes(stored: Stored) -> NDArray[np.uint8]:
-    """Index of each element in its book; of a dense tensor plus one, and 0 for a zero."""
-    assert isinstance(stored.storage, Book)
+    """Index of each element in its codebook; of a dense tensor plus one, and 0 for a zero."""
+    assert isinstance(stored.storage, Codebook)
     table, elements = bits(stored.storage.of(stored.dtype)), bits(_elements(stored))
     order = np.argsort(table, kind="stable")
     place = np.minimum(np.searchsorted(table, elements, sorter=order), len(table) - 1)
@@ -276,7 +276,7 @@ def _codes(stored: Stored) -> NDArray[np.uint8]:
         codes = np.where(elements == 0, 0, codes + 1)
         unknown &= elements != 0
     if unknown.any():
-        raise ValueError(f"{int(unknown.sum())} elements of a tensor {stored.shape} are not in its book")
+        raise ValueError(f"{int(unknown.sum())} elements of a tensor {stored.shape} are not in its codebook")
     return codes.astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Fewer distinct values: weights that share a book of values, found so that the squared error is small. numpy only.
+"""Fewer distinct values: weights that share a codebook, found so that the squared error is small. numpy only.
 
 A sparse tensor's zeros stay zeros and are not among the values. What is quantised decodes to plain float tensors, which
 is what should be evaluated.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pomona.files.safetensors import DTYPES
 from pomona.files.sparse import Sparse
-from pomona.files.stored import FLOATS, Book, Stored, from_float32
+from pomona.files.stored import FLOATS, Codebook, Stored, from_float32, to_float32
 
 _BITS = (2, 3, 4, 8)
 _TEXT = re.compile(
@@ -33,7 +33,7 @@ class Quantization:
     Attributes:
         kind: "k-means", any `count` values; or "uniform", `count` multiples of one step.
         count: of values, 2 to 256.
-        shared: one book for the whole network instead of one a tensor.
+        shared: one codebook for the whole network instead of one a tensor.
         biases: number of values that all biases share, by k-means; 0: they are rounded to half precision.
     """
 
@@ -75,24 +75,24 @@ class Quantization:
 def quantize(tensors: Mapping[str, Stored], how: Quantization) -> dict[str, Stored]:
     """The same tensors with fewer distinct values.
 
-    Floats of two or more dimensions get a book; other floats of 32 or 64 bits, such as biases, are rounded to half
+    Floats of two or more dimensions get a codebook; other floats of 32 or 64 bits, such as biases, are rounded to half
     precision if that does not overflow; all else stays. Tied tensors stay tied.
     """
     weights = {id(s): s for s in tensors.values() if s.dtype in FLOATS and len(s.shape) >= 2}
     parts = {key: _survivors(stored) for key, stored in weights.items()}
     if how.shared:
-        book = _fit(np.concatenate([*parts.values(), np.zeros(0, np.float32)]), how)
-        books = dict.fromkeys(parts, book)
+        codebook = _fit(np.concatenate([*parts.values(), np.zeros(0, np.float32)]), how)
+        codebooks = dict.fromkeys(parts, codebook)
     else:
-        books = {key: _fit(values, how) for key, values in parts.items()}
-    made = {key: _by_book(stored, books[key]) for key, stored in weights.items()}
+        codebooks = {key: _fit(values, how) for key, values in parts.items()}
+    made = {key: _by_codebook(stored, codebooks[key]) for key, stored in weights.items()}
     if how.biases:
         biases = {
             id(s): s for n, s in tensors.items() if n.endswith("bias") and s.dtype in FLOATS and len(s.shape) == 1
         }
         values = [_survivors(stored) for stored in biases.values()]
-        book = _fit(np.concatenate([*values, np.zeros(0, np.float32)]), Quantization("k-means", how.biases))
-        made |= {key: _by_book(stored, book) for key, stored in biases.items()}
+        codebook = _fit(np.concatenate([*values, np.zeros(0, np.float32)]), Quantization("k-means", how.biases))
+        made |= {key: _by_codebook(stored, codebook) for key, stored in biases.items()}
     for stored in tensors.values():
         made.setdefault(id(stored), half(stored))
     return {name: made[id(stored)] for name, stored in tensors.items()}
@@ -108,24 +108,15 @@ def _survivors(stored: Stored) -> NDArray[np.float32]:
     return survivors
 
 
-def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Elements of a float dtype as numbers of 32 bits."""
-    if dtype == "BF16":
-        pattern: NDArray[np.uint32] = values.astype(np.uint32) << np.uint32(16)
-        return pattern.view(np.float32)
-    with np.errstate(all="ignore"):
-        return values.astype(np.float32)
-
-
-def _fit(values: NDArray[np.float32], how: Quantization) -> Book:
+def _fit(values: NDArray[np.float32], how: Quantization) -> Codebook:
     if not values.size:
-        return Book.table(np.zeros(1))
+        return Codebook.table(np.zeros(1))
     if how.kind == "uniform":
-        return Book.uniform(_step(values, how.count), how.count)
+        return Codebook.uniform(_step(values, how.count), how.count)
     centers = k_means(values, how.count)
-    book = Book.table(centers, "F16")
-    exact = np.abs(book.values - centers) <= np.abs(centers) * 2.0**-11  # neither too large nor too small for F16
-    return book if exact.all() else Book.table(centers)
+    codebook = Codebook.table(centers, "F16")
+    exact = np.abs(codebook.values - centers) <= np.abs(centers) * 2.0**-11  # neither too large nor too small for F16
+    return codebook if exact.all() else Codebook.table(centers)
 
 
 def k_means(values: NDArray[np.float32], count: int) -> NDArray[np.float64]:
@@ -197,14 +188,14 @@ def _step(values: NDArray[np.float32], count: int) -> float:
     return max(fine, float(np.finfo(np.float32).tiny))
 
 
-def _by_book(stored: Stored, book: Book) -> Stored:
-    """Each value that is not zero becomes the nearest of the book."""
+def _by_codebook(stored: Stored, codebook: Codebook) -> Stored:
+    """Each value that is not zero becomes the nearest of the codebook."""
     whole = to_float32(stored.dense(), stored.dtype)
-    ordered = np.unique(book.values)
+    ordered = np.unique(codebook.values)
     edges = (ordered[1:].astype(np.float64) + ordered[:-1]) / 2
     nearest = ordered[np.searchsorted(edges, whole)]
     values = from_float32(np.where(whole != 0, nearest, np.float32(0)), stored.dtype)
-    return Stored(stored.dtype, values, book)
+    return Stored(stored.dtype, values, codebook)
 
 
 def half(stored: Stored) -> Stored:

@@ -13,13 +13,13 @@ from pomona.files.sparse import Sparse
 
 FORMAT = "pomona 1"
 RESERVED = ("format", "tensors", "books", "graph")
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes that `to_float32` and `from_float32` take
 DIGEST_BYTES = 32  # of a SHA-256
 MAX_LOW_BITS = 40  # of a gap, stored apart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Book:
+class Codebook:
     """The few values that the weights of one or more tensors share.
 
     Attributes:
@@ -33,13 +33,13 @@ class Book:
     values: NDArray[np.float32]
 
     @classmethod
-    def table(cls, values: NDArray[Any], dtype: str = "F32") -> Book:
+    def table(cls, values: NDArray[Any], dtype: str = "F32") -> Codebook:
         """These values, rounded to `dtype`."""
         with np.errstate(over="ignore"):
             return cls("table", dtype, np.asarray(values).astype(DTYPES[dtype]).astype(np.float32))
 
     @classmethod
-    def uniform(cls, step: float, count: int) -> Book:
+    def uniform(cls, step: float, count: int) -> Codebook:
         """`count` (even) multiples of `step`, the nearest to zero without zero itself."""
         half = count // 2
         multiples = np.concatenate([np.arange(-half, 0), np.arange(1, half + 1)]).astype(np.float32)
@@ -64,12 +64,12 @@ class Stored:
         dtype: a key of `safetensors.DTYPES`.
         value: its elements, all of them or the sparse ones; bfloat16 and float8 as bit patterns.
         storage: how values are written: "" as they are; "F16", of floats of 32 or 64 bits that half precision holds
-            exactly; or a `Book` of all values that are not zero.
+            exactly; or a `Codebook` of all values that are not zero.
     """
 
     dtype: str
     value: NDArray[Any] | Sparse
-    storage: str | Book = ""
+    storage: str | Codebook = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,3 +102,12 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     pattern = np.ascontiguousarray(values).view(np.uint32)
     rounded = (pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
     return np.where(np.isnan(values), pattern >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Elements of a float dtype as float32 numbers, exactly except for those of 64 bits."""
+    if dtype == "BF16":
+        pattern: NDArray[np.uint32] = values.astype(np.uint32) << np.uint32(16)
+        return pattern.view(np.float32)
+    with np.errstate(all="ignore"):
+        return values.astype(np.float32)

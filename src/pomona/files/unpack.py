@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pomona.files import safetensors
 from pomona.files.safetensors import DTYPES, MAX_NDIM, FormatError
 from pomona.files.sparse import Sparse
-from pomona.files.stored import DIGEST_BYTES, FLOATS, FORMAT, MAX_LOW_BITS, Book, File, Stored
+from pomona.files.stored import DIGEST_BYTES, FLOATS, FORMAT, MAX_LOW_BITS, Codebook, File, Stored
 
 
 def read(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> File:
@@ -75,7 +75,7 @@ class _Entry:
     """A line of the directory."""
 
     dtype: str
-    book: int  # -1: none
+    codebook: int  # -1: none
     storage: str
     shape: tuple[int, ...]
     kept: int  # -1: dense
@@ -94,18 +94,18 @@ class _Plan:
     entries: dict[str, _Entry]
     ties: dict[str, str]
     names: list[str]
-    books: list[tuple[str, str, int]]
+    codebooks: list[tuple[str, str, int]]
     graph_bytes: int  # -1: no graph
 
-    def book_bytes(self) -> int:
-        return sum(4 if kind == "uniform" else count * DTYPES[dtype].itemsize for kind, dtype, count in self.books)
+    def codebook_bytes(self) -> int:
+        return sum(4 if kind == "uniform" else count * DTYPES[dtype].itemsize for kind, dtype, count in self.codebooks)
 
     def low_bytes(self) -> int:
         return sum((e.kept * e.low_bits + 7) // 8 for e in self.entries.values() if e.kept >= 0)
 
     def element_bytes(self) -> int:
         return sum(
-            e.count * (1 if e.book >= 0 else DTYPES[e.storage or e.dtype].itemsize) for e in self.entries.values()
+            e.count * (1 if e.codebook >= 0 else DTYPES[e.storage or e.dtype].itemsize) for e in self.entries.values()
         )
 
     def kept(self) -> int:
@@ -113,7 +113,7 @@ class _Plan:
 
     def fixed_bytes(self) -> int:
         """Of all sections but the last, whose length is told by its content."""
-        return max(self.graph_bytes, 0) + self.low_bytes() + self.book_bytes() + self.element_bytes()
+        return max(self.graph_bytes, 0) + self.low_bytes() + self.codebook_bytes() + self.element_bytes()
 
     def max_high_bytes(self) -> int:
         escapes = sum((math.prod(e.shape) >> e.low_bits) // 255 for e in self.entries.values() if e.kept > 0)
@@ -124,18 +124,18 @@ _NAME = r"(?:[A-Za-z0-9._~-]|%[0-9A-F]{2})+"
 _INT = r"(?:0|[1-9][0-9]{0,14})"
 _LINE = re.compile(
     rf"(?P<name>{_NAME})(?:=(?P<tied>{_NAME})"
-    rf"| (?P<dtype>[A-Z0-9_]+)(?::(?:q(?P<book>{_INT})|(?P<storage>F16)))? (?P<shape>-|{_INT}(?:x{_INT})*)"
+    rf"| (?P<dtype>[A-Z0-9_]+)(?::(?:q(?P<codebook>{_INT})|(?P<storage>F16)))? (?P<shape>-|{_INT}(?:x{_INT})*)"
     rf"(?: (?P<kept>{_INT})/(?P<low>{_INT}))?)"
 )
-_BOOK = re.compile(rf"(?P<kind>table|uniform) (?P<dtype>F16|F32) (?P<count>{_INT})")
+_CODEBOOK = re.compile(rf"(?P<kind>table|uniform) (?P<dtype>F16|F32) (?P<count>{_INT})")
 
 
-def _plan(tensors: str | None, books: str | None, graph: str | None) -> _Plan:
+def _plan(tensors: str | None, codebooks: str | None, graph: str | None) -> _Plan:
     if tensors is None:
         raise FormatError("its header has no list of tensors")
     if graph is not None and not re.fullmatch(_INT, graph):
         raise FormatError(f"its graph is said to have {graph[:20]!r} bytes")
-    shared = [_plan_book(text) for text in books.split(";")] if books is not None else []
+    shared = [_plan_codebook(text) for text in codebooks.split(";")] if codebooks is not None else []
     plan = _Plan({}, {}, [], shared, int(graph) if graph is not None else -1)
     for text in tensors.split(";") if tensors else []:
         match = _LINE.fullmatch(text)
@@ -154,28 +154,28 @@ def _plan(tensors: str | None, books: str | None, graph: str | None) -> _Plan:
     return plan
 
 
-def _plan_book(text: str) -> tuple[str, str, int]:
-    match = _BOOK.fullmatch(text)
+def _plan_codebook(text: str) -> tuple[str, str, int]:
+    match = _CODEBOOK.fullmatch(text)
     count = int(match["count"]) if match else 0
     if (
         match is None
         or not 1 <= count <= 256
         or (match["kind"] == "uniform" and (count % 2 or match["dtype"] != "F32"))
     ):
-        raise FormatError(f"its header describes a book of values as {text[:80]!r}, which this version cannot read")
+        raise FormatError(f"its header describes a codebook as {text[:80]!r}, which this version cannot read")
     return match["kind"], match["dtype"], count
 
 
-def _plan_tensor(name: str, match: re.Match[str], num_books: int) -> _Entry:
+def _plan_tensor(name: str, match: re.Match[str], num_codebooks: int) -> _Entry:
     dtype = match["dtype"]
     if dtype not in DTYPES:
         raise FormatError(f"tensor {name!r} has dtype {dtype[:20]!r}; known are {', '.join(DTYPES)}")
     shape = tuple(map(int, match["shape"].split("x"))) if match["shape"] != "-" else ()
     if len(shape) > MAX_NDIM or math.prod(d for d in shape if d) > 2**53:
         raise FormatError(f"tensor {name!r} is too large: {match['shape'][:80]}")
-    book = int(match["book"]) if match["book"] is not None else -1
-    if book >= num_books or (book >= 0 and dtype not in FLOATS):
-        raise FormatError(f"tensor {name!r} of {dtype} uses book {book}; there are {num_books}, for floats")
+    codebook = int(match["codebook"]) if match["codebook"] is not None else -1
+    if codebook >= num_codebooks or (codebook >= 0 and dtype not in FLOATS):
+        raise FormatError(f"tensor {name!r} of {dtype} uses codebook {codebook}; there are {num_codebooks}, for floats")
     storage = match["storage"] or ""
     if storage and dtype not in ("F64", "F32"):
         raise FormatError(f"tensor {name!r} of {dtype} cannot be stored as {storage}")
@@ -183,7 +183,7 @@ def _plan_tensor(name: str, match: re.Match[str], num_books: int) -> _Entry:
     low_bits = int(match["low"]) if match["low"] is not None else 0
     if kept > math.prod(shape) or low_bits > MAX_LOW_BITS:
         raise FormatError(f"tensor {name!r} of shape {match['shape'][:80]} cannot have {match['kept']}/{match['low']}")
-    return _Entry(dtype, book, storage, shape, kept, low_bits)
+    return _Entry(dtype, codebook, storage, shape, kept, low_bits)
 
 
 def _unquote(text: str) -> str:
@@ -232,10 +232,12 @@ def _decode(plan: _Plan, payload: bytes, metadata: dict[str, str]) -> File:
         if not isinstance(graph, dict):
             raise FormatError("its graph is not a JSON object")
     lows = {n: _read_lows(sections, e) for n, e in plan.entries.items() if e.kept >= 0}
-    books = [_read_book(sections, *book) for book in plan.books]
-    elements = {n: _read_codes(sections, n, e, books[e.book]) for n, e in plan.entries.items() if e.book >= 0}
+    codebooks = [_read_codebook(sections, *codebook) for codebook in plan.codebooks]
+    elements = {
+        n: _read_codes(sections, n, e, codebooks[e.codebook]) for n, e in plan.entries.items() if e.codebook >= 0
+    }
     for dtype in DTYPES:
-        mine = {n: e for n, e in plan.entries.items() if e.book < 0 and (e.storage or e.dtype) == dtype}
+        mine = {n: e for n, e in plan.entries.items() if e.codebook < 0 and (e.storage or e.dtype) == dtype}
         elements |= _read_planes(sections, mine, dtype)
     positions = _positions(sections.rest(), lows, plan)
 
@@ -247,7 +249,7 @@ def _decode(plan: _Plan, payload: bytes, metadata: dict[str, str]) -> File:
         entry = plan.entries[name]
         value = elements[name]
         whole = Sparse(entry.shape, positions[name], value) if entry.kept >= 0 else value.reshape(entry.shape)
-        tensors[name] = Stored(entry.dtype, whole, books[entry.book] if entry.book >= 0 else entry.storage)
+        tensors[name] = Stored(entry.dtype, whole, codebooks[entry.codebook] if entry.codebook >= 0 else entry.storage)
     return File(tensors, metadata, graph)
 
 
@@ -261,20 +263,20 @@ def _read_lows(sections: _Sections, entry: _Entry) -> NDArray[np.int64]:
     return low
 
 
-def _read_book(sections: _Sections, kind: str, dtype: str, count: int) -> Book:
+def _read_codebook(sections: _Sections, kind: str, dtype: str, count: int) -> Codebook:
     if kind == "uniform":
-        return Book.uniform(float(sections.take(4).view("<f4")[0]), count)
+        return Codebook.uniform(float(sections.take(4).view("<f4")[0]), count)
     values = sections.take(count * DTYPES[dtype].itemsize)
-    return Book.table(np.frombuffer(values.tobytes(), DTYPES[dtype]), dtype)
+    return Codebook.table(np.frombuffer(values.tobytes(), DTYPES[dtype]), dtype)
 
 
-def _read_codes(sections: _Sections, name: str, entry: _Entry, book: Book) -> NDArray[Any]:
+def _read_codes(sections: _Sections, name: str, entry: _Entry, codebook: Codebook) -> NDArray[Any]:
     codes = sections.take(entry.count)
-    table = book.of(entry.dtype)
+    table = codebook.of(entry.dtype)
     if entry.kept < 0:
         table = np.concatenate([np.zeros(1, table.dtype), table])
     if codes.max(initial=0) >= len(table) and entry.count:
-        raise FormatError(f"tensor {name!r} refers to value {codes.max()} of a book of {len(table)}")
+        raise FormatError(f"tensor {name!r} refers to value {codes.max()} of a codebook of {len(table)}")
     return table[codes]
 
 
