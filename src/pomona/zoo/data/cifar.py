@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pomona.zoo.data import VARIABLE, Dataset, malformed
+from pomona.zoo.data.dataset import Dataset
+from pomona.zoo.data.files import VARIABLE, malformed
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
