@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pomona
-from pomona.benchmark.bench import Timing, Worker, take_turns
 from pomona.benchmark.paths import PATHS, Arrays, Case, Run, open_module, relative_error, serve
+from pomona.benchmark.worker import Timing, Worker, take_turns
 from speed import machine, show
 
 HERE = Path(__file__).parent

@@ -30,7 +30,7 @@ from pomona.files.pack import pack
 from pomona.files.quantize import Quantization, quantize
 from pomona.files.stored import Stored
 from pomona.files.unpack import read
-from pomona.train.run import evaluate
+from pomona.train.evaluate import evaluate
 from pomona.zoo.data import DATA
 from pomona.zoo.models import MODELS, build_model
 from speed import machine, resnet50

@@ -25,7 +25,8 @@ from pomona.method import Weight
 from pomona.schedule import Cosine, Cubic
 from pomona.score import saliency
 from pomona.selection import NonFiniteError
-from pomona.train.recipe import RecipeError, load_recipe
+from pomona.train.recipe import load_recipe
+from pomona.train.stage import RecipeError
 from tests.oracles import granularity as oracle
 from tests.problems import bits
 

@@ -17,20 +17,11 @@ import torch
 from torch import nn
 
 from pomona import runtime
-from pomona.benchmark.bench import (
-    BenchResult,
-    LayerResult,
-    PathResult,
-    Timing,
-    Worker,
-    WorkerError,
-    bench,
-    duration,
-    take_turns,
-    write_network,
-)
+from pomona.benchmark.bench import bench, write_network
 from pomona.benchmark.page import write_bench_page
 from pomona.benchmark.paths import open_module, peak_memory, relative_error
+from pomona.benchmark.result import BenchResult, LayerResult, PathResult, duration
+from pomona.benchmark.worker import Timing, Worker, WorkerError, take_turns
 from pomona.files.pack import write
 from pomona.files.sparse import Sparse
 from pomona.files.stored import Stored

@@ -21,8 +21,9 @@ import pomona.train.run
 from pomona.cli import main
 from pomona.methods import METHODS
 from pomona.studies.compare import Job, base_key, check_equal_cost, collect, conclude, plan, spread, tabulate
-from pomona.train.recipe import RecipeError, builtin_recipes, load_recipe
-from pomona.train.run import base_of
+from pomona.train.folder import base_of
+from pomona.train.recipe import builtin_recipes, load_recipe
+from pomona.train.stage import RecipeError
 from pomona.zoo.data import DATA, load_mnist
 from pomona.zoo.models import build_model
 from tests.runs import DESCRIPTION, SERVER, Done, Tripwire, command_line, rows_of

@@ -13,22 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from pomona.studies.valley import (
-    Landscape,
-    Options,
+from pomona.studies.valley import Options, _along_curve
+from pomona.studies.valley.curvature import (
     Parameters,
-    _along_curve,
-    barrier,
-    bezier,
     coordinates,
     flat,
     hessian_product,
     pruned_like,
-    segment,
     shaped,
     top_eigenpairs,
-    train_control,
 )
+from pomona.studies.valley.landscape import Landscape
+from pomona.studies.valley.paths import barrier, bezier, segment, train_control
 from pomona.train.progress import Progress
 from pomona.zoo.data import DATA, Dataset, load_mnist
 from pomona.zoo.models import build_model

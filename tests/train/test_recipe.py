@@ -15,16 +15,8 @@ from pomona.method import Method
 from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Feather, Magnitude, RigL, WeightMom
 from pomona.schedule import Cosine, Cubic, Geometric, Linear
 from pomona.scope import Scope
-from pomona.train.recipe import (
-    Expected,
-    Progressive,
-    Recipe,
-    RecipeError,
-    Stage,
-    builtin_recipes,
-    load_recipe,
-    recipe_from_dict,
-)
+from pomona.train.recipe import Recipe, builtin_recipes, load_recipe, recipe_from_dict
+from pomona.train.stage import Expected, Progressive, RecipeError, Stage
 
 TEXT = """
 title = "tiny"

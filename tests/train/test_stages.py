@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pomona.budget import num_kept
 from pomona.train.checkpoint import Checkpoints
+from pomona.train.folder import FolderError
 from pomona.train.progress import Progress
 from pomona.train.recipe import load_recipe
-from pomona.train.run import FolderError, Run
+from pomona.train.run import Run
 from pomona.train.stages import make_base, train, train_base
 from pomona.zoo.data import DATA, load_mnist
 from pomona.zoo.models import build_model

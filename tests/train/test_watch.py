@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import pomona.train.watch
-from pomona.train.run import claim, describe, is_running
+from pomona.train.folder import claim, is_running
+from pomona.train.run import describe
 from pomona.train.watch import watch
 from tests.runs import (
     DESCRIPTION,

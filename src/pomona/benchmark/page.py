@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from pomona.benchmark.bench import BenchResult, duration, facts, layer_rows, path_rows
+from pomona.benchmark.result import BenchResult, duration, facts, layer_rows, path_rows
 from pomona.pages.html import pairs, section, table, write
 
 _WIDTH, _LABEL, _NUMBER = 720, 170, 80  # of a picture, of the names to its left, of the numbers to its right

@@ -40,7 +40,7 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import pomona
     from pomona.runtime.readers.trace import UnsupportedError
-    from pomona.train.run import evaluate
+    from pomona.train.evaluate import evaluate
 
     if options.calibrate and options.no_graph:
         raise ValueError(

@@ -29,9 +29,10 @@ import torch
 
 from pomona.pages.pictures import draw_comparison, times
 from pomona.train.checkpoint import write_atomically
+from pomona.train.folder import FolderError, base_of, differences
 from pomona.train.progress import Progress, duration
-from pomona.train.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
-from pomona.train.run import FolderError, base_of, differences
+from pomona.train.recipe import Recipe, load_recipe, recipe_from_dict
+from pomona.train.stage import RecipeError
 from pomona.zoo.models import MODELS, build_model
 
 _STOPPED = 130  # exit status of a run that was asked to stop

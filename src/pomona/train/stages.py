@@ -21,21 +21,11 @@ from pomona.pages.run import write_page
 from pomona.pruner import Pruner
 from pomona.pruner.zeros import hold
 from pomona.train.checkpoint import write_atomically
+from pomona.train.evaluate import Tested, evaluate
+from pomona.train.folder import FolderError, read_rows
 from pomona.train.progress import Progress
 from pomona.train.recipe import Recipe
-from pomona.train.run import (
-    FolderError,
-    Learner,
-    Memory,
-    Phase,
-    Run,
-    Tested,
-    diagnose,
-    evaluate,
-    open_run,
-    read_rows,
-    usable,
-)
+from pomona.train.run import Learner, Memory, Phase, Run, diagnose, open_run, usable
 from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 

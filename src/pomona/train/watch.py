@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from pomona.train.folder import FolderError, is_running, read_rows
 from pomona.train.progress import duration
-from pomona.train.run import FolderError, describe, is_running, read_rows
+from pomona.train.run import describe
 
 _SECONDS = 1.0  # between two looks
 _GRACE = 3.0  # a run without a process may be about to begin, or to write its result

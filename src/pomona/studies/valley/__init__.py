@@ -21,304 +21,36 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pomona._version import __version__
+from pomona.studies.valley.curvature import (
+    TOLERANCE,
+    Parameters,
+    coordinates,
+    flat,
+    hessian_product,
+    pruned_like,
+    top_eigenpairs,
+)
+from pomona.studies.valley.landscape import Landscape
+from pomona.studies.valley.paths import MOMENTUM, barrier, bezier, segment, train_control
+from pomona.studies.valley.picture import draw_valley
 from pomona.train.checkpoint import Checkpoints, write_atomically
+from pomona.train.folder import commit_of_source
 from pomona.train.progress import Progress
-from pomona.train.run import commit_of_source, count_right, cross_entropy
 from pomona.train.stages import read_run
 from pomona.zoo.data import DATA, Dataset
 from pomona.zoo.models import build_model
 
-Parameters = dict[str, Tensor]  # name -> value
-Loss = Callable[[Parameters], Tensor]  # scalar, twice differentiable
-
-_BATCH = 1000  # examples at a time, at most
-_HESSIAN_BATCH = 200  # the same where second derivatives are taken, which need several times the memory
-_MOMENTUM = 0.9  # in the training of the curve
 _DRAWS = 5  # random prunings
-_TOLERANCE = 1e-3  # of eigenpairs
-
-# Paths
-
-
-def segment(a: Parameters, b: Parameters, t: float) -> Parameters:
-    """``a`` at t = 0, ``b`` at t = 1, both exactly."""
-    return {name: torch.lerp(a[name], b[name], t) for name in a}
-
-
-def bezier(a: Parameters, c: Parameters, b: Parameters, t: float) -> Parameters:
-    """From ``a`` to ``b``, drawn towards the control point ``c``; the segment where that is the middle."""
-    return {name: (1 - t) ** 2 * a[name] + 2 * t * (1 - t) * c[name] + t**2 * b[name] for name in a}
-
-
-def train_control(
-    loss: Callable[[Parameters, int], Tensor],
-    a: Parameters,
-    b: Parameters,
-    *,
-    num_steps: int,
-    lr: float,
-    generator: Generator,
-) -> Parameters:
-    """The control point that SGD with momentum 0.9 finds from the middle, one uniform t in each step.
-
-    Args:
-        loss: of some parameters in step 0, 1, ...; where it depends on the step, on a minibatch say, it is stochastic.
-        a, b: the ends, which stay.
-        num_steps: at least 1.
-        lr: of the first half of the steps; in the second half the rate falls linearly to zero.
-        generator: of t.
-
-    Raises:
-        ValueError: the training diverged.
-    """
-    c = {name: middle.requires_grad_() for name, middle in segment(a, b, 0.5).items()}
-    optimizer = torch.optim.SGD(c.values(), lr=lr, momentum=_MOMENTUM)
-    for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / num_steps))
-        t = float(torch.rand((), generator=generator, dtype=torch.float64))
-        optimizer.zero_grad()
-        loss(bezier(a, c, b, t), step).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    if not all(bool(value.isfinite().all()) for value in c.values()):
-        raise ValueError(f"the training of the curve diverged with a learning rate of {lr:g}; lower it")
-    return {name: value.detach() for name, value in c.items()}
-
-
-def barrier(ts: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """How far the loss rises above the larger end between t = 0 and t = 1, which must be in ``ts``, and at which t.
-
-    Example:
-        >>> barrier([-0.5, 0.0, 0.5, 1.0], [9.0, 1.0, 4.0, 2.0])
-        (2.0, 0.5)
-    """
-    inside = {t: loss for t, loss in zip(ts, losses, strict=True) if 0 <= t <= 1}
-    top = max(inside, key=lambda t: inside[t])
-    return inside[top] - max(inside[0.0], inside[1.0]), top
-
-
-# Curvature
-
-
-def flat(parameters: Parameters) -> Tensor:
-    """All values in one vector."""
-    return torch.cat([value.reshape(-1) for value in parameters.values()])
-
-
-def shaped(vector: Tensor, like: Parameters) -> Parameters:
-    """The inverse of ``flat``."""
-    parts = torch.split(vector, [value.numel() for value in like.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
-
-
-def hessian_product(losses: Sequence[Loss], at: Parameters) -> Callable[[Tensor], Tensor]:
-    """From v to H v, H the Hessian of the sum of ``losses``, whose graphs are held one at a time."""
-    leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
-    inputs = list(leaves.values())
-
-    def product(vector: Tensor) -> Tensor:
-        total = torch.zeros_like(vector)
-        for loss in losses:
-            gradient = torch.autograd.grad(loss(leaves), inputs, create_graph=True, materialize_grads=True)
-            slope = flat(dict(zip(leaves, gradient, strict=True))) @ vector
-            rows = torch.autograd.grad(slope, inputs, materialize_grads=True)
-            total += flat(dict(zip(leaves, rows, strict=True)))
-        return total
-
-    return product
-
-
-@dataclass(frozen=True, eq=False)
-class Eigenpairs:
-    """Of a symmetric matrix, the largest eigenvalue first.
-
-    Attributes:
-        values: [k].
-        vectors: [k, size], orthonormal rows.
-        residuals: [k], |H v - value v|.
-        steps: matrix-vector products that were spent.
-        is_converged: whether all residuals are within the tolerance.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-    steps: int
-    is_converged: bool
-
-
-def top_eigenpairs(
-    product: Callable[[Tensor], Tensor],
-    start: Tensor,
-    k: int,
-    *,
-    max_steps: int,
-    tolerance: float = _TOLERANCE,
-    generator: Generator,
-) -> Eigenpairs:
-    """The ``k`` algebraically largest eigenvalues and their vectors, by Lanczos with full reorthogonalisation.
-
-    One start vector sees one direction of each eigenspace: of an eigenvalue that occurs more than once, to the last
-    bit, copies may be missed. Memory: one vector for each step.
-
-    Args:
-        product: v to H v, H symmetric.
-        start: a random vector; its size and dtype are those of all others.
-        k: in [1, size].
-        max_steps: at least k; no more products than this.
-        tolerance: of a residual, as a fraction of the eigenvalue that is largest in magnitude.
-        generator: of new directions, where the ones found so far are closed under H.
-    """
-    size, eps = start.numel(), torch.finfo(start.dtype).eps
-    if not 1 <= k <= size:
-        raise ValueError(f"the number of eigenvectors must be in [1, {size:,}], the number of parameters, got {k}")
-    limit = min(size, max(k, max_steps))
-    basis = start.new_empty(limit, size)
-    T = torch.zeros(limit + 1, limit + 1, dtype=torch.float64)  # H in the basis: tridiagonal
-    basis[0] = start / start.norm()
-    for m in range(1, limit + 1):
-        found = basis[:m]
-        rest = product(found[-1])
-        T[m - 1, m - 1] = found[-1] @ rest
-        rest = _orthogonal(rest, found)
-        beta = rest.norm()
-        ritz, s = torch.linalg.eigh(T[:m, :m])
-        scale = ritz.abs().max()
-        residuals = float(beta) * s[-1].abs()
-        is_converged = m >= k and bool((residuals[-k:] <= tolerance * scale).all())
-        if is_converged or m == limit:
-            break
-        if beta <= 100 * eps * scale:
-            rest = _orthogonal(torch.randn(size, dtype=start.dtype, generator=generator), found)
-        else:
-            T[m, m - 1] = T[m - 1, m] = beta
-        basis[m] = rest / rest.norm()
-    top = torch.arange(m - 1, m - 1 - k, -1)
-    vectors = s[:, top].T.to(start.dtype) @ basis[:m]
-    vectors /= vectors.norm(dim=1, keepdim=True)
-    return Eigenpairs(ritz[top], vectors, residuals[top], m, is_converged)
-
-
-def _orthogonal(vector: Tensor, rows: Tensor) -> Tensor:
-    for _ in range(2):  # once is not enough where little is left
-        vector = vector - rows.T @ (rows @ vector)
-    return vector
-
-
-def coordinates(direction: Tensor, vectors: Tensor) -> Tensor:
-    """Of the unit vector along ``direction``, in the orthonormal rows of ``vectors``."""
-    inside: Tensor = vectors @ (direction / direction.norm())
-    return inside
-
-
-def pruned_like(a: Parameters, b: Parameters, score: Callable[[Tensor], Tensor]) -> Parameters:
-    """``a`` with as many zeros in each tensor as ``b`` has in it, put where the score is least."""
-    pruned = {}
-    for name, value in a.items():
-        cut = score(value).reshape(-1).argsort(stable=True)[: int((b[name] == 0).sum())]
-        pruned[name] = value.reshape(-1).index_fill(0, cut, 0).view(value.shape)
-    return pruned
-
-
-# Networks
-
-
-@dataclass(frozen=True)
-class Point:
-    """What was measured at one point; accuracies in percent."""
-
-    loss: float
-    accuracy: float
-    test_accuracy: float
-
-
-class Landscape:
-    """Cross-entropy of one architecture on fixed training examples, as a function of its parameters.
-
-    BatchNorm has no statistics of its own at a point where nothing was trained, so they are computed there: in
-    ``loss``, of the batch at hand, and derivatives go through them; in ``measure``, over all the examples.
-
-    Args:
-        model: its parameters are not used.
-        data: training examples and test set.
-        examples: indices of the training examples.
-    """
-
-    def __init__(self, model: nn.Module, data: Dataset, examples: Tensor) -> None:
-        self.model = model.eval()
-        self.data = data
-        self.examples = examples
-        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        for norm in self._norms:
-            norm.momentum = None  # the mean over all batches
-
-    def loss(self, parameters: Parameters, batch: Tensor) -> Tensor:
-        """The mean over a batch of training examples."""
-        return cross_entropy(self._logits_by_batch(parameters, self._fresh(), batch), self.data.train_labels[batch])
-
-    def losses(self) -> list[Loss]:
-        """Functions whose sum is the mean loss over the examples."""
-        batches = self.examples.tensor_split(math.ceil(len(self.examples) / _HESSIAN_BATCH))
-        return [partial(self._part, batch=batch) for batch in batches]
-
-    def _part(self, parameters: Parameters, batch: Tensor) -> Tensor:
-        return self.loss(parameters, batch) * (len(batch) / len(self.examples))
-
-    @torch.no_grad()
-    def measure(self, parameters: Parameters) -> Point:
-        """Loss and accuracy on the examples, and accuracy on the test set."""
-        buffers = self._fresh()
-        batches = self.examples.tensor_split(math.ceil(len(self.examples) / _BATCH))
-        for batch in batches if self._norms else ():
-            self._logits_by_batch(parameters, buffers, batch)
-        loss, right = 0.0, 0
-        for batch in batches:
-            labels = self.data.train_labels[batch]
-            logits = self._logits(parameters, buffers, self.data.train_inputs[batch])
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            right += int(count_right(logits, labels))
-        num = self.data.train_labels[self.examples].numel()
-        test_right, num_test = 0, self.data.test_labels.numel()
-        for start in range(0, len(self.data.test_labels), _BATCH):
-            logits = self._logits(parameters, buffers, self.data.test_inputs[start : start + _BATCH])
-            test_right += int(count_right(logits, self.data.test_labels[start : start + _BATCH]))
-        return Point(loss / num, 100 * right / num, 100 * test_right / num_test)
-
-    def _fresh(self) -> Parameters:
-        """Buffers as before any batch."""
-        for norm in self._norms:
-            norm.reset_running_stats()
-        return {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-
-    def _logits_by_batch(self, parameters: Parameters, buffers: Parameters, batch: Tensor) -> Tensor:
-        for norm in self._norms:
-            norm.train()
-        try:
-            return self._logits(parameters, buffers, self.data.train_inputs[batch])
-        finally:
-            for norm in self._norms:
-                norm.eval()
-
-    def _logits(self, parameters: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            logits: Tensor = functional_call(self.model, {**parameters, **buffers}, (inputs,))
-        return logits
-
-
-# Two runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,8 +97,6 @@ def survey(
     Returns:
         The content of ``valley.json``.
     """
-    from pomona.studies.valley_picture import draw_valley
-
     began = time.monotonic()
     torch.set_num_threads(threads)
     trained = {"A": _read(a), "B": _read(b)}
@@ -450,7 +180,7 @@ def _along_curve(
     return _measured("curve", land, lambda t: bezier(a, c, b, t), ts, progress) | {
         "steps": num_steps,
         "batch_size": batch_size,
-        "momentum": _MOMENTUM,
+        "momentum": MOMENTUM,
     }
 
 
@@ -508,7 +238,7 @@ def _curvature(land: Landscape, a: Parameters, b: Parameters, options: Options, 
         "hessian": {
             "values": top.values.tolist(),
             "residuals": top.residuals.tolist(),
-            "tolerance": _TOLERANCE,
+            "tolerance": TOLERANCE,
             "is_converged": top.is_converged,
             "products": top.steps,
         },
