@@ -28,9 +28,10 @@ from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score, saliency
 from pomona.studies.compare import base_key, conclude
 from pomona.train.evaluate import evaluate
+from pomona.train.finished import read_run
 from pomona.train.progress import Progress
 from pomona.train.recipe import load_recipe, recipe_from_dict
-from pomona.train.stages import read_run, train, train_base
+from pomona.train.stages import train, train_base
 from pomona.zoo.data import DATA
 from pomona.zoo.models import build_model
 

@@ -131,7 +131,9 @@ def test_a_run_is_benched_on_its_data(tmp_path: Path, digits: Path) -> None:
     run.mkdir()
     recipe = {"title": "t", "source": "s", "seed": 0, "model": "lenet-300-100", "data": "mnist"}
     (run / "run.json").write_text(json.dumps({"command": "train", "recipe": recipe, "data": "d"}))
-    assert "has no model.pt" in failing(str(run), "--data", str(digits))
+    assert "holds no model.pt: the run has not finished; run the same command again" in failing(
+        str(run), "--data", str(digits)
+    )
     torch.save(build_model("lenet-300-100", seed=3).state_dict(), run / "model.pt")
     result = bench(str(run), seconds=0.01, paths=["pomona"], data=digits)
     assert result.inputs == ((1, 1, 28, 28),) and result.weights == 266_200

@@ -14,20 +14,25 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+import torch.onnx
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from pomona import runtime
 from pomona.benchmark.paths import PATHS, Arrays, Case, open_module, relative_error
 from pomona.benchmark.result import BenchResult, LayerResult, PathResult
 from pomona.benchmark.worker import Worker, WorkerError, machine, take_turns
+from pomona.files.pack import write
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Stored
 from pomona.native import library
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from pomona.runtime.ranges import with_ranges
+from pomona.runtime.readers.trace import trace
+from pomona.train.finished import open_finished
 
 _PACKAGES = {
     "torch": "torch",
@@ -65,8 +70,6 @@ def bench(
     Raises:
         ValueError: the model, the shapes or the data cannot be used, or the model computes what the runtime cannot.
     """
-    import torch
-
     unknown = [name for name in paths if name not in PATHS]
     if unknown:
         raise ValueError(f"paths are {', '.join(PATHS)}; got {', '.join(unknown)}")
@@ -139,10 +142,7 @@ def _read_data(model: str, data: str | Path | None) -> _Data | None:
     if data is None:
         return None
     if Path(data).is_dir() and Path(model).is_dir():
-        from pomona.train.stages import read_run
-        from pomona.zoo.data import DATA
-
-        known = DATA[read_run(Path(model))["recipe"]["data"]](data)
+        known = open_finished(Path(model)).load_data(data)
         return known.test_inputs.numpy(), known.test_labels.numpy()
     if Path(data).is_dir():
         raise ValueError(f"data {data} is a folder, which is understood for a run of pomona only; give an .npz file")
@@ -170,11 +170,6 @@ def write_network(
     path: str, module: nn.Module, examples: Sequence[Tensor], *, calibrate: Sequence[Tensor] = ()
 ) -> None:
     """What the module computes, and its tensors, as a file; with the ranges of values on these samples, if any."""
-    from pomona.files.pack import write
-    from pomona.files.stored import Stored
-    from pomona.runtime.ranges import with_ranges
-    from pomona.runtime.readers.trace import trace
-
     graph, tensors = trace(module, examples, folded=False)
     if calibrate:
         graph = with_ranges(graph, tensors, *(x.numpy() for x in calibrate))
@@ -184,8 +179,6 @@ def write_network(
 
 def export_onnx(module: nn.Module, examples: Sequence[Tensor], path: str) -> None:
     """By torch's exporter that needs the package onnx and nothing else."""
-    import torch.onnx
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is the older one
         torch.onnx.export(module, tuple(examples), path, dynamo=False, opset_version=13)

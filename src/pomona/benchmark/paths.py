@@ -6,7 +6,6 @@ opens, and this module needs numpy alone, so that the peak memory of its process
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from pomona import runtime
 from pomona.files.unpack import read
 from pomona.runtime.engine import Engine
+from pomona.zoo.source import make_module
 
 Arrays = list[NDArray[Any]]
 Run = Callable[[Arrays], Arrays]
@@ -106,44 +106,20 @@ def open_module(source: str) -> Any:
     The function is called without arguments, in a module that Python finds from the current folder.
 
     Raises:
-        ValueError: there is nothing of that name, or it is no module of torch.
+        ValueError: there is nothing of that name, or it is not a torch module.
     """
     if Path(source).is_dir():
-        return _module_of_run(Path(source))
+        from pomona.train.finished import open_finished  # here, because it imports torch
+
+        return open_finished(Path(source)).make_model()
     if Path(source).is_file():
         return _module_of_file(source)
-    from torch import nn
-
-    place, _, name = source.rpartition(":")
-    if not place or not name:
+    if ":" not in source:
         raise ValueError(
             f"a model is a run's folder, a .pomona.safetensors file or MODULE:FUNCTION (my_package.nets:make), got "
             f"{source!r}, which is none of them"
         )
-    if os.getcwd() not in sys.path:  # as `python -m` does
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(place), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot take {name!r} from module {place!r}: {error}") from None
-    module = function()
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"{source} must return a torch.nn.Module, got {type(module).__name__}")
-    return module
-
-
-def _module_of_run(folder: Path) -> Any:
-    import torch
-
-    from pomona.train.stages import read_run
-    from pomona.zoo.models import build_model
-
-    weights = folder / "model.pt"
-    module = build_model(read_run(folder)["recipe"]["model"], seed=0)
-    if not weights.exists():
-        raise ValueError(f"{folder} has no model.pt: the run has not finished")
-    module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return module
+    return make_module(source)
 
 
 def _module_of_file(path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,12 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    import torch
+
     import pomona
     from pomona.runtime.readers.trace import UnsupportedError
     from pomona.train.evaluate import evaluate
+    from pomona.train.finished import open_finished
 
     if options.calibrate and options.no_graph:
         raise ValueError(
@@ -55,7 +59,9 @@ def _run(options: argparse.Namespace) -> int:
         state = read_weights(options.path)
         print(pomona.export(state, options.out, options.format, quantize=options.quantize))
         return 0
-    model, data, method = _read_run(options.path, options.data_dir)
+    run = open_finished(options.path)
+    data, method = run.load_data(options.data_dir), _method(run.recipe)
+    model: torch.nn.Module = run.make_model()
     example = data.test_inputs[:1]
     if options.shrink:
         model, removed = pomona.shrink(model, example)
@@ -78,24 +84,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_run(folder: Path, data_dir: str | None) -> tuple[Any, Any, str]:
-    """The network of a finished run, its data and its method."""
-    import torch
-
-    from pomona.train.stages import read_run
-    from pomona.zoo.data import DATA
-    from pomona.zoo.models import build_model
-
-    recipe = read_run(folder)["recipe"]
-    path = folder / "model.pt"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no model.pt: its run has not finished, give its command again")
-    model = build_model(recipe["model"], seed=0)
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    data = DATA[recipe["data"]](data_dir)
-    if recipe.get("validation"):
-        data = data.hold_out(recipe["validation"])
-    method = recipe.get("method") or {}
-    told = ", ".join(f"{key}={value}" for key, value in method.items() if key != "name")
-    named = f"{method['name']}({told})" if method else ""
-    return model, data, named
+def _method(recipe: Mapping[str, Any]) -> str:
+    """The recipe's method and its settings, as one writes a call; empty for a dense network."""
+    settings = dict(recipe.get("method") or {})
+    name = settings.pop("name", "")
+    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})" if name else ""

@@ -31,7 +31,8 @@ def _run(options: argparse.Namespace) -> int:
 def _report_run(folder: Path, *, as_json: bool) -> int:
     import json
 
-    from pomona.train.stages import read_run, write_report
+    from pomona.train.finished import read_run
+    from pomona.train.stages import write_report
 
     result = read_run(folder)
     if as_json:

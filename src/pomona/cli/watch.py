@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pomona.cli.train import conclusion
-    from pomona.train.stages import read_run
+    from pomona.train.finished import read_run
     from pomona.train.watch import watch
 
     try:

@@ -17,10 +17,11 @@ import torch
 from pomona.methods.rounds import Candidate, progressive
 from pomona.train.checkpoint import write_atomically
 from pomona.train.evaluate import Tested, evaluate
+from pomona.train.finished import read_run
 from pomona.train.folder import claim, identity_of
 from pomona.train.progress import Progress
 from pomona.train.recipe import Recipe
-from pomona.train.stages import Base, make_base, read_run, train, train_base
+from pomona.train.stages import Base, make_base, train, train_base
 from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 

@@ -20,6 +20,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pomona.method import Method
+from pomona.methods import METHODS
 from pomona.schedule import Cosine, Cubic, Geometric, Linear, Schedule
 from pomona.scope import Scope
 from pomona.train.stage import (
@@ -32,6 +33,8 @@ from pomona.train.stage import (
     check_intervals,
     written,
 )
+from pomona.zoo.data import DATA
+from pomona.zoo.models import MODELS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,9 +96,6 @@ class Recipe:
     expected: Expected | None = None
 
     def __post_init__(self) -> None:
-        from pomona.zoo.data import DATA
-        from pomona.zoo.models import MODELS
-
         check_intervals(self)
         _check_name("model", self.model, MODELS)
         _check_name("data", self.data, DATA)
@@ -222,16 +222,12 @@ class _Clock:
 
 def _hints(name: str) -> dict[str, Any]:
     """Field -> type, of a method."""
-    from pomona.methods import METHODS
-
     kind = METHODS[name]
     hints = get_type_hints(kind, localns={"KW_ONLY": object})  # Python 3.10 takes KW_ONLY for no type
     return {one.name: hints[one.name] for one in fields(kind)}  # type: ignore[arg-type]
 
 
 def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
-    from pomona.methods import METHODS
-
     if "name" not in table:
         raise RecipeError(f"missing key method.name{_closest('', METHODS)}")
     name = _read(str, table["name"], "method.name")

@@ -22,7 +22,8 @@ from pomona.pruner import Pruner
 from pomona.pruner.zeros import hold
 from pomona.train.checkpoint import write_atomically
 from pomona.train.evaluate import Tested, evaluate
-from pomona.train.folder import FolderError, read_rows
+from pomona.train.finished import read_run, title_of
+from pomona.train.folder import read_rows
 from pomona.train.progress import Progress
 from pomona.train.recipe import Recipe
 from pomona.train.run import Learner, Memory, Phase, Run, diagnose, open_run, usable
@@ -269,7 +270,7 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
     outside = [{"name": n, "total": sizes.get(n, 0), "reason": why} for n, why in report["outside"].items()]
     plain = recipe.to_dict()
     return {
-        **_title(plain, run.data.description),
+        **title_of(plain, run.data.description),
         "pomona": __version__,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
@@ -293,29 +294,6 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
 
 def _with_final(stages: Mapping[str, float | None]) -> dict[str, float | None]:
     return {**stages, "final": stages.get("retrained", stages.get("after_cut"))}
-
-
-def _title(recipe: Mapping[str, Any], data: str) -> dict[str, Any]:
-    """What is known of a run before it has finished."""
-    known = {key: recipe[key] for key in ("title", "source", "seed")}
-    return {**known, "recipe": dict(recipe), "data": data}
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The result of the run in ``folder``; of one that has not finished, what it was told to do."""
-    try:
-        finished = folder / "result.json"
-        if finished.exists():
-            result: dict[str, Any] = json.loads(finished.read_text())
-            return result | _title(result["recipe"], result["data"])
-        manifest = json.loads((folder / "run.json").read_text())
-        if manifest["command"] == "base":
-            raise FolderError(f"{folder} holds a dense network for other runs to start from, which has no report")
-        return _title(manifest["recipe"], manifest["data"])
-    except FileNotFoundError:
-        raise FolderError(f"{folder} holds no run of pomona (there is no run.json in it)") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FolderError(f"the run in {folder} cannot be read: {error!r}") from None
 
 
 def write_report(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from pomona._version import __version__
 from pomona.studies.valley.curvature import (
@@ -43,11 +43,11 @@ from pomona.studies.valley.curvature import (
 from pomona.studies.valley.landscape import Landscape
 from pomona.studies.valley.paths import MOMENTUM, barrier, bezier, segment, train_control
 from pomona.studies.valley.picture import draw_valley
-from pomona.train.checkpoint import Checkpoints, write_atomically
+from pomona.train.checkpoint import write_atomically
+from pomona.train.finished import FinishedRun, open_finished
 from pomona.train.folder import commit_of_source
 from pomona.train.progress import Progress
-from pomona.train.stages import read_run
-from pomona.zoo.data import DATA, Dataset
+from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 
 _DRAWS = 5  # random prunings
@@ -99,30 +99,27 @@ def survey(
     """
     began = time.monotonic()
     torch.set_num_threads(threads)
-    trained = {"A": _read(a), "B": _read(b)}
+    trained = {"A": open_finished(a), "B": open_finished(b)}
     _check_same(trained)
-    recipe = trained["A"].told["recipe"]
-    model = build_model(recipe["model"], seed=0)
-    start, end = (_parameters(model, network) for network in trained.values())
+    recipe = trained["A"].recipe
+    start, end = (_parameters(run) for run in trained.values())
     if torch.equal(flat(start), flat(end)):
         raise ValueError(f"A and B must be two networks, got the same one in {a} and {b}")
-    data = DATA[recipe["data"]](data_dir)
-    if recipe.get("validation"):
-        data = data.hold_out(recipe["validation"])
-    for name, network in trained.items():
-        _check_data(name, network, data)
+    data = trained["A"].load_data(data_dir)
+    for name, run in trained.items():
+        _check_data(name, run, data)
     num_examples = _num_examples(options, data)
     out.mkdir(parents=True, exist_ok=True)
 
-    for name, network in trained.items():
-        progress.line(f"{name}: {network.told['title']}, seed {network.told['seed']} ({network.folder})")
+    for name, run in trained.items():
+        progress.line(f"{name}: {run.facts['title']}, seed {run.facts['seed']} ({run.folder})")
     progress.line(f"data: {data.description}; loss on {num_examples:,} training examples")
-    seeds = [network.told["seed"] for network in trained.values()]
+    seeds = [run.facts["seed"] for run in trained.values()]
     if len(set(seeds)) > 1:
         progress.line(f"WARNING: the seeds are {seeds}, so A and B did not start from the same weights")
 
     examples = torch.randperm(len(data.train_labels), generator=_generator(options, 0))[:num_examples]
-    land = Landscape(model, data, examples)
+    land = Landscape(build_model(recipe["model"], seed=0), data, examples)
     result = {
         "pomona": __version__,
         "torch": torch.__version__,
@@ -132,8 +129,8 @@ def survey(
         "options": asdict(options) | {"examples": num_examples},
         "data": data.description,
         "checksum": data.checksum,
-        "A": trained["A"].told | {"folder": str(a), "sparsity": _sparsity(start)},
-        "B": trained["B"].told | {"folder": str(b), "sparsity": _sparsity(end)},
+        "A": _facts(trained["A"], start),
+        "B": _facts(trained["B"], end),
         "parameters": sum(value.numel() for value in start.values()),
         "distance": float(_between(start, end).norm()),
         "segment": _along_segment(land, start, end, options, progress),
@@ -286,69 +283,14 @@ def _generator(options: Options, stream: int) -> Generator:
     return Generator().manual_seed(options.seed * 1_000 + stream)
 
 
-# What the folders hold
+def _parameters(run: FinishedRun) -> Parameters:
+    return {key: value.detach().clone() for key, value in run.make_model().named_parameters()}
 
 
-@dataclass(frozen=True)
-class _Network:
-    """What a run left: title, seed, recipe and so on, and a state dict."""
-
-    folder: Path
-    told: dict[str, Any]
-    state: dict[str, Tensor]
-
-
-def _read(folder: Path) -> _Network:
-    manifest = _manifest(folder)
-    if manifest.get("command") == "base":
-        return _read_base(folder, manifest)
-    result = read_run(folder)
-    path = folder / "model.pt"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no model.pt: its run has not finished, give its command again")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load documents no closed list
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}; repeat its run") from None
+def _facts(run: FinishedRun, parameters: Parameters) -> dict[str, Any]:
     keys = ("title", "source", "seed", "commit", "torch", "threads", "data", "recipe")
-    return _Network(folder, {key: result.get(key) for key in keys}, state)
-
-
-def _read_base(folder: Path, manifest: dict[str, Any]) -> _Network:
-    """A dense network that several runs start from: it has no result of its own, only a last checkpoint."""
-    found = Checkpoints(folder).load()
-    if found is None or found[0]["phase"] != 1:
-        raise ValueError(f"the dense network in {folder} has not finished, give the command that trains it again")
-    recipe, memory = manifest["recipe"], found[0]["memory"]
-    told = {
-        "title": f"dense {recipe['model']}",
-        "source": None,
-        "seed": recipe["seed"],
-        "commit": ", ".join(filter(None, memory["commits"])) or None,
-        "torch": None,
-        "threads": manifest["threads"],
-        "data": manifest["data"],
-        "recipe": recipe,
-    }
-    return _Network(folder, told, memory["model"])
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says; nothing if it was not kept: ``result.json`` and ``model.pt`` are enough."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "run.json").read_text())
-        return manifest
-    except (OSError, ValueError):
-        return {}
-
-
-def _parameters(model: nn.Module, network: _Network) -> Parameters:
-    try:
-        model.load_state_dict(network.state)
-    except RuntimeError:
-        name = network.told["recipe"]["model"]
-        raise ValueError(f"the weights in {network.folder} are not those of a {name}; repeat its run") from None
-    return {key: value.detach().clone() for key, value in model.named_parameters()}
+    known = {key: run.facts.get(key) for key in keys}
+    return known | {"folder": str(run.folder), "sparsity": _sparsity(parameters)}
 
 
 def _sparsity(parameters: Parameters) -> float:
@@ -357,18 +299,17 @@ def _sparsity(parameters: Parameters) -> float:
     return sum(int((value == 0).sum()) for value in kernels) / sum(value.numel() for value in kernels)
 
 
-def _check_same(trained: dict[str, _Network]) -> None:
+def _check_same(trained: dict[str, FinishedRun]) -> None:
     for key in ("model", "data", "validation"):
-        here, there = (network.told["recipe"].get(key) for network in trained.values())
+        here, there = (run.recipe.get(key) for run in trained.values())
         if (here or None) != (there or None):
             raise ValueError(f"A and B must have the same {key}, got {here!r} and {there!r}")
 
 
-def _check_data(name: str, network: _Network, data: Dataset) -> None:
-    checksum = _manifest(network.folder).get("checksum")
-    if checksum not in (None, data.checksum):
+def _check_data(name: str, run: FinishedRun, data: Dataset) -> None:
+    if run.checksum not in (None, data.checksum):
         raise ValueError(
-            f"{name} was trained on other data: {network.told['data']!r} in {network.folder}, but "
+            f"{name} was trained on other data: {run.facts['data']!r} in {run.folder}, but "
             f"{data.description!r} here; name their folder with --data-dir"
         )
 
