@@ -20,7 +20,7 @@ from pomona import runtime
 from pomona.benchmark.bench import bench, write_network
 from pomona.benchmark.page import write_bench_page
 from pomona.benchmark.paths import open_module, peak_memory, relative_error
-from pomona.benchmark.result import BenchResult, LayerResult, PathResult, duration
+from pomona.benchmark.result import BenchResult, LayerResult, PathResult, with_unit
 from pomona.benchmark.worker import Timing, Worker, WorkerError, take_turns
 from pomona.files.pack import write
 from pomona.files.sparse import Sparse
@@ -227,7 +227,7 @@ def test_peak_memory_is_of_this_process() -> None:
 
 
 def test_durations_have_three_digits() -> None:
-    assert [duration(s) for s in (1.234, 0.04567, 8.9e-6)] == ["1.23 s", "45.7 ms", "8.9 us"]
+    assert [with_unit(s) for s in (1.234, 0.04567, 8.9e-6)] == ["1.23 s", "45.7 ms", "8.9 us"]
 
 
 RESULT = BenchResult(

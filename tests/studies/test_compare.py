@@ -270,7 +270,7 @@ def test_a_job_is_what_a_user_would_type(tmp_path: Path) -> None:
 
 def test_a_job_may_start_from_a_file_and_on_a_device(tmp_path: Path) -> None:
     job = Job("demo", (), tmp_path / "run", None, Path("dense.pt"))
-    assert job.load().base is None
+    assert job.read_recipe().base is None
     words = job.command(None, 1, device="cuda:1", compiled=True)
     assert words[-5:] == ["--start", str(Path("dense.pt").resolve()), "--device", "cuda:1", "--compile"]
 
@@ -285,7 +285,7 @@ def test_what_starts_from_a_file_needs_no_dense_network_of_its_own(recipes: Path
 
 def test_the_dense_network_and_narrow_ones_are_planned_beside_the_pruned(tmp_path: Path) -> None:
     jobs = plan(["league-set"], [10, 100], [4], [], tmp_path, dense="league-dense", narrow=True)
-    assert [(job.folder.name, job.load().model, job.load().method["compression"]) for job in jobs] == [
+    assert [(job.folder.name, job.read_recipe().model, job.read_recipe().method["compression"]) for job in jobs] == [
         ("league-dense-1x-seed4", "resnet-20", 1),
         ("league-set-10x-seed4", "resnet-20", 10),
         ("league-dense-narrow-10x-seed4", "resnet-20-w5", 1),

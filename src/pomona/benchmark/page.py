@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from pomona.benchmark.result import BenchResult, duration, facts, layer_rows, path_rows
+from pomona.benchmark.result import BenchResult, facts, layer_rows, path_rows, with_unit
 from pomona.pages.html import pairs, section, table, write
 
 _WIDTH, _LABEL, _NUMBER = 720, 170, 80  # of a picture, of the names to its left, of the numbers to its right
@@ -75,7 +75,7 @@ def _bars(bars: Sequence[_Bar]) -> str:
         name = bar.name if len(bar.name) <= 24 else "\u2026" + bar.name[-23:]
         lines.append(f'<text x="{_LABEL - 8}" y="{middle:g}" text-anchor="end">{escape(name)}</text>')
         lines.append(f'<rect class="{bar.kind}" x="{_LABEL}" y="{y + 3}" width="{width:.1f}" height="{_ROW - 6}"/>')
-        lines.append(f'<text x="{_LABEL + width + 6:.1f}" y="{middle:g}">{duration(bar.seconds)}</text>')
+        lines.append(f'<text x="{_LABEL + width + 6:.1f}" y="{middle:g}">{with_unit(bar.seconds)}</text>')
     size = f'viewBox="0 0 {_WIDTH} {len(bars) * _ROW}"'
     return (
         f'<svg class="bars" {size} role="img" aria-label="bars of the times below">\n' + "\n".join(lines) + "\n</svg>"

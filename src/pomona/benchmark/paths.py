@@ -25,7 +25,7 @@ from pomona.runtime.engine import Engine
 from pomona.zoo.source import make_module
 
 Arrays = list[NDArray[Any]]
-Run = Callable[[Arrays], Arrays]
+Call = Callable[[Arrays], Arrays]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,14 @@ class Case:
             return [arrays[str(i)] for i in range(len(arrays.files))]
 
 
-Open = Callable[[Case, int], Run]  # the case, and the number of threads
+Open = Callable[[Case, int], Call]  # the case, and the number of threads
 
 
-def open_pomona(case: Case, threads: int) -> Run:
+def open_pomona(case: Case, threads: int) -> Call:
     return _run_network(runtime.load(case.file, threads=threads))
 
 
-def open_pomona_int16(case: Case, threads: int) -> Run:
+def open_pomona_int16(case: Case, threads: int) -> Call:
     """In fixed point, with the ranges in the file, or else those of the inputs of the case."""
     file = read(case.file)
     if "ranges" in (file.graph or {}):
@@ -59,7 +59,7 @@ def open_pomona_int16(case: Case, threads: int) -> Run:
     return _run_network(runtime.load(file, threads=threads).calibrated(*case.read_inputs()))
 
 
-def _run_network(network: runtime.Network) -> Run:
+def _run_network(network: runtime.Network) -> Call:
     def run(inputs: Arrays) -> Arrays:
         outputs = network.run(*inputs)
         return outputs if isinstance(outputs, list) else [outputs]
@@ -67,11 +67,11 @@ def _run_network(network: runtime.Network) -> Run:
     return run
 
 
-def open_eager(case: Case, threads: int) -> Run:
+def open_eager(case: Case, threads: int) -> Call:
     return _run_module(_module(case, threads))
 
 
-def open_compiled(case: Case, threads: int) -> Run:
+def open_compiled(case: Case, threads: int) -> Call:
     import torch
     import torch._inductor.config
 
@@ -89,7 +89,7 @@ def _module(case: Case, threads: int) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _run_module(module: Any) -> Run:
+def _run_module(module: Any) -> Call:
     import torch
 
     def run(inputs: Arrays) -> Arrays:
@@ -129,15 +129,15 @@ def _module_of_file(path: str) -> Any:
     return GraphModule(network.graph, network.tensors)
 
 
-def open_onnxruntime(case: Case, threads: int) -> Run:
+def open_onnxruntime(case: Case, threads: int) -> Call:
     return _session(case.onnx, threads)
 
 
-def open_onnxruntime_int8(case: Case, threads: int) -> Run:
+def open_onnxruntime_int8(case: Case, threads: int) -> Call:
     return _session(case.int8, threads)
 
 
-def _session(path: str, threads: int) -> Run:
+def _session(path: str, threads: int) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -147,15 +147,15 @@ def _session(path: str, threads: int) -> Run:
     return lambda inputs: list(session.run(None, dict(zip(names, inputs, strict=True))))
 
 
-def open_openvino(case: Case, threads: int) -> Run:
+def open_openvino(case: Case, threads: int) -> Call:
     return _request(case.onnx, threads)
 
 
-def open_openvino_int8(case: Case, threads: int) -> Run:
+def open_openvino_int8(case: Case, threads: int) -> Call:
     return _request(case.int8, threads)
 
 
-def _request(path: str, threads: int) -> Run:
+def _request(path: str, threads: int) -> Call:
     import openvino
 
     settings = {
@@ -216,7 +216,7 @@ class Served:
 
     def __init__(self, paths: Mapping[str, Open]) -> None:
         self._paths = paths
-        self._opened: dict[str, tuple[Run, Arrays]] = {}
+        self._opened: dict[str, tuple[Call, Arrays]] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         do: Callable[..., dict[str, Any]] = getattr(self, f"do_{request.pop('do')}")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pomona.benchmark.worker import Timing
-
-if TYPE_CHECKING:
-    pass
-
+from pomona.pages.text import table
 
 TOLERANCE = 1e-3  # relative error of outputs above which a path that computes in float32 is called wrong
 
@@ -130,9 +127,9 @@ class BenchResult:
             f"{self.model}, input {sizes}",
             *(f"{name}: {value}" for name, value in facts(self).items()),
             "",
-            *_columns(path_rows(self)),
+            _table(path_rows(self)),
             "",
-            *_columns(layer_rows(self)),
+            _table(layer_rows(self)),
             "",
             *self.verdict(),
         ]
@@ -165,9 +162,9 @@ def path_rows(result: BenchResult) -> list[list[str]]:
             faster = f"{t.median / mine.median:.2f}x" if mine and path.name != "pomona" else ""
             cells = [
                 path.name,
-                duration(t.median),
-                duration(t.p90),
-                duration(t.cpu),
+                with_unit(t.median),
+                with_unit(t.p90),
+                with_unit(t.cpu),
                 faster,
                 _mebibytes(path.peak_bytes),
             ]
@@ -187,7 +184,7 @@ def layer_rows(result: BenchResult) -> list[list[str]]:
     """The same of the layers in Pomona's engine."""
     rows = [["layer", ">weight", ">kept", ">multiplications", ">time", ">with zeros", ""]]
     for layer in result.layers:
-        times = [_NONE if s is None else duration(s) for s in (layer.seconds, layer.dense_seconds)]
+        times = [_NONE if s is None else with_unit(s) for s in (layer.seconds, layer.dense_seconds)]
         if not layer.weights:
             rows.append([layer.name, "", "", "", *times, ""])
             continue
@@ -200,8 +197,8 @@ def layer_rows(result: BenchResult) -> list[list[str]]:
 _NONE = "-"
 
 
-def duration(seconds: float) -> str:
-    """With three digits."""
+def with_unit(seconds: float) -> str:
+    """A time with three digits, such as ``45.7 ms``."""
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
@@ -220,15 +217,7 @@ def _mebibytes(number: int | None) -> str:
     return _NONE if number is None else f"{number / 2**20:,.0f} MiB"
 
 
-def _columns(rows: list[list[str]]) -> list[str]:
-    """Aligned; the last column is not padded."""
-    is_right = [head.startswith(">") for head in rows[0]]
-    rows = [[head.removeprefix(">") for head in rows[0]], *rows[1:]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned as the headings say."""
+    right = [i for i, head in enumerate(rows[0]) if head.startswith(">")]
+    return table([[head.removeprefix(">") for head in rows[0]], *rows[1:]], right=right)

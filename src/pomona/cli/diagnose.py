@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pomona.cli.train import add_recipe_options, load
+from pomona.cli.train import add_recipe_options, recipe_and_data
 
 
 def add_to(commands: Any) -> None:
@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pomona.train.run import check, diagnose, num_steps_per_epoch
 
-    recipe, data = load(options)
+    recipe, data = recipe_and_data(options)
     data = data.hold_out(recipe.validation) if recipe.validation else data
     stage = recipe.prune
     steps_per_epoch = num_steps_per_epoch(recipe, data)

@@ -13,6 +13,7 @@ import torch
 
 from pomona._version import __version__
 from pomona.native import core
+from pomona.pages.text import table
 
 _EXTRAS = {
     "zoo": ("matplotlib", "mlxtend"),
@@ -42,8 +43,7 @@ def _run(options: argparse.Namespace) -> int:
         "selection": _selection(),
     }
     rows |= {f"extra {name}": _extra(name, packages) for name, packages in _EXTRAS.items()}
-    for name, value in rows.items():
-        print(f"{name:14}{value}")
+    print(table(list(rows.items())))
     return 0
 
 

@@ -78,8 +78,8 @@ def positive(text: str) -> int:
     return number
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Recipe and data of the options."""
+def recipe_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The recipe and the data that the options name."""
     from pomona.train.recipe import load_recipe
     from pomona.zoo.data import DATA
 
@@ -112,7 +112,7 @@ def until_stopped(
     from pomona.train.progress import Progress
     from pomona.train.run import Stopped
 
-    recipe, data = load(options)
+    recipe, data = recipe_and_data(options)
     folder = folder_of(options, recipe, suffix)
     progress = Progress()
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pomona.cli.train import threads_of
+from pomona.pages.text import table
 
 
 def add_to(commands: Any) -> None:
@@ -93,24 +94,20 @@ def _described(result: dict[str, Any]) -> str:
     lines = [
         f"A has {100 * result['A']['sparsity']:.2f} % zeros, B {100 * result['B']['sparsity']:.2f} %; "
         f"{size:,} parameters, |B - A| = {result['distance']:.4g}",
-        f"{'path from A to B':26}{'loss at A':>11}{'at B':>11}{'barrier':>11}{'at t':>7}{'accuracy lost':>15}",
     ]
+    rows = [["path from A to B", "loss at A", "at B", "barrier", "at t", "accuracy lost"]]
     for name in ("segment", "curve"):
         path = result[name]
-        ends = (path["loss"][path["t"].index(t)] for t in (0.0, 1.0))
-        lines.append(
-            f"{name:26}" + "".join(f"{loss:>11.4g}" for loss in ends) + f"{path['barrier']:>11.4g}"
-            f"{path['barrier_at']:>7.3g}{path['test_accuracy_dip']:>15.2f}"
-        )
-    lines.append(
-        f"{'direction from A':26}{'length':>11}{f'in top {k}':>11}{'x random':>11}{'curvature':>11}{'loss there':>11}"
-    )
+        ends = (f"{path['loss'][path['t'].index(t)]:.4g}" for t in (0.0, 1.0))
+        dip = f"{path['test_accuracy_dip']:.2f}"
+        rows.append([name, *ends, f"{path['barrier']:.4g}", f"{path['barrier_at']:.3g}", dip])
+    lines.append(table(rows, right=range(1, 6)))
+    rows = [["direction from A", "length", f"in top {k}", "x random", "curvature", "loss there"]]
     for name, way in result["directions"].items():
-        lines.append(
-            f"{'to ' + name:26}{way['length']:>11.4g}{way['projection']:>11.4g}{way['projection'] / random:>11.3g}"
-            f"{way['curvature']:>11.4g}{way['loss']:>11.4g}"
-        )
-    lines.append(f"{'random':26}{'':>11}{random:>11.4g}{1:>11}")
+        inside = [f"{way['projection']:.4g}", f"{way['projection'] / random:.3g}"]
+        rows.append([f"to {name}", f"{way['length']:.4g}", *inside, f"{way['curvature']:.4g}", f"{way['loss']:.4g}"])
+    rows.append(["random", "", f"{random:.4g}", "1", "", ""])
+    lines.append(table(rows, right=range(1, 6)))
     segment, curve, way = result["segment"], result["curve"], result["directions"]["B"]
     lines += [
         f"On the segment the training loss rises {segment['barrier']:.4g} above the larger end, on the curve "

@@ -227,7 +227,7 @@ def _environment(result: Result) -> str:
     seconds = result.get("seconds")
     facts = {key: result.get(key) for key in ("seed", "pomona", "torch", "threads", "device", "commit")}
     told = {key: str(value) for key, value in facts.items() if value is not None}
-    return pairs(told | ({"duration": _duration(seconds)} if seconds is not None else {}))
+    return pairs(told | ({"duration": _in_words(seconds)} if seconds is not None else {}))
 
 
 def _last_epochs(rows: Sequence[Row]) -> str:
@@ -290,7 +290,7 @@ def _difference(value: float | None, base: float | None) -> str:
     return NONE if value is None or base is None else f"{value - base:+.2f}"
 
 
-def _duration(seconds: float) -> str:
+def _in_words(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

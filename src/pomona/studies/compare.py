@@ -58,7 +58,7 @@ class Job:
     base: Path | None
     start: Path | None = None
 
-    def load(self) -> Recipe:
+    def read_recipe(self) -> Recipe:
         """The recipe as the run has it."""
         recipe = load_recipe(self.recipe, self.overrides)
         return replace(recipe, base=None) if self.start else recipe
@@ -168,7 +168,7 @@ def check_equal_cost(jobs: Sequence[Job], out: Path) -> None:
     Raises:
         RecipeError: they differ in model, data, validation, scope or total epochs.
     """
-    recipes = {job.folder.name: job.load() for job in jobs}
+    recipes = {job.folder.name: job.read_recipe() for job in jobs}
     for folder, result in _finished(out):
         recipes.setdefault(folder.string, recipe_from_dict(result["recipe"]))
     for what in ("model", "data", "validation", "epochs", "scope"):
@@ -269,7 +269,7 @@ def _is_done(job: Job) -> bool:
     if not all((job.folder / name).exists() for name in ("result.json", "model.pt")):  # written in this order
         return False
     manifest = json.loads((job.folder / "run.json").read_text())
-    different = differences(manifest["recipe"], job.load().to_dict())
+    different = differences(manifest["recipe"], job.read_recipe().to_dict())
     begun, begins = (manifest.get("base") or {}).get("name"), job.start or job.base
     if not different and begun != (begins and begins.name):
         different = f"it began with {begun} there and begins with {begins and begins.name} here"

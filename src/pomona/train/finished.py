@@ -14,7 +14,7 @@ from torch import Tensor
 from pomona.train.checkpoint import Checkpoints
 from pomona.train.folder import FolderError
 from pomona.zoo.data import DATA, Dataset
-from pomona.zoo.models import Network, build_model
+from pomona.zoo.models import Model, build_model
 
 _RESUME = "run the same command again to resume it"
 _REWRITE = "run the same command again to write them anew"
@@ -42,7 +42,7 @@ class FinishedRun:
         recipe: dict[str, Any] = self.facts["recipe"]
         return recipe
 
-    def make_model(self) -> Network:
+    def make_model(self) -> Model:
         """The trained network.
 
         Raises:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Network(nn.Module):
+class Model(nn.Module):
     """A model that can draw its own initial weights."""
 
     def reset(self, generator: torch.Generator) -> None:
@@ -63,7 +63,7 @@ def _stage(
     return nn.Sequential(first, *(block(planes, planes, 1) for _ in range(num_blocks - 1)))
 
 
-class LeNet300100(Network):
+class LeNet300100(Model):
     """Two hidden layers, 784-300-100-10: 266,200 kernel weights."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class LeNet300100(Network):
         return self.fc3(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class LeNet5(Network):
+class LeNet5(Model):
     """Two convolutions and two dense layers: 430,500 kernel weights.
 
     This is the 20-50-500-10 network which ships with Caffe and which pruning papers call LeNet-5, not
@@ -105,7 +105,7 @@ class LeNet5(Network):
         return self.fc2(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class VGG16(Network):
+class VGG16(Model):
     """Thirteen convolutions, a 512-512-10 head with dropout, no batch norm: 15,245,130 parameters.
 
     The form of gRDA's experiments on CIFAR-10.
@@ -140,7 +140,7 @@ class VGG16(Network):
         return self.fc3(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class VGG16BN(Network):
+class VGG16BN(Model):
     """Thirteen convolutions with batch norms and without biases, one dense layer: 14,715,584 kernel weights.
 
     Args:
@@ -169,7 +169,7 @@ class VGG16BN(Network):
         return self.linear(self.features(x).flatten(1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class AlexNet(Network):
+class AlexNet(Model):
     """Five convolutions, a large one first, and one dense layer: 2,471,104 kernel weights.
 
     The form for CIFAR that is common with PyTorch (github.com/bearpaw/pytorch-classification). Which one papers mean by
@@ -222,7 +222,7 @@ class _Transition(nn.Module):
         return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
 
 
-class DenseNet40(Network):
+class DenseNet40(Model):
     """Three blocks of twelve layers that add 12 channels each, no bottlenecks: 1,001,616 kernel weights."""
 
     def __init__(self) -> None:
@@ -267,7 +267,7 @@ class _WideBlock(nn.Module):
         return out + self.shortcut(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class WideResNet(Network):
+class WideResNet(Model):
     """WRN-28-10, three stages of four wide blocks: 36,489,290 parameters.
 
     The form of gRDA's experiments on CIFAR-10: convolutions have biases, there is no dropout, a block strides in its
@@ -323,7 +323,7 @@ class _Block(nn.Module):
         return F.relu(out + x)
 
 
-class ResNet(Network):
+class ResNet(Model):
     """The CIFAR form of He et al. with shortcuts of option A, which have no parameters, or of option B.
 
     Names of parameters are those of the pretrained models that are often used with it
@@ -381,7 +381,7 @@ class _TransformerBlock(nn.Module):
         return heads.transpose(1, 2).flatten(2)
 
 
-class Transformer(Network):
+class Transformer(Model):
     """A decoder-only transformer: norms first, learned positions, the embedding of characters is also the head.
 
     As ``gpt-tiny`` it has 442,368 kernel weights in its blocks, 6,240 in the embedding and 12,288 in the positions.
@@ -430,7 +430,7 @@ class Transformer(Network):
         return self.head(self.norm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-MODELS: dict[str, Callable[[], Network]] = {
+MODELS: dict[str, Callable[[], Model]] = {
     "lenet-300-100": LeNet300100,
     "lenet-5": LeNet5,
     "lenet-5-caffe": partial(LeNet5, relu=False),
@@ -448,7 +448,7 @@ MODELS: dict[str, Callable[[], Network]] = {
 }
 
 
-def build_model(name: str, *, seed: int) -> Network:
+def build_model(name: str, *, seed: int) -> Model:
     """Build a model of the zoo on the CPU, its weights a function of the seed alone.
 
     The initialisation is the model's own, see `reset` there. The global random state is left as it was.
