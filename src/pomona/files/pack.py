@@ -30,19 +30,19 @@ def write(
     metadata: Mapping[str, str] | None = None,
     graph: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write a file; each tensor is stored sparse or dense, whichever is smaller. The file appears whole or not at all.
+    """Write a file that appears whole or not at all. Each tensor is stored sparse or dense, whichever is smaller.
 
     Args:
         path: conventionally ends in `.pomona.safetensors`.
-        tensors: by name; one object under several names is stored once.
-        metadata: strings of your own; not the keys `format`, `tensors`, `books`, `graph`.
-        graph: JSON of `pomona.runtime.graph`, if the file is to be run without torch.
+        tensors: by name; an object that appears under several names is stored once.
+        metadata: your own strings; the keys `format`, `tensors`, `books` and `graph` are reserved.
+        graph: the graph as JSON (`pomona.runtime.graph`), so that the file can be run without torch.
 
     Returns:
         The number of bytes.
 
     Raises:
-        ValueError: a tensor, name or key cannot be stored; says which.
+        ValueError: a tensor, name or key cannot be stored; the message says which.
     """
     data = pack(tensors, metadata, graph)
     safetensors.write(path, data)
@@ -73,7 +73,7 @@ def pack(
     best = _pack(chosen, ties, metadata, graph_text)
     if sum(_elements(stored).size for stored in chosen.values()) > _SMALL:
         return best
-    for name, stored in parts.items():  # in a small file tensors share code tables: try each the other way
+    for name, stored in parts.items():  # in a small file tensors share Huffman tables: try each the other way
         other = {**chosen, name: _the_other_way(chosen[name], stored)}
         data = _pack(other, ties, metadata, graph_text)
         if len(data) < len(best):
@@ -82,11 +82,11 @@ def pack(
 
 
 _SMALL = 1 << 14
-"""Of so few elements or bytes more ways are tried."""
+"""Up to so many elements or bytes, more ways to store them are tried."""
 
 
 def _pack(parts: dict[str, Stored], ties: dict[str, str], metadata: dict[str, str], graph: bytes) -> bytes:
-    """The file, of tensors that are as they will be stored; `ties` has the first name for each."""
+    """The bytes of the file. `parts` are stored as they are given; `ties` maps each name to the tensor's first name."""
     sparse = [part.value for part in parts.values() if isinstance(part.value, Sparse)]
     codebooks = _codebooks(parts.values())
     low_bits, highs = _split_gaps(sparse)
@@ -147,12 +147,12 @@ def _check_stored(name: str, stored: Stored) -> None:
 
 
 def _smaller(stored: Stored) -> Stored:
-    """The same tensor, sparse or dense: as its bytes will be fewer, by their entropy."""
+    """The same tensor, sparse or dense, whichever will take fewer bytes, estimated by their entropy."""
     dense = stored.dense()
     value = Sparse.from_dense(dense)
     if (isinstance(stored.storage, Codebook) and len(stored.storage.values) > 255) or dense.dtype == bool:
         return Stored(stored.dtype, value if dense.dtype != bool else dense, stored.storage)
-    sparse_bits = _gap_bits(value) + 64  # what the header says of it
+    sparse_bits = _gap_bits(value) + 64  # its entry in the header
     as_sparse = Stored(stored.dtype, value, stored.storage)
     as_dense = Stored(stored.dtype, dense, stored.storage)
     if isinstance(stored.storage, Codebook):
@@ -165,14 +165,14 @@ def _smaller(stored: Stored) -> Stored:
 
 
 def _entropy(codes: NDArray[np.uint8]) -> float:
-    """Bits that bytes take if each is coded by how often it occurs, and at least one bit each, as deflate has it."""
+    """Bits for these bytes if each is coded by its frequency, with at least one bit per byte, as in deflate."""
     counts = np.bincount(codes).astype(float)
     counts = counts[counts > 0]
     return float(max(codes.size, -(counts * np.log2(counts / codes.size)).sum())) if codes.size else 0.0
 
 
 def _gap_bits(sparse: Sparse) -> float:
-    """H(p)/p a stored value: what positions take if they are random."""
+    """Bits for the positions if these are random: H(p)/p per stored value."""
     kept, size = len(sparse.positions), sparse.size
     if not 0 < kept < size:
         return 0.0
@@ -202,15 +202,15 @@ def _quote(name: str) -> str:
 
 
 def _gaps(sparse: Sparse) -> NDArray[np.int64]:
-    """Zeros before each stored element, since the last."""
+    """Number of zeros between each stored element and the one before it."""
     return np.diff(sparse.positions, prepend=-1) - 1
 
 
 def _split_gaps(tensors: list[Sparse]) -> tuple[list[int], list[bytes]]:
-    """How many low bits of each tensor's gaps are kept apart, and the bytes of the rest.
+    """The number of low bits of each tensor's gaps that are stored separately, and the bytes of the high parts.
 
-    A geometric gap of mean m has about log2(m) bits of which the low ones are noise: they are stored as they are, and
-    what is left has nearly the same distribution in every tensor, so that one Huffman code serves all.
+    A geometric gap of mean m has about log2(m) bits, of which the low ones are noise and are stored as they are. The
+    high parts have nearly the same distribution in every tensor, so that one Huffman code serves all.
     """
     gaps = [_gaps(sparse) for sparse in tensors]
     natural = [_natural_low_bits(gap) for gap in gaps]
@@ -228,14 +228,14 @@ def _split_gaps(tensors: list[Sparse]) -> tuple[list[int], list[bytes]]:
 
 
 def _natural_low_bits(gaps: NDArray[np.int64]) -> int:
-    """The most low bits that are worth keeping apart: half of all gaps have no high part then."""
+    """The largest number of low bits worth separating: half of all gaps then have no high part."""
     if not gaps.size:
         return 0
     return max(0, round(math.log2(math.log(2) * (float(gaps.mean()) + 1))))
 
 
 def _escape(highs: NDArray[np.int64]) -> bytes:
-    """One byte each; 255 means 255 more to come, and the next byte goes on."""
+    """One byte per value; a byte of 255 adds 255, and the value continues in the next byte."""
     times, rest = np.divmod(highs, 255)
     if not times.any():
         return rest.astype(np.uint8).tobytes()
@@ -258,14 +258,14 @@ def _elements(stored: Stored) -> NDArray[Any]:
 
 
 def _plain(stored: Stored) -> NDArray[Any]:
-    """The elements that are written, in the dtype that they are written in."""
+    """The elements in the dtype in which they are written."""
     assert isinstance(stored.storage, str)
     with np.errstate(all="ignore"):
         return _elements(stored).astype(DTYPES[stored.storage or stored.dtype], copy=False)
 
 
 def _codes(stored: Stored) -> NDArray[np.uint8]:
-    """Index of each element in its codebook; of a dense tensor plus one, and 0 for a zero."""
+    """Index of each element in its codebook; in a dense tensor the index plus one, and 0 for a zero."""
     assert isinstance(stored.storage, Codebook)
     table, elements = bits(stored.storage.of(stored.dtype)), bits(_elements(stored))
     order = np.argsort(table, kind="stable")
@@ -281,7 +281,7 @@ def _codes(stored: Stored) -> NDArray[np.uint8]:
 
 
 def _byte_planes(elements: NDArray[Any]) -> list[NDArray[np.uint8]]:
-    """First the lowest byte of every element, then the next, ..."""
+    """The lowest byte of every element first, then the next byte of each, and so on."""
     raw = np.frombuffer(elements.tobytes(), np.uint8).reshape(-1, elements.itemsize)
     return [np.ascontiguousarray(plane) for plane in raw.T]
 
@@ -293,22 +293,22 @@ def _planes(elements: list[NDArray[Any]]) -> list[bytes]:
 
 
 def _deflate(sections: list[list[bytes]]) -> bytes:
-    """One raw deflate stream. Each section has codes of its own; in a small file each run of parts, as is best."""
+    """One raw deflate stream. Each section has its own codes; a small file is split into runs of parts as is best."""
     parts = [part for section in sections for part in section if part]
     if sum(map(len, parts)) > _SMALL or len(parts) > 40:
         return b"".join([*map(_squeeze_runs, sections), _LAST_BLOCK])
-    best: list[bytes] = [b""]  # of the first 0, 1, 2, ... parts
+    best: list[bytes] = [b""]  # for the first 0, 1, 2, ... parts
     for end in range(1, len(parts) + 1):
         best.append(min((best[i] + _squeeze(b"".join(parts[i:end])) for i in range(end)), key=len))
     return best[-1] + _LAST_BLOCK
 
 
-_LAST_BLOCK = b"\x03\x00"  # an empty one
-_RUNS = (1 << 10, 1 << 12, 1 << 14)  # bytes that may pay for codes of their own
+_LAST_BLOCK = b"\x03\x00"  # an empty block
+_RUNS = (1 << 10, 1 << 12, 1 << 14)  # sizes in bytes from which separate codes may pay
 
 
 def _squeeze_runs(section: list[bytes]) -> bytes:
-    """A section as one, or in runs of parts, whichever is smaller."""
+    """A section as one piece, or in runs of parts, whichever is smaller."""
     size = sum(map(len, section))
     candidates = [_squeeze(b"".join(section))]
     for least in _RUNS if size > _RUNS[0] and len(section) > 1 else ():
@@ -322,7 +322,7 @@ def _squeeze_runs(section: list[bytes]) -> bytes:
 
 
 def _squeeze(section: bytes, size: int = 0) -> bytes:
-    """Deflate blocks of one section, or of a run of one of this size, that end at a whole byte and are not the last."""
+    """Deflate blocks, none the last, ending at a whole byte, for a section or for a run of a section of this size."""
     if not section:
         return b""
     ways = [(9, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_FILTERED)]
@@ -331,12 +331,15 @@ def _squeeze(section: bytes, size: int = 0) -> bytes:
     return min(_stored_blocks(section), *(_deflated(section, *way) for way in ways), key=len)
 
 
-_LARGE = 1 << 18  # bytes for which the last percent is not worth the time
+_LARGE = 1 << 18  # above so many bytes the last percent is not worth the time
 
 
 def _deflated(section: bytes, level: int, strategy: int) -> bytes:
     width = len(section).bit_length()
-    window, memory = max(9, min(width, 15)), max(1, min(width - 6, 9))  # no more than it can use: a fast start
+    window, memory = (
+        max(9, min(width, 15)),
+        max(1, min(width - 6, 9)),
+    )  # no more than it can use: starts faster
     coder = zlib.compressobj(level, zlib.DEFLATED, -window, memory, strategy)
     return coder.compress(section) + coder.flush(zlib.Z_SYNC_FLUSH)
 

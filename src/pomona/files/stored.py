@@ -23,9 +23,9 @@ class Codebook:
     """The few values that the weights of one or more tensors share.
 
     Attributes:
-        kind: "table", values of any kind, or "uniform", multiples of a step without 0: -n/2 .. -1, 1 .. n/2.
-        dtype: how they are stored, F32 or F16; uniform: how the step is, F32.
-        values: float32, 1 to 256 of them; a weight is stored as its index.
+        kind: "table", any values, or "uniform", multiples of a step without 0: -n/2 .. -1, 1 .. n/2.
+        dtype: how a table stores its values, F32 or F16; a uniform codebook stores its step, as F32.
+        values: 1 to 256 float32 values; a weight is stored as an index into them.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Codebook:
 
     @classmethod
     def uniform(cls, step: float, count: int) -> Codebook:
-        """`count` (even) multiples of `step`, the nearest to zero without zero itself."""
+        """`count` (an even number) multiples of `step`: those nearest to zero, without zero itself."""
         half = count // 2
         multiples = np.concatenate([np.arange(-half, 0), np.arange(1, half + 1)]).astype(np.float32)
         with np.errstate(all="ignore"):
@@ -51,6 +51,7 @@ class Codebook:
         return from_float32(self.values, dtype)
 
     def raw(self) -> bytes:
+        """The bytes that a file stores: the values of a table, or the step."""
         if self.kind == "table":
             return self.values.astype(DTYPES[self.dtype]).tobytes()
         return self.values[len(self.values) // 2 :][:1].astype("<f4").tobytes()  # 1 times the step
@@ -62,9 +63,9 @@ class Stored:
 
     Attributes:
         dtype: a key of `safetensors.DTYPES`.
-        value: its elements, all of them or the sparse ones; bfloat16 and float8 as bit patterns.
-        storage: how values are written: "" as they are; "F16", of floats of 32 or 64 bits that half precision holds
-            exactly; or a `Codebook` of all values that are not zero.
+        value: its elements, dense or sparse; bfloat16 and float8 as bit patterns.
+        storage: how values are written: "" as they are; "F16" for 32-bit and 64-bit floats that half precision
+            represents exactly; or a `Codebook` with all values that are not zero.
     """
 
     dtype: str
@@ -76,6 +77,7 @@ class Stored:
         return self.value.shape
 
     def dense(self) -> NDArray[Any]:
+        """All elements, zeros included."""
         return self.value.dense() if isinstance(self.value, Sparse) else self.value
 
 
@@ -85,7 +87,7 @@ class File:
 
     Attributes:
         tensors: by name, in the order of the state dict; tied ones are one object under several names.
-        metadata: strings about the whole: pomona (the version that wrote it), scope, sparsity, method, ...
+        metadata: strings about the whole file: pomona (the version that wrote it), scope, sparsity, method, ...
         graph: what the network computes, as `pomona.runtime.graph` describes it, or None.
     """
 

@@ -22,15 +22,15 @@ from pomona.files.stored import DIGEST_BYTES, FLOATS, FORMAT, MAX_LOW_BITS, Code
 
 
 def read(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> File:
-    """Read a file, believing nothing.
+    """Read a file; check what it says before believing it.
 
     Args:
-        path: of a file that `write` wrote.
-        max_bytes: the most that all tensors together may take as dense ones. Default: a thousand times the file's
+        path: a file that `pomona.files.pack.write` wrote.
+        max_bytes: how many bytes all tensors may take together when dense. Default: a thousand times the file's
             size, and at least 1 GiB, so that a small hostile file cannot fill the memory.
 
     Raises:
-        FormatError: naming the file and what is wrong with it.
+        FormatError: names the file and what is wrong with it.
     """
     with Path(path).open("rb") as file:
         try:
@@ -112,7 +112,7 @@ class _Plan:
         return sum(max(e.kept, 0) for e in self.entries.values())
 
     def fixed_bytes(self) -> int:
-        """Of all sections but the last, whose length is told by its content."""
+        """The size of all sections except the last, whose content shows its length."""
         return max(self.graph_bytes, 0) + self.low_bytes() + self.codebook_bytes() + self.element_bytes()
 
     def max_high_bytes(self) -> int:
@@ -134,7 +134,7 @@ def _plan(tensors: str | None, codebooks: str | None, graph: str | None) -> _Pla
     if tensors is None:
         raise FormatError("its header has no list of tensors")
     if graph is not None and not re.fullmatch(_INT, graph):
-        raise FormatError(f"its graph is said to have {graph[:20]!r} bytes")
+        raise FormatError(f"its header says that its graph has {graph[:20]!r} bytes, which is not a size")
     shared = [_plan_codebook(text) for text in codebooks.split(";")] if codebooks is not None else []
     plan = _Plan({}, {}, [], shared, int(graph) if graph is not None else -1)
     for text in tensors.split(";") if tensors else []:
@@ -194,7 +194,7 @@ def _unquote(text: str) -> str:
 
 
 def _inflate(stream: memoryview, plan: _Plan) -> bytes:
-    """All sections in one; never more bytes than the directory can account for."""
+    """All sections in one piece, never more bytes than the directory accounts for."""
     least = plan.fixed_bytes() + plan.kept()
     most = plan.fixed_bytes() + plan.max_high_bytes()
     decoder = zlib.decompressobj(-15)
@@ -210,7 +210,7 @@ def _inflate(stream: memoryview, plan: _Plan) -> bytes:
 
 
 class _Sections:
-    """The payload, taken piece by piece."""
+    """Takes the payload piece by piece."""
 
     def __init__(self, payload: bytes) -> None:
         self._bytes = np.frombuffer(payload, np.uint8)
@@ -295,10 +295,10 @@ def _read_planes(sections: _Sections, entries: dict[str, _Entry], dtype: str) ->
 
 
 def _positions(raw: NDArray[np.uint8], lows: dict[str, NDArray[np.int64]], plan: _Plan) -> dict[str, NDArray[np.int64]]:
-    """Where the values of the sparse tensors are."""
+    """The positions of the values of the sparse tensors."""
     ends = np.flatnonzero(raw != 255)
     if ends.size != plan.kept() or (ends[-1] if ends.size else -1) != raw.size - 1:
-        raise FormatError(f"positions of {ends.size:,} values are stored, not of {plan.kept():,}")
+        raise FormatError(f"positions of {ends.size:,} values are stored instead of {plan.kept():,}")
     highs = (np.diff(ends, prepend=-1) - 1) * 255 + raw[ends]
     found, at = {}, 0
     for name, low in lows.items():
