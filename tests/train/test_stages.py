@@ -464,7 +464,7 @@ def test_a_stage_that_diverges_is_told_by_its_rate(three: Path, digits: Path, tm
     """Also under a Pruner, which skips the steps that would make weights infinite."""
     done = command_line(arguments_of(three, digits, tmp_path / "run", f"{stage}.lr=1e4"))
     assert done.status == 2
-    assert f"{stage} diverged: loss or weights are not finite in epoch 1; lower {stage}.lr\n" in done.err
+    assert f"{stage} diverged: the loss or a weight is not finite in epoch 1; lower {stage}.lr\n" in done.err
 
 
 def test_a_run_that_leaves_no_weight_says_so(no_base: Path, digits: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a network is worth: accuracy and loss on a test set."""
+"""Accuracy and loss of a network on a test set."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from pomona.zoo.data import Dataset
 
-_EVAL_BATCH = 1000  # labels at a time, or fewer where their inputs are
-_EVAL_VALUES = 800_000  # of inputs at a time: what is computed from more leaves the cache
+_EVAL_BATCH = 1000  # labels at a time, at most
+_EVAL_VALUES = 800_000  # input values at a time, at most: the activations of more do not fit in the cache
 
 
 class Tested(NamedTuple):
-    """Of all labels of the test set: accuracy in percent, and mean cross-entropy in nats."""
+    """Accuracy in percent and mean cross-entropy in nats, over all labels of the test set."""
 
     accuracy: float
     loss: float
 
 
 def evaluate(model: nn.Module, data: Dataset) -> Tested:
-    """On the test set, in float32; leaves the model in training mode."""
+    """Test a model on the test set, in float32; leaves it in training mode."""
     model.eval()
     right, loss = 0, 0.0
     most = _EVAL_BATCH // data.test_labels[0].numel(), _EVAL_VALUES // data.test_inputs[0].numel()
@@ -38,10 +38,10 @@ def evaluate(model: nn.Module, data: Dataset) -> Tested:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
-    """In nats; ``logits`` have a further, last dimension."""
+    """Cross-entropy in nats; ``logits`` have one more dimension than ``labels``, the last."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many labels have the largest logit."""
+    """The number of examples whose label has the largest logit."""
     return (logits.argmax(-1) == labels).sum()

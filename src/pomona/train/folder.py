@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what makes a run the same run, and its rows of metrics."""
+"""The folder of a run: which run it belongs to, whether one is training in it, and its rows of metrics."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pomona.train.checkpoint import write_atomically
 from pomona.train.recipe import Recipe
 from pomona.zoo.data import Dataset
 
-_LOCK_SECONDS = 0.3  # to wait for those who only ask whether a process is running
+_LOCK_SECONDS = 0.3  # how long to wait for a process that only checks whether one is running
 
 
 class FolderError(ValueError):
-    """The output folder cannot be used for this run."""
+    """The folder cannot be used for this run."""
 
 
 def commit_of_source() -> str | None:
-    """The commit of the source tree this package runs from; "+" when files differ from it."""
+    """The commit of the source tree that this package runs from, with "+" if files differ from it."""
     here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -37,7 +37,7 @@ def commit_of_source() -> str | None:
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows that are whole: a full disk or a power cut may have cut off the last."""
+    """The complete rows; a full disk or a power cut may have cut off the last one."""
     rows = []
     for line in metrics.read_text().splitlines() if metrics.exists() else []:
         try:
@@ -50,7 +50,7 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
 def identity_of(
     command: str, recipe: Recipe, data: Dataset, threads: int, device: str = "cpu", compiled: bool = False
 ) -> dict[str, Any]:
-    """What makes a run repeatable bit for bit, for its manifest; of a device its kind."""
+    """Everything that a bit-for-bit repeat of a run needs, for its manifest; a device is named by its kind only."""
     kind = device.partition(":")[0]
     special = {"device": kind if kind != "cpu" else None, "compiled": compiled or None}
     return {
@@ -64,15 +64,15 @@ def identity_of(
 
 
 def base_of(recipe: Recipe) -> dict[str, Any]:
-    """What the dense network of a recipe depends on; recipes that agree in it can share one."""
-    told = recipe.to_dict()
+    """Everything that the dense network of a recipe depends on; recipes that agree in it can share the network."""
+    plain = recipe.to_dict()
     keys = ("model", "data", "batch_size", "seed", "validation", "precision", "base")
     held_out = recipe.progressive.validation if recipe.progressive else recipe.validation
-    return {key: told[key] for key in keys} | {"validation": held_out}
+    return {key: plain[key] for key in keys} | {"validation": held_out}
 
 
 def claim(folder: Path, identity: dict[str, Any]) -> TextIO:
-    """Make the folder this run's, or find that it is; returns the lock that is held on it."""
+    """Make the folder this run's unless it already is; returns the lock that is held on it."""
     manifest, option = folder / "run.json", "--base" if identity["command"] == "base" else "--out"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> TextIO:
         raise FolderError(f"cannot write to {folder}; name another with {option}")
     try:
         there = json.loads(manifest.read_text())
-        del there["data"]  # names a folder, which may have moved; the checksum tells whether the data are the same
+        del there["data"]  # names a folder, which may have moved; the checksum shows whether the data are the same
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise FolderError(f"{manifest} cannot be read: {error!r}; delete {folder} to start again") from None
     different = differences(there, {key: value for key, value in identity.items() if key != "data"})
@@ -98,14 +98,14 @@ def claim(folder: Path, identity: dict[str, Any]) -> TextIO:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How what a manifest holds differs from plain values here, the first four; empty if it does not."""
+    """The first four differences between a manifest and the values here; empty if there are none."""
     a, b = _flatten(there), _flatten(json.loads(json.dumps(here)))
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return "; ".join(f"{key} is {a.get(key)!r} there and {b.get(key)!r} here" for key in keys[:4])
 
 
 def _lock(manifest: Path) -> TextIO:
-    """Held until closed or the process ends, however it ends; not on Windows, which has no such lock."""
+    """A lock held until it is closed or the process ends in any way; on Windows nothing is locked."""
     lock = manifest.open()
     if sys.platform != "win32":
         import fcntl
@@ -126,7 +126,7 @@ def _lock(manifest: Path) -> TextIO:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process is training in the folder; on Windows always True, for that cannot be told there."""
+    """Whether a process is training in the folder; always True on Windows, where there is no way to know."""
     if sys.platform == "win32":
         return True
     import fcntl

@@ -1,8 +1,8 @@
 """Recipes: one TOML file reproduces one row of a published table.
 
-A recipe names a model, a data set and a method, and describes the stages of training: dense, then pruning, then
-perhaps retraining with the zeros held. Its keys are the fields of `Recipe`, `Stage`, `Expected` and of the method;
-their types and ranges stand beside the fields and nowhere else.
+A recipe names a model, a data set and a method, and describes the stages of training: dense training, pruning, and
+optionally retraining with the zeros held. Its keys are the fields of `Recipe`, `Stage`, `Expected` and of the method.
+Their types and ranges are given with the fields and nowhere else.
 """
 
 from __future__ import annotations
@@ -48,34 +48,34 @@ _STAGES = {"base", "prune", "retrain"}
 
 _BUILTIN = files("pomona.zoo") / "recipes"
 _COMPRESSION = Interval(1)
-_NOMINAL = 1000  # steps an epoch, for a look at the method before the data are known
+_NOMINAL = 1000  # steps per epoch, to check the method before the data are known
 _TIMES = ("every", "begin", "end", "steps")  # fields of methods that count optimizer steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All that one run needs.
+    """Everything that one run needs.
 
     Args:
         title: what the run shows.
-        source: paper and table it is taken from.
+        source: the paper and table that it reproduces.
         model: a key of ``pomona.zoo.models.MODELS``.
         data: a key of ``pomona.zoo.data.DATA``.
-        batch_size: of both stages.
-        seed: of the initial weights and the order of the data.
-        eval_every: epochs between two tests.
-        validation: how many of the last training examples are kept from training and tested on in place of the test
-            set, which is how hyper-parameters are chosen; 0: none.
-        precision: of forward and backward passes in training, ``"float32"`` or ``"bfloat16"`` (autocast); weights,
-            optimizer, selection and tests are float32 in any case.
-        base: dense training, which is where pruning starts; without it pruning starts from the initial weights.
-        prune: training with the method, with a fresh optimizer; ends with the cut.
-        retrain: training of what is left, zeros held, with a fresh optimizer.
-        scope: fields of ``pomona.Scope`` but ``types``; what is pruned and counted.
-        method: ``name``, a key of ``pomona.methods.METHODS``, and its fields; ``make_method`` tells how they are
-            written.
+        batch_size: batch size of all stages.
+        seed: seed of the initial weights and of the order of the data.
+        eval_every: number of epochs between two tests.
+        validation: how many of the last training examples are held out and used instead of the test set, which is
+            how hyper-parameters are chosen; 0: none.
+        precision: precision of forward and backward passes in training, ``"float32"`` or ``"bfloat16"`` (autocast);
+            weights, optimizer, selection and tests are always float32.
+        base: dense training, from which pruning starts; without it pruning starts from the initial weights.
+        prune: training with the method, with a new optimizer; ends with the cut.
+        retrain: training of the remaining weights with the zeros held and a new optimizer.
+        scope: fields of ``pomona.Scope`` except ``types``; what is pruned and counted.
+        method: ``name``, a key of ``pomona.methods.METHODS``, and the method's fields; ``make_method`` describes how
+            they are written.
         progressive: rounds of ``prune`` and ``retrain``, for methods that can hold zeros (``admm``).
-        expected: the published numbers; None where there are none.
+        expected: the published numbers; None if there are none.
     """
 
     title: str
@@ -109,7 +109,7 @@ class Recipe:
                 raise RecipeError("progressive needs method.compression, and a method that can hold zeros (admm)")
             if "hold_zeros" in self.method:
                 raise RecipeError(
-                    "progressive sets method.hold_zeros itself, true from the second round on; leave it out"
+                    "progressive itself sets method.hold_zeros (true from the second round on); leave it out"
                 )
             if self.progressive.compressions[-1] >= self.method["compression"]:
                 most = f"below method.compression, {self.method['compression']}"
@@ -117,7 +117,7 @@ class Recipe:
 
     @property
     def epochs(self) -> int:
-        """Of all stages together, and of all candidates if the recipe is progressive."""
+        """The epochs of all stages together; if the recipe is progressive, of all its candidates."""
         base, again = self.base.epochs if self.base else 0, self.retrain.epochs if self.retrain else 0
         if self.progressive is None:
             return base + self.prune.epochs + again
@@ -125,7 +125,7 @@ class Recipe:
         return base + (min(rounds, width) + max(0, rounds - width) * width) * (self.prune.epochs + again)
 
     def make_scope(self) -> Scope:
-        """What is pruned."""
+        """The scope: what is pruned."""
         _check_keys(self.scope, ("include", "exclude", "min_ndim"), prefix="scope.")
         try:
             return Scope(**self.scope)
@@ -133,33 +133,33 @@ class Recipe:
             raise RecipeError(f"scope: {error}") from None
 
     def make_method(self, steps_per_epoch: int) -> Method:
-        """The method, its times in optimizer steps.
+        """The method, with its times in optimizer steps.
 
         In the recipe a time is a number of steps, or text such as ``"2 epochs"`` or ``"75 %"`` (of the pruning
-        stage). ``compression = c`` stands for ``sparsity = 1 - 1 / c``. Where a schedule is accepted, a table gives
-        it, ``{shape = "geometric", start = 1e-3, end = 1e-2, steps = "100 %"}``; ``ramp`` is such a table for the
+        stage). ``compression = c`` means ``sparsity = 1 - 1 / c``. A schedule is written as a table, such as
+        ``{shape = "geometric", start = 1e-3, end = 1e-2, steps = "100 %"}``. ``ramp`` is such a table for the
         sparsity, without ``end``.
         """
         return _build_method(self.method, _Clock(steps_per_epoch, self.prune.epochs))
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe in plain values, as JSON has them; ``recipe_from_dict`` gives the same recipe back."""
+        """The recipe in plain JSON values; ``recipe_from_dict`` is the inverse."""
         table = asdict(self, dict_factory=_plain)
         return {key: value for key, value in table.items() if value != {}}
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, or a built-in one by name.
+    """Load the recipe in a TOML file, or a built-in one by name.
 
     Args:
         path_or_name: the file, or one of ``builtin_recipes()``.
-        overrides: ``"key=value"`` each, as in ``prune.lr=0.01``; the value is TOML, or else a plain string.
-            ``method.sparsity`` displaces the file's ``method.compression``, and the other way round. ``length=0.4``
-            shortens every stage to 0.4 of its epochs, rounded, with its drops, restarts and warm-up; what the method
-            counts in epochs or steps stays as it is, what it counts in per cent follows.
+        overrides: ``"key=value"`` each, as in ``prune.lr=0.01``; a value that is not TOML is a plain string.
+            ``method.sparsity`` replaces the file's ``method.compression``, and the other way round. ``length=0.4``
+            shortens every stage to 0.4 of its epochs, rounded, together with its drops, restarts and warm-up. Times
+            of the method in epochs or steps do not change; those in per cent follow.
 
     Raises:
-        RecipeError: whatever is wrong with the file, or with the overrides.
+        RecipeError: the file or the overrides cannot be used.
 
     Example:
         >>> load_recipe("lenet300-gsm-60x", ["prune.lr=0.01"]).prune.lr
@@ -170,19 +170,19 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         recipe = recipe_from_dict(table)
     if not overrides:
         return recipe
-    # The file alone is sound, so whatever is wrong from here on, the overrides brought it.
+    # The file alone is valid, so any error from here on comes from the overrides.
     with _blaming(" ".join(f"--set {override}" for override in overrides) + ": "):
         return recipe_from_dict(_overridden(table, overrides))
 
 
 def builtin_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """The names of the recipes in the package."""
     paths = (Path(entry.name) for entry in _BUILTIN.iterdir())
     return sorted(path.stem for path in paths if path.suffix == ".toml")
 
 
 def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
-    """The recipe of a table as TOML or JSON gives it, or as ``Recipe.to_dict`` does."""
+    """The recipe in a table from TOML, from JSON or from ``Recipe.to_dict``."""
     return _build(Recipe, _table(table, "a recipe"), prefix="")
 
 
@@ -195,7 +195,7 @@ def _build(kind: type[T], table: Mapping[str, Any], *, prefix: str) -> T:
     for one in declared:
         if one.name not in table and one.default is MISSING and one.default_factory is MISSING:
             raise RecipeError(f"missing key {prefix}{one.name}")
-    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # Python 3.10 takes KW_ONLY for no type
+    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # in Python 3.10 KW_ONLY is not a type
     values = {name: _read(hints[name], value, prefix + name) for name, value in table.items()}
     with _blaming(prefix):
         return kind(**values)
@@ -203,7 +203,7 @@ def _build(kind: type[T], table: Mapping[str, Any], *, prefix: str) -> T:
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Times of a recipe in steps."""
+    """Converts the times of a recipe to steps."""
 
     steps_per_epoch: int
     epochs: int
@@ -221,9 +221,9 @@ class _Clock:
 
 
 def _hints(name: str) -> dict[str, Any]:
-    """Field -> type, of a method."""
+    """Field -> type, for a method."""
     kind = METHODS[name]
-    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # Python 3.10 takes KW_ONLY for no type
+    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # in Python 3.10 KW_ONLY is not a type
     return {one.name: hints[one.name] for one in fields(kind)}  # type: ignore[arg-type]
 
 
@@ -240,7 +240,7 @@ def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
     is_needed = any(one.name == "sparsity" and one.default is MISSING for one in fields(METHODS[name]))  # type: ignore[arg-type]
     if num_budgets > 1 or (is_needed and not num_budgets):
         both = "both" if num_budgets else "neither"
-        raise RecipeError(f"method.sparsity or method.compression must be given, one of the two, got {both}")
+        raise RecipeError(f"exactly one of method.sparsity and method.compression must be given, got {both}")
 
     given = {key: value for key, value in table.items() if key not in ("name", "compression", "ramp")}
     if "compression" in table:
@@ -256,7 +256,7 @@ def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
     try:
         return METHODS[name](**arguments)
     except (TypeError, ValueError) as error:
-        # Messages of a constructor begin with the name of the field.
+        # The messages of a constructor begin with the name of the field.
         dot = "." if str(error).partition(" ")[0] in hints else ": "
         raise RecipeError(f"method{dot}{error}") from None
 
@@ -266,7 +266,7 @@ def _takes_schedule(hint: Any) -> bool:
 
 
 def _argument(name: str, hint: Any, value: object, clock: _Clock) -> Any:
-    """``value`` as a method's field of this name and type holds it."""
+    """``value`` converted for a method's field of this name and type."""
     key = f"method.{name}"
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if _takes_schedule(hint) and isinstance(value, Mapping):
@@ -297,7 +297,7 @@ def _schedule(table: Mapping[str, Any], key: str, clock: _Clock) -> Schedule:
 
 
 def _read(hint: Any, value: object, key: str) -> Any:
-    """``value`` as a field of type ``hint`` holds it."""
+    """``value`` converted for a field of type ``hint``."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if any(get_origin(kind) is collections.abc.Mapping for kind in kinds):
         return dict(_table(value, key))
@@ -306,7 +306,7 @@ def _read(hint: Any, value: object, key: str) -> Any:
             return _build(kind, _table(value, key), prefix=f"{key}.")
     allowed = [_PLAIN[kind] for kind in kinds if kind in _PLAIN]
     if not allowed:
-        raise RecipeError(f"{key} is of a type that recipes cannot write; it takes its default")
+        raise RecipeError(f"{key} has a type that a recipe cannot express; leave it out, so that it keeps its default")
     if not any(accepts(value) for _, accepts in allowed):
         raise RecipeError(f"{key} must be {' or '.join(name for name, _ in allowed)}, got {written(value)}")
     return tuple(value) if isinstance(value, list) else value
@@ -328,7 +328,7 @@ def _are_numbers(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_number, value))
 
 
-# What TOML can write, by the type of the field that takes it.
+# What TOML can express, by the type of the field.
 _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
     int: ("an integer", _is_integer),
@@ -340,7 +340,7 @@ _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The inverse of ``_read`` for the fields of one table: absent for None, lists for tuples."""
+    """The inverse of ``_read`` for the fields of one table: None is left out, tuples become lists."""
     held = ((key, value) for key, value in items if value is not None)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in held}
 
@@ -360,7 +360,7 @@ def _text(path_or_name: str) -> str:
 
 
 def _overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``table`` with each ``key=value`` put in its place."""
+    """``table`` with each ``key=value`` applied."""
     settings = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -390,7 +390,7 @@ def _overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _shorten(stage: dict[str, Any], length: float) -> None:
-    """Every time of a stage times ``length``; a stage keeps one epoch, and drops that would coincide are one."""
+    """Multiply every time of a stage by ``length``; at least one epoch remains, and coinciding drops become one."""
     for key in ("epochs", "lr_restart", "warmup_epochs"):
         if stage.get(key):
             stage[key] = max(1, round(stage[key] * length))
@@ -410,15 +410,15 @@ def _value(text: str) -> object:
         return text
 
 
-# What is refused, and how it is said.
+# Checks and their messages.
 
 
 @contextmanager
 def _blaming(culprit: str) -> Iterator[None]:
-    """Put ``culprit`` before the message of what goes wrong inside."""
+    """Prefix the message of any error inside with ``culprit``."""
     try:
         yield
-    except (ValueError, RecursionError) as error:  # tomllib descends into nested arrays
+    except (ValueError, RecursionError) as error:  # tomllib recurses into nested arrays
         raise RecipeError(f"{culprit}{error}") from None
 
 

@@ -1,8 +1,8 @@
-"""One run in one folder: phases one after another, from which a killed run goes on bit for bit.
+"""One run in one folder: a sequence of phases that a killed run resumes bit for bit.
 
-The data lie in memory, the order of an epoch follows from (seed, phase, epoch) alone, and a checkpoint holds all that
-the next step depends on, also in the middle of an epoch. On a CPU with the same number of threads a run that was
-killed and started again therefore ends with the same bits as one that was not.
+The data are in memory, the order of an epoch follows from (seed, phase, epoch) alone, and a checkpoint holds
+everything that the next step depends on, even in the middle of an epoch. On a CPU with the same number of threads, a
+run that was killed and resumed therefore ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from pomona.train.stage import Stage
 from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 
-_CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
-_HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
+_CHECKPOINT_SECONDS = 5.0  # a checkpoint is written at the end of an epoch if the last one is older than this
+_HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, number of bins
 
 Memory = dict[str, Any]  # what one phase leaves to the next: tensors and plain values
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved where it is."""
+    """The run was asked to stop and has saved its state."""
 
 
 @dataclass
 class Learner:
-    """A model in training, and how far it has come in its phase."""
+    """A model in training, and its progress in the phase."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -83,34 +83,34 @@ class Phase:
     """One training by a stage of the recipe.
 
     Attributes:
-        name: of the phase in metrics and messages.
+        name: its name in metrics and messages.
         stage: learning rates and length.
-        order: distinguishes the order of its data from that of other phases.
-        start: the model it starts with, from the recipe and what earlier phases left in memory.
-        attach: what prunes, or holds, during it.
-        finish: what it leaves in memory.
+        order: a number that gives the phase an order of the data of its own.
+        start: makes the model that it starts with, from the recipe and the memory of earlier phases.
+        attach: makes what prunes, or holds zeros, during the phase.
+        finish: stores the results in memory.
     """
 
     name: str
     stage: Stage
     order: int
     start: Callable[[Recipe, Memory], nn.Module]
-    attach: Callable[[Recipe, nn.Module, Optimizer, int], Pruner | None]  # the last: steps per epoch
+    attach: Callable[[Recipe, nn.Module, Optimizer, int], Pruner | None]  # the int: steps per epoch
     finish: Callable[[Run, Learner], None]
 
 
 @dataclass
 class Run:
-    """Where a run stands. ``go`` trains the phases that are left and returns the memory of the last.
+    """The state of a run. ``go`` trains the remaining phases and returns the memory of the last one.
 
     Args:
-        recipe: what to do.
-        data: with what; training is on the device that holds it.
-        folder: holds ``metrics.jsonl`` and the checkpoints; made if missing.
-        phases: in order.
-        progress: where to tell of it.
-        lock: what keeps other processes out of the folder as long as it is open.
-        compiled: whether forward and backward passes of training go through ``torch.compile``.
+        recipe: what to train.
+        data: the data; training runs on the device that holds them.
+        folder: holds ``metrics.jsonl`` and the checkpoints; created if missing.
+        phases: the phases in order.
+        progress: receives status messages.
+        lock: keeps other processes out of the folder while it is open.
+        compiled: whether forward and backward passes of training use ``torch.compile``.
     """
 
     recipe: Recipe
@@ -122,7 +122,7 @@ class Run:
     compiled: bool = False
     memory: Memory = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    was_finished: bool = False  # already when it was opened
+    was_finished: bool = False  # before this process opened it
     _stop: bool = False
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class Run:
         return self.data.train_labels.device
 
     def go(self) -> Memory:
-        """Train what is left."""
+        """Train the remaining phases."""
         with self.lock, self._stop_on_signal():
             resumed = self._load()
             first = resumed["phase"] if resumed else 0
@@ -201,7 +201,7 @@ class Run:
         return self.data.order(torch.Generator().manual_seed(self._seed(phase, epoch))).to(self.device)
 
     def _seed(self, phase: Phase, number: int) -> int:
-        """Of an epoch or a step of a phase."""
+        """The seed for an epoch or a step of a phase."""
         return (self.recipe.seed * 1_000 + phase.order) * 1_000_000 + number
 
     def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
@@ -220,10 +220,10 @@ class Run:
         learner.step += 1
 
     def evaluate(self, model: nn.Module) -> Tested:
-        """On the test set, in float32."""
+        """Test a model on the test set, in float32."""
         return evaluate(model, self.data)
 
-    # What is told and kept
+    # Metrics and checkpoints
 
     def _end_epoch(self, index: int, learner: Learner) -> None:
         phase = self.phases[index]
@@ -237,11 +237,11 @@ class Run:
             "loss": float(learner.loss_sum) / self.steps_per_epoch,
             "train_accuracy": 100.0 * int(learner.num_right) / (num_examples * self.data.train_labels[0].numel()),
         }
-        # With a pruner weights stay finite: it skips the steps that would change that.
+        # With a pruner the weights stay finite: it skips steps with gradients that are not.
         if not math.isfinite(row["loss"]) or not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
             stage = phase.name if phase.name in ("prune", "retrain") else "base"
             raise ValueError(
-                f"{phase.name} diverged: loss or weights are not finite in epoch {epoch}; lower {stage}.lr"
+                f"{phase.name} diverged: the loss or a weight is not finite in epoch {epoch}; lower {stage}.lr"
             )
         is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
         if is_tested:
@@ -288,7 +288,7 @@ class Run:
         return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {describe(row, phase.stage.epochs)}"
 
     def _save(self, index: int, learner: Learner | None) -> None:
-        """A checkpoint inside phase ``index``, or before its first step."""
+        """Write a checkpoint inside phase ``index``; without a learner, before its first step."""
         done = sum(phase.stage.epochs * self.steps_per_epoch + 1 for phase in self.phases[:index])
         state = {
             "phase": index,
@@ -312,7 +312,7 @@ class Run:
         if len(self.rows) < state["num_rows"]:
             self.progress.line(
                 f"WARNING: {self._metrics} has only {len(self.rows)} of {state['num_rows']} rows; the pictures and "
-                "the page will lack the others, the weights are not affected"
+                "the page will lack the others, but the weights are not affected"
             )
         write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         if state["phase"] < len(self.phases):
@@ -326,7 +326,7 @@ class Run:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
+        """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one ends it at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._stop = True
@@ -341,10 +341,10 @@ class Run:
 
 
 def _make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
-    kernels = [p for p in model.parameters() if p.ndim > 1]
+    weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [
-        {"params": kernels, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
+        {"params": weights, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
         {"params": others, "weight_decay": 0.0, "lr_factor": stage.bias_lr},
     ]
     if stage.optimizer == "sgd":
@@ -352,7 +352,7 @@ def _make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
     return (Adam if stage.optimizer == "adam" else AdamW)(groups, lr=stage.lr, fused=True)
 
 
-_COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
+_COLUMNS = {  # key of a row of metrics -> its name in a line, and its format
     "lr": ("lr", ".2g"),
     "loss": ("loss", ".4f"),
     "train_accuracy": ("train", ".2f"),
@@ -365,31 +365,30 @@ _COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
     "decay_exponent": ("decay", ".2f"),
 }
 
-
-_UNTOLD = {"stage", "epoch", "step", "seconds", "density_if_cut", "histogram"}
+_NOT_IN_A_LINE = {"stage", "epoch", "step", "seconds", "density_if_cut", "histogram"}
 
 
 def describe(row: Mapping[str, Any], epochs: int) -> str:
-    """A row of metrics as a line."""
+    """A row of metrics as one line."""
     known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
-    known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_UNTOLD}]
+    known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_NOT_IN_A_LINE}]
     return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
 
 
 def _histogram(tensors: Sequence[Tensor]) -> dict[str, Any]:
     low, high, bins = _HISTOGRAM
     magnitudes = torch.cat([t.reshape(-1).abs() for t in tensors])
-    alive = magnitudes[magnitudes > 0].log10_().clamp_(low, high)
-    counts = torch.histc(alive, bins, low, high)
+    logarithms = magnitudes[magnitudes > 0].log10_().clamp_(low, high)
+    counts = torch.histc(logarithms, bins, low, high)
     return {
         "edges": [round(low + (high - low) * i / bins, 4) for i in range(bins + 1)],
         "counts": [int(c) for c in counts],
-        "zeros": magnitudes.numel() - alive.numel(),
+        "zeros": magnitudes.numel() - logarithms.numel(),
     }
 
 
 def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
-    """Full batches only, as in the papers."""
+    """The number of full batches; an incomplete last batch is dropped, as in the papers."""
     steps = len(data.train_labels) // recipe.batch_size
     if steps == 0:
         raise ValueError(
@@ -399,7 +398,7 @@ def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
 
 
 def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
-    """Whether the recipe's pruning stage can succeed, from its numbers alone."""
+    """Forecast from the recipe alone whether its pruning stage can succeed; None if the method has no forecast."""
     stage = recipe.prune
     settings = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
     return recipe.make_method(steps_per_epoch).forecast(
@@ -408,7 +407,7 @@ def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
 
 
 def check(recipe: Recipe, steps_per_epoch: int) -> None:
-    """Raise ValueError if the method cannot prune this model, scope and optimizer, before anything is trained."""
+    """Before any training, raise ValueError if the method cannot prune this model with this scope and optimizer."""
     model = build_model(recipe.model, seed=recipe.seed)
     optimizer = _make_optimizer(model, recipe.prune)
     Pruner(model, optimizer, recipe.make_method(steps_per_epoch), scope=recipe.make_scope())
@@ -427,13 +426,13 @@ def open_run(
     device: str = "cpu",
     compiled: bool = False,
 ) -> Run:
-    """Claim the folder for this run, or find that it is already its own; ``base`` names a network to start from."""
+    """Claim the folder for this run, unless it already belongs to it; ``base`` names a network to start from."""
     if recipe.validation:
         data = data.hold_out(recipe.validation)
     steps_per_epoch = num_steps_per_epoch(recipe, data)
     check(recipe, steps_per_epoch)
     torch.set_num_threads(threads)
-    data_there = data.to(usable(device))
+    moved = data.to(usable(device))
     more: dict[str, Any] = {"base": dict(base)} if base else {}
     lock = claim(folder, identity_of(command, recipe, data, threads, device, compiled) | more)
     title = f"dense {recipe.model}" if command == "base" else f"{recipe.title} ({recipe.source})"
@@ -443,14 +442,14 @@ def open_run(
     diagnosis = diagnose(recipe, steps_per_epoch) if command != "base" else None
     if diagnosis is not None:
         progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
-    return Run(recipe, data_there, folder, phases, progress, lock, compiled)
+    return Run(recipe, moved, folder, phases, progress, lock, compiled)
 
 
 def usable(device: str) -> torch.device:
-    """The device of this name, made ready to give the same bits again.
+    """The device of this name, set up to give the same bits in every run.
 
     Raises:
-        ValueError: this torch has no such device here.
+        ValueError: torch has no such device here.
     """
     try:
         found = torch.zeros((), device=device).device

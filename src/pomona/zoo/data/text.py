@@ -23,11 +23,11 @@ VOCABULARY = 65  # different characters in tiny Shakespeare
 
 
 def load_shakespeare(data_dir: str | Path | None = None) -> Dataset:
-    """Load a text, ``input.txt``, from the folder given, else from the folder POMONA_DATA names.
+    """Load a text, ``input.txt``, from the given folder, or from the one that POMONA_DATA names.
 
-    The file lies in the folder itself or in tinyshakespeare, plain or compressed (.gz, .xz). Its first 90 % are
-    trained on, the rest is the test; each is cut into windows of 128 characters, and what is left over at the end of
-    each is not used. A character is the index of its byte among those that the text has, sorted.
+    The file is in the folder itself or in tinyshakespeare, plain or compressed (.gz, .xz). The first 90 % are the
+    training set, the rest is the test set. Each is cut into windows of 128 characters; an incomplete last window is
+    dropped. A character is represented by its index in the sorted list of bytes that occur in the text.
 
     Args:
         data_dir: the folder with the text.
@@ -36,7 +36,7 @@ def load_shakespeare(data_dir: str | Path | None = None) -> Dataset:
     if not place:
         raise FileNotFoundError(
             f"no text: name the folder that holds {_TEXT} (--data-dir, or the environment variable {VARIABLE});"
-            " the tiny Shakespeare of char-rnn is meant, or any other of some length"
+            " use the tiny Shakespeare of char-rnn, or another long text"
         )
     root = Path(place).expanduser().resolve()
     folder = next((folder for folder in _TEXT_FOLDERS if existing(root / folder, _TEXT)), None)
