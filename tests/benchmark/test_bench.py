@@ -100,7 +100,7 @@ def test_all_paths_of_a_model_agree_and_are_timed(tiny: str, tmp_path: Path) -> 
         assert path["peak_bytes"] > 2**20
     pomona, torch_, *_ = result["paths"]
     assert pomona["peak_bytes"] < torch_["peak_bytes"] / 2  # its process has no torch
-    assert [layer["name"] for layer in result["layers"]] == ["0", "4", "all else"]
+    assert [layer["name"] for layer in result["layers"]] == ["0", "4", "all others"]
     assert [layer["kept"] for layer in result["layers"]] == [20, 1440, 0]
     assert all(layer["seconds"] >= 0 and layer["dense_seconds"] >= 0 for layer in result["layers"])
     assert result["layers"][0]["seconds"] > 0
@@ -150,7 +150,7 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     assert "must return a torch.nn.Module, got int" in failing("tiny_net:number", *shape)
     assert "--input 1x3x224x224" in failing(tiny)
     assert "as 1x3x224x224, got '1x0'" in failing(tiny, "--input", "1x0")
-    assert "paths are pomona, pomona int16, torch, " in failing(tiny, *shape, "--paths", "tensorrt")
+    assert "paths must be among pomona, pomona int16, torch, " in failing(tiny, *shape, "--paths", "tensorrt")
     assert "--seconds must be above 0, got 0" in failing(tiny, *shape, "--seconds", "0")
     data = tmp_path / "data.npz"
     np.savez(data, x=np.zeros((2, 3, 9, 9)), y=np.zeros(2, int))
@@ -251,7 +251,7 @@ RESULT = BenchResult(
     layers=(
         LayerResult("first", (10, 5), 50, 5, 1_000_000, 100_000, 1e-3, 4e-3),
         LayerResult("second", (10, 5), 50, 5, 1_000_000, 100_000, 1e-3, 0.8e-3),
-        LayerResult("all else", (), 0, 0, 0, 0, 1e-4, 1e-4),
+        LayerResult("all others", (), 0, 0, 0, 0, 1e-4, 1e-4),
     ),
 )
 
@@ -260,7 +260,7 @@ def test_it_says_where_dense_wins() -> None:
     assert RESULT.verdict() == [
         "pomona is 2.50x as fast as the fastest dense float32 path, onnxruntime",
         "dense int8 wins: openvino int8 is 2.00x as fast as pomona",
-        "1 of 2 layers would be faster computed with their zeros: second",
+        "1 of 2 layers would be faster with their zeros computed: second",
         "outputs of openvino are wrong and do not count",
     ]
     slow = replace(RESULT, paths=(replace(RESULT.paths[0], timing=Timing(6e-3, 6e-3, 6e-3, 3)), *RESULT.paths[1:]))

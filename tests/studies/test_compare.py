@@ -517,7 +517,7 @@ def test_a_stop_saves_what_is_under_way_and_the_same_command_goes_on_to_the_same
     forked.trip = Trip(folder, batch, action, os.getpid())
     stopped = compare(digits, out, *recipes, compressions="5 200")
     assert (stopped.status, stopped.err) == (130, "")
-    assert stopped.out.splitlines()[-1] == f"stopped; give the same command again to go on. What is done is in {out}"
+    assert stopped.out.splitlines()[-1] == f"stopped; run the same command again to resume. Finished runs are in {out}"
     assert forked.started[-1] == folder  # nothing is started after it
     assert not (out / folder / "result.json").exists() and not (out / "compare.md").exists()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -570,7 +570,7 @@ def test_control_c_in_a_shell_stops_a_comparison_and_the_same_command_goes_on(
     assert process.stdout.readline().startswith("1/1, ")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "" and "give the same command again to go on" in out
+    assert process.returncode == 130 and err == "" and "run the same command again to resume" in out
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert table_of(tmp_path / "out") == table_of(compared.out_folder)
@@ -602,7 +602,7 @@ def test_the_table_has_a_row_for_each_recipe_and_a_column_for_each_compression()
         entry("half", 10, 0, 99.9),  # nothing at 30x counts as nothing
     ]
     assert tabulate(entries).splitlines() == [
-        "| method | 10x | 30x | seconds a run |",
+        "| method | 10x | 30x | seconds per run |",
         "| --- | --- | --- | --- |",
         "| admm | 99.00 (1) | 97.10 \u00b1 0.20 (3) | 10 |",
         "| gsm | 98.50 \u00b1 0.71 (2) | 97.00 (1) | 20 |",
@@ -674,7 +674,7 @@ def test_a_league_has_the_dense_network_and_a_narrow_one_in_its_table(tmp_path: 
     weights = torch.load(path, weights_only=True)
     weights["linear.weight"].zero_()
     torch.save(weights, path)
-    with pytest.raises(ValueError, match=r"model\.pt has 26,\d+ non-zero weights, its run ended with 26,833"):
+    with pytest.raises(ValueError, match=r"model\.pt has 26,\d+ non-zero weights, but its run ended with 26,833"):
         collect(tmp_path / "out")
 
     start = tmp_path / "start.pt"
@@ -682,4 +682,4 @@ def test_a_league_has_the_dense_network_and_a_narrow_one_in_its_table(tmp_path: 
     again = compare(
         tmp_path / "images", tmp_path / "out", tmp_path / "cut.toml", compressions="10", more=f"--start {start}"
     )
-    assert "it began with None there and begins with start.pt here" in refusal(again)
+    assert "it started from None there and starts from start.pt here" in refusal(again)

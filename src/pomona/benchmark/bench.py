@@ -1,7 +1,7 @@
-"""How fast a network runs by Pomona's engine, and by what else would run it: side by side, outputs compared first.
+"""How fast a network runs in Pomona's engine and in other runtimes, after their outputs were compared.
 
-Every path has a process of its own (:mod:`pomona.benchmark.paths`), so that its peak memory is its own and no library
-disturbs another. They take turns, round by round, so that whatever else the machine does falls on all of them.
+Every path runs in its own process (:mod:`pomona.benchmark.paths`), so that its peak memory is its own and libraries do
+not disturb one another. The paths take turns, round by round, so that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ def bench(
     Args:
         model: a run's folder, a ``.pomona.safetensors`` file with a graph, or ``MODULE:FUNCTION`` that returns a torch
             module; see :func:`pomona.benchmark.paths.open_module`.
-        inputs: shapes with the batch. A file and a run know theirs: without shapes they get a batch of one.
-        threads: of each path.
-        seconds: for each path, and three rounds at least.
-        paths: which, of :data:`pomona.benchmark.paths.PATHS`. One whose packages are missing is told so in the result.
-        data: .npz file of ``x``, float32 [n, ...], and ``y``, integers [n], or the folder of a run's data: also measure
-            accuracy, and take the batch that is timed and that calibrates int8, and int16 if the file has no ranges,
-            from there.
+        inputs: shapes with the batch dimension. Default for a file or a run: a batch of one.
+        threads: number of threads of each path.
+        seconds: time to spend on each path; at least three rounds are run.
+        paths: keys of :data:`pomona.benchmark.paths.PATHS`. If the packages of one are missing, the result says so.
+        data: an .npz file with ``x``, float32 [n, ...], and ``y``, integers [n], or the folder of a run's data.
+            Accuracy is then measured, and the timed batch is taken from there. It also calibrates int8, and int16 if
+            the file has no ranges.
 
     Raises:
         ValueError: the model, the shapes or the data cannot be used, or the model computes what the runtime cannot.
     """
     unknown = [name for name in paths if name not in PATHS]
     if unknown:
-        raise ValueError(f"paths are {', '.join(PATHS)}; got {', '.join(unknown)}")
+        raise ValueError(f"paths must be among {', '.join(PATHS)}; got {', '.join(unknown)}")
     names = ["pomona", *(name for name in paths if name != "pomona")]
     known = _read_data(model, data)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,14 +138,14 @@ _Data = tuple[NDArray[np.float32], NDArray[Any]]  # x [n, ...], y [n]
 
 
 def _read_data(model: str, data: str | Path | None) -> _Data | None:
-    """Of an .npz file; or of a folder, the test set that a run in `model` was tested on."""
+    """The arrays of an .npz file, or from a folder the test set of the run in `model`."""
     if data is None:
         return None
     if Path(data).is_dir() and Path(model).is_dir():
         known = open_finished(Path(model)).load_data(data)
         return known.test_inputs.numpy(), known.test_labels.numpy()
     if Path(data).is_dir():
-        raise ValueError(f"data {data} is a folder, which is understood for a run of pomona only; give an .npz file")
+        raise ValueError(f"data {data} is a folder, which works only if the model is a run's folder; give an .npz file")
     with np.load(data) as arrays:
         if not {"x", "y"} <= set(arrays.files):
             raise ValueError(f"{data} must hold arrays x and y, got {', '.join(arrays.files)}")
@@ -156,7 +156,7 @@ def _read_data(model: str, data: str | Path | None) -> _Data | None:
 
 
 def _arrays(shapes: Sequence[tuple[int, ...]], data: _Data | None) -> Arrays:
-    """A batch of the data, again from the start if they are fewer; else normal random numbers."""
+    """A batch of the data, repeated if there are too few; without data normal random numbers."""
     if data is None:
         random = np.random.default_rng(0)
         return [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
@@ -169,7 +169,7 @@ def _arrays(shapes: Sequence[tuple[int, ...]], data: _Data | None) -> Arrays:
 def write_network(
     path: str, module: nn.Module, examples: Sequence[Tensor], *, calibrate: Sequence[Tensor] = ()
 ) -> None:
-    """What the module computes, and its tensors, as a file; with the ranges of values on these samples, if any."""
+    """Write the module's graph and tensors to a file, with the ranges of values on the samples to calibrate on."""
     graph, tensors = trace(module, examples, folded=False)
     if calibrate:
         graph = with_ranges(graph, tensors, *(x.numpy() for x in calibrate))
@@ -178,16 +178,16 @@ def write_network(
 
 
 def export_onnx(module: nn.Module, examples: Sequence[Tensor], path: str) -> None:
-    """By torch's exporter that needs the package onnx and nothing else."""
+    """Write the module as ONNX with torch's older exporter, which needs only the package onnx."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is the older one
+        warnings.simplefilter("ignore")  # the exporter warns that it is the older one
         torch.onnx.export(module, tuple(examples), path, dynamo=False, opset_version=13)
 
 
 def _measure(
     case: Case, right: Arrays, threads: int, seconds: float, names: Sequence[str], data: _Data | None, unfit: str | None
 ) -> list[PathResult]:
-    """All paths; `unfit` is why those that read ONNX cannot run."""
+    """Measure all paths; `unfit` is the reason why those that read ONNX cannot run."""
     done = {name: PathResult(name, why_not=unfit) for name in names if unfit and name in _READ_ONNX}
     if any("int8" in name for name in names) and not unfit:
         with Worker("quantise") as worker:
@@ -237,7 +237,7 @@ def _accuracy(worker: Worker, case: Case, data: _Data | None) -> float | None:
 
 
 def _layers(case: Case, threads: int) -> list[LayerResult]:
-    """Of the file's graph, as it is run; times are None where the core is missing."""
+    """The layers of the file's graph as the engine runs it; times are None without the compiled core."""
     network = runtime.load(case.file)
     graph, tensors = network.graph, network.tensors
     shapes = graph.shapes(tensors)
@@ -259,4 +259,4 @@ def _layers(case: Case, threads: int) -> list[LayerResult]:
         name = node.weight.partition("@")[0].removesuffix(".weight")
         layers.append(LayerResult(name, weight.shape, size, kept, places * size, places * kept, seconds, dense_seconds))
     others = (sum(column) if times else None for column in (zip(*rest, strict=True) if rest else ((), ())))
-    return [*layers, LayerResult("all else", (), 0, 0, 0, 0, *others)]
+    return [*layers, LayerResult("all others", (), 0, 0, 0, 0, *others)]

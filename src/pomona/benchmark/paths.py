@@ -1,7 +1,7 @@
-"""The ways to run one network that `pomona bench` compares, each in a process of its own, which this module serves.
+"""The ways to run one network that `pomona bench` compares, and the process that each of them runs in.
 
-A *path* opens a network (:class:`Case`) in one runtime and returns how to run it. A path imports what it needs when it
-opens, and this module needs numpy alone, so that the peak memory of its process is the path's own.
+A *path* opens a network (:class:`Case`) in one runtime and returns a function that runs it. It imports its runtime when
+it opens, and this module itself needs only numpy, so that the peak memory of the process is that of the path.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Call = Callable[[Arrays], Arrays]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One network in the forms that paths read, as names of files."""
+    """One network in the forms that paths read, as file names."""
 
     inputs: str  # .npz of one batch: arrays 0, 1, ...
     file: str = ""  # .pomona.safetensors with a graph
     onnx: str = ""
     int8: str = ""  # ONNX, quantised by `quantise`
-    source: str = ""  # of the torch module, see `open_module`
-    state: str = ""  # its state dict, as torch.save writes it; none for a file
+    source: str = ""  # names the torch module, see `open_module`
+    state: str = ""  # its state dict, written by torch.save; empty for a file
 
     def read_inputs(self) -> Arrays:
         with np.load(self.inputs) as arrays:
@@ -52,7 +52,7 @@ def open_pomona(case: Case, threads: int) -> Call:
 
 
 def open_pomona_int16(case: Case, threads: int) -> Call:
-    """In fixed point, with the ranges in the file, or else those of the inputs of the case."""
+    """In fixed point, with the ranges in the file, or without any with those of the case's inputs."""
     file = read(case.file)
     if "ranges" in (file.graph or {}):
         return _run_network(runtime.load(file, threads=threads, precision="int16"))
@@ -185,9 +185,9 @@ PATHS: dict[str, Open] = {
 
 
 def quantise(case: Case) -> None:
-    """Write ``case.int8``: unsigned activations, signed weights by channel, calibrated on the inputs of the case.
+    """Write ``case.int8``: unsigned activations, signed weights per channel, calibrated on the inputs of the case.
 
-    The speed is that of any calibration; the accuracy is as good as the inputs are typical.
+    The speed does not depend on the calibration; the accuracy depends on how typical the inputs are.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -212,7 +212,7 @@ def quantise(case: Case) -> None:
 
 
 class Served:
-    """What a process keeps between requests."""
+    """The state of a process between requests, and its answers."""
 
     def __init__(self, paths: Mapping[str, Open]) -> None:
         self._paths = paths
@@ -223,7 +223,7 @@ class Served:
         return do(**request)
 
     def do_open(self, *, key: str, path: str, case: dict[str, Any], threads: int, cpus: list[int] | None) -> Any:
-        """Open a network and run it once; its outputs go into the .npz file beside its inputs."""
+        """Open a network and run it once; its outputs are written to an .npz file next to its inputs."""
         if cpus:
             os.sched_setaffinity(0, cpus)
         start = time.perf_counter()
@@ -242,7 +242,7 @@ class Served:
         return {}
 
     def do_time(self, *, key: str, calls: int) -> dict[str, Any]:
-        """Seconds of each call, and of this process's CPU time in all of them."""
+        """The seconds of each call, and the CPU time of this process in all of them."""
         run, inputs = self._opened[key]
         wall = []
         start_cpu = time.process_time()
@@ -253,7 +253,7 @@ class Served:
         return {"wall": wall, "cpu": time.process_time() - start_cpu}
 
     def do_score(self, *, key: str, data: str) -> dict[str, Any]:
-        """How many of the labels in an .npz of x and y are those that the network ranks first."""
+        """How many labels of an .npz file with x and y the network ranks first."""
         run, inputs = self._opened[key]
         batch = len(inputs[0])
         with np.load(data) as arrays:
@@ -261,13 +261,13 @@ class Served:
         right = 0
         for start in range(0, len(x), batch):
             images = x[start : start + batch]
-            padded = np.concatenate([images, np.zeros_like(x[: batch - len(images)])])  # others take one batch size
+            padded = np.concatenate([images, np.zeros_like(x[: batch - len(images)])])  # some take one batch size only
             logits = run([padded])[0][: len(images)]
             right += int((logits.reshape(len(images), -1).argmax(axis=1) == y[start : start + batch]).sum())
         return {"right": right, "total": len(y)}
 
     def do_layers(self, *, case: dict[str, Any], threads: int) -> dict[str, Any]:
-        """Seconds of each node in Pomona's engine, as it chooses and with all zeros computed: medians of rounds."""
+        """Seconds per node in Pomona's engine, as it runs and with all zeros computed; medians over rounds."""
         opened = Case(**case)
         inputs = opened.read_inputs()
         network = runtime.load(opened.file)
@@ -299,9 +299,9 @@ class Served:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has had in memory, or None where the system does not tell.
+    """The peak memory of this process in bytes, or None if the system does not report it.
 
-    Not getrusage's figure, which on Linux begins with what the parent process had.
+    Not the number from getrusage, which on Linux starts with that of the parent process.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -311,20 +311,20 @@ def peak_memory() -> int | None:
 
 
 def serve(paths: Mapping[str, Open] = PATHS) -> None:
-    """Answer requests, a line of JSON each, until there are no more."""
+    """Answer requests, one line of JSON each, until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what runtimes print is no answer
+    os.dup2(2, 1)  # runtimes may print, and that must not mix with answers
     served = Served(paths)
     for line in sys.stdin:
         try:
             answer = served.answer(json.loads(line))
-        except Exception as error:  # whatever a runtime throws
+        except Exception as error:  # runtimes raise all kinds
             answer = {"error": f"{type(error).__name__}: {error}", "missing": isinstance(error, ImportError)}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def relative_error(outputs: Arrays, wanted: Arrays) -> float:
-    """The largest difference, over the largest number wanted; infinite where shapes differ or a number is none."""
+    """The largest difference over the largest wanted number; infinite if shapes differ or a value is not finite."""
     worst = 0.0
     for y, right in zip(outputs, wanted, strict=True):
         if y.shape != right.shape or not np.isfinite(y).all():

@@ -16,11 +16,11 @@ TOLERANCE = 1e-3  # relative error of outputs above which a path that computes i
 
 @dataclass(frozen=True, slots=True)
 class PathResult:
-    """What one path did; numbers are None where it did not come so far, and then `why_not` tells why."""
+    """The results of one path; numbers are None if it failed before them, and `why_not` then gives the reason."""
 
     name: str
     timing: Timing | None = None
-    error: float | None = None  # relative, of the outputs
+    error: float | None = None  # relative error of the outputs
     peak_bytes: int | None = None  # of its process
     accuracy: float | None = None  # percent
     why_not: str | None = None
@@ -35,13 +35,13 @@ class PathResult:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether it computes in float32 and outputs differ all the same."""
+        """Whether it computes in float32 and its outputs differ nevertheless."""
         return self.error is not None and " int" not in self.name and not self.error < TOLERANCE
 
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """A convolution or linear layer, with what is fused into it."""
+    """A convolution or linear layer together with the operations fused into it."""
 
     name: str
     shape: tuple[int, ...]  # of the weight
@@ -54,7 +54,7 @@ class LayerResult:
 
     @property
     def is_faster_dense(self) -> bool:
-        """By more than what two measurements of one thing may differ by; of a layer that has zeros."""
+        """Whether a layer with zeros is faster dense, by more than the noise between two measurements."""
         if self.kept == self.weights or self.seconds is None or self.dense_seconds is None:
             return False
         return self.dense_seconds < 0.9 * self.seconds
@@ -62,7 +62,7 @@ class LayerResult:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """Everything that `pomona bench` finds out."""
+    """Everything that `pomona bench` measures."""
 
     model: str
     inputs: tuple[tuple[int, ...], ...]  # with the batch
@@ -75,7 +75,7 @@ class BenchResult:
     dense_bytes: int  # of all tensors, zeros included
     file_bytes: int  # of the .pomona.safetensors file
     paths: tuple[PathResult, ...]
-    layers: tuple[LayerResult, ...]  # the last is all that is no layer with weights
+    layers: tuple[LayerResult, ...]  # the last one sums all operations without weights
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -84,35 +84,35 @@ class BenchResult:
         return next(path for path in self.paths if path.name == name)
 
     def verdict(self) -> list[str]:
-        """Who is fastest, in plain sentences, wherever it is not Pomona too."""
+        """Which path is fastest, in plain sentences, including where it is not Pomona."""
         mine = self.path("pomona").timing
         if mine is None:
             return [f"pomona did not run: {self.path('pomona').why_not}"]
-        told = []
+        found = []
         for path in self.paths:
             for kind in ("float32", "int8") if path.is_mine and path.timing else ():
                 rivals = self._rivals(is_int8=kind == "int8")
                 if not rivals and path.name == "pomona":
-                    told.append(f"no dense {kind} path ran, so nothing is known against one")
+                    found.append(f"no dense {kind} path ran, so there is nothing to compare with")
                 if not rivals:
                     continue
                 best = min(rivals, key=lambda path: path.timing.median if path.timing else math.inf)
                 assert best.timing is not None and path.timing is not None
                 ratio = best.timing.median / path.timing.median
                 if ratio >= 1:
-                    told.append(f"{path.name} is {ratio:.2f}x as fast as the fastest dense {kind} path, {best.name}")
+                    found.append(f"{path.name} is {ratio:.2f}x as fast as the fastest dense {kind} path, {best.name}")
                 else:
-                    told.append(f"dense {kind} wins: {best.name} is {1 / ratio:.2f}x as fast as {path.name}")
+                    found.append(f"dense {kind} wins: {best.name} is {1 / ratio:.2f}x as fast as {path.name}")
         slower = [layer for layer in self.layers if layer.is_faster_dense]
         if slower:
             names = ", ".join(layer.name for layer in slower[:5]) + ", ..." * (len(slower) > 5)
-            told.append(
-                f"{len(slower)} of {len(self.layers) - 1} layers would be faster computed with their zeros: {names}"
+            found.append(
+                f"{len(slower)} of {len(self.layers) - 1} layers would be faster with their zeros computed: {names}"
             )
         wrong = [path.name for path in self.paths if path.is_wrong]
         if wrong:
-            told.append(f"outputs of {', '.join(wrong)} are wrong and do not count")
-        return told
+            found.append(f"outputs of {', '.join(wrong)} are wrong and do not count")
+        return found
 
     def _rivals(self, *, is_int8: bool) -> list[PathResult]:
         return [
@@ -137,7 +137,7 @@ class BenchResult:
 
 
 def facts(result: BenchResult) -> dict[str, str]:
-    """What is to be told beside the tables."""
+    """What is reported next to the tables."""
     weights, macs = result.weights, result.macs
     return {
         "weights kept": f"{result.kept:,} of {weights:,} ({_percent(result.kept, weights)})",
@@ -150,7 +150,7 @@ def facts(result: BenchResult) -> dict[str, str]:
 
 
 def path_rows(result: BenchResult) -> list[list[str]]:
-    """A table of texts; headings that begin with `>` are of columns that align to the right."""
+    """The rows of a table; a heading that begins with `>` aligns its column to the right."""
     mine = result.path("pomona").timing
     has_accuracy = any(path.accuracy is not None for path in result.paths)
     head = ["path", ">median", ">p90", ">CPU time", ">pomona is", ">peak memory"]
@@ -181,7 +181,7 @@ def _outputs(path: PathResult) -> str:
 
 
 def layer_rows(result: BenchResult) -> list[list[str]]:
-    """The same of the layers in Pomona's engine."""
+    """The same for the layers in Pomona's engine."""
     rows = [["layer", ">weight", ">kept", ">multiplications", ">time", ">with zeros", ""]]
     for layer in result.layers:
         times = [_NONE if s is None else with_unit(s) for s in (layer.seconds, layer.dense_seconds)]

@@ -1,4 +1,4 @@
-"""The processes that run a network, one per path, and how they take turns."""
+"""The processes that run a network, one per path, and their taking turns."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     pass
 
 
-_BLOCK = 0.03  # seconds that a path runs before the next takes its turn, at least one call
+_BLOCK = 0.03  # seconds that a path runs before the next one takes its turn; at least one call
 _ANSWER_WITHIN = 600.0  # seconds; compilers may be slow
 
 
 class WorkerError(RuntimeError):
-    """A path's process could not do what it was asked for.
+    """The process of a path could not answer a request.
 
     Attributes:
-        is_missing: because a package is not installed.
+        is_missing: whether the reason is a package that is not installed.
     """
 
     def __init__(self, message: str, *, is_missing: bool = False) -> None:
@@ -44,10 +44,10 @@ class Worker:
     """The process of one path.
 
     Args:
-        path: its name.
-        python: the interpreter, if it is not this one.
-        code: what it runs; it serves ``path`` in the end.
-        places: folders to import from, besides those of this process.
+        path: name of the path.
+        python: the interpreter; default: this one.
+        code: the code that it runs; in the end it must serve ``path``.
+        places: folders to import from, in addition to those of this process.
     """
 
     def __init__(
@@ -119,16 +119,16 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of a call."""
+    """Seconds per call."""
 
     median: float
     p90: float
-    cpu: float  # of the process, whatever number of threads: the median over rounds
+    cpu: float  # CPU time of the process with all its threads: the median over rounds
     num_calls: int
 
 
 def take_turns(opened: Sequence[tuple[Worker, str]], *, seconds: float) -> list[Timing | WorkerError]:
-    """Time networks that workers have opened under these keys, each for about so many seconds, in turns."""
+    """Time networks that workers have opened under these keys, in turns, each for about this many seconds."""
     num = len(opened)
     wall: list[list[float]] = [[] for _ in range(num)]
     cpu: list[list[float]] = [[] for _ in range(num)]
@@ -166,7 +166,7 @@ def take_turns(opened: Sequence[tuple[Worker, str]], *, seconds: float) -> list[
 
 
 def machine() -> str:
-    """The processor, and what of it the compiled core uses."""
+    """The processor, and the instruction set that the compiled core uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

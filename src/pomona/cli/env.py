@@ -26,9 +26,9 @@ _EXTRAS = {
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "env",
-        help="print versions, the number of threads, and which code selects weights here",
-        description="Print what to quote in a bug report: versions, the number of threads, and whether weights are "
-        "selected by the compiled core or by numpy, and then why.",
+        help="print versions, the number of threads, and which code selects weights",
+        description="Print what a bug report should contain: versions, the number of threads, and whether the compiled "
+        "core or numpy selects weights, and why.",
     )
     parser.set_defaults(run=_run)
 

@@ -1,4 +1,4 @@
-"""``pomona recipes``: what there is to train."""
+"""``pomona recipes``: list the built-in recipes."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from pomona.pages.text import table
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "ticket",
-        help="compare winning tickets: the method's mask and magnitude's, trained from the initial weights",
-        description="Train a dense network and prune it; then put the mask that the method found, and that of the "
-        "dense network's largest weights, on the initial weights and train each. Resumes like train.",
+        help="compare winning tickets: the initial weights trained with the method's mask and with magnitude's",
+        description="Train a dense network and prune it. Then train the initial weights with the mask that the method "
+        "found, and with the mask of the dense network's largest weights. Resumes like train.",
     )
     add_run_options(parser)
     parser.set_defaults(run=_run)

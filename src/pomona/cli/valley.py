@@ -14,17 +14,21 @@ from pomona.pages.text import table
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "valley",
-        help="do two runs lie in the same flat valley? paths between them, and the curvature along their difference",
-        description="Compare the networks of two finished runs of the same model on the same data, A the unpruned one: "
-        "the loss along the segment and along a trained curve from A to B, and how much of B - A lies in the "
-        "directions in which the loss at A bends most. Writes valley.json and valley.png.",
+        help="check whether two runs lie in the same flat valley: paths between them, curvature along their difference",
+        description="Compare the networks of two finished runs of the same model on the same data, where A is not "
+        "pruned: the loss along the segment and along a trained curve from A to B, and how much of B - A lies in the "
+        "directions of highest curvature at A. Writes valley.json and valley.png.",
     )
-    parser.add_argument("a", metavar="A", type=Path, help="folder of a run, as the unpruned network's")
-    parser.add_argument("b", metavar="B", type=Path, help="folder of another, as the pruned network's")
+    parser.add_argument("a", metavar="A", type=Path, help="folder of the run without pruning")
+    parser.add_argument("b", metavar="B", type=Path, help="folder of the run with pruning")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the result (default: beside B)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the result (default: next to B)")
     parser.add_argument(
-        "--points", metavar="N", type=_whole(3), default=21, help="on each path, both ends included (default: 21)"
+        "--points",
+        metavar="N",
+        type=_whole(3),
+        default=21,
+        help="points on each path, both ends included (default: 21)",
     )
     parser.add_argument(
         "--examples", metavar="N", type=_whole(1), help="training examples of the loss (default: 10,000, or all)"
@@ -35,9 +39,13 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--curve-epochs", metavar="N", type=_whole(1), default=5, help="length of the curve's training (default: 5)"
     )
-    parser.add_argument("--curve-lr", metavar="LR", type=_positive, default=0.05, help="its rate (default: 0.05)")
-    parser.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of all random choices (default: 0)")
-    parser.add_argument("--threads", metavar="N", type=_whole(1), help="threads of torch (default: as B was trained)")
+    parser.add_argument(
+        "--curve-lr", metavar="LR", type=_positive, default=0.05, help="its learning rate (default: 0.05)"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole(0), default=0, help="seed of all random choices (default: 0)"
+    )
+    parser.add_argument("--threads", metavar="N", type=_whole(1), help="torch threads (default: as B was trained)")
     parser.set_defaults(run=_run)
 
 
@@ -89,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _described(result: dict[str, Any]) -> str:
-    """Two tables, and what they say in words."""
+    """Two tables, and their meaning in words."""
     k, size, random = len(result["hessian"]["values"]), result["parameters"], result["random_projection"]
     lines = [
         f"A has {100 * result['A']['sparsity']:.2f} % zeros, B {100 * result['B']['sparsity']:.2f} %; "

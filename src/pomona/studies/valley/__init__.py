@@ -1,7 +1,7 @@
 """Do two trained networks lie in one flat valley of the training loss?
 
-The first half is mathematics: paths between two points, and the curvature along a direction, for any loss of named
-tensors. The second half applies it to the networks that two runs left.
+``paths`` and ``curvature`` are mathematics for any loss of named tensors: paths between two points, and the curvature
+along a direction. ``landscape`` is the loss of a network, and this file applies both to the networks of two runs.
 
     segment            w(t) = A + t (B - A)
     curve              w(t) = (1 - t)^2 A + 2 t (1 - t) C + t^2 B,  C trained to lower the mean loss over uniform t
@@ -50,20 +50,20 @@ from pomona.train.progress import Progress
 from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 
-_DRAWS = 5  # random prunings
+_DRAWS = 5  # number of random prunings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How closely to look.
+    """Settings of a survey.
 
     Args:
-        points: on each path from t = 0 to t = 1, both included; at least 3.
-        examples: of the training set, to compute the loss on; None: 10,000, or all if there are fewer.
-        hessian: how many of its top eigenvectors.
+        points: number of points on each path from t = 0 to t = 1, both included; at least 3.
+        examples: number of training examples for the loss; None: 10,000, or all if there are fewer.
+        hessian: number of top eigenvectors of the Hessian.
         curve_epochs: length of the training of the curve, on the whole training set.
         curve_lr: its learning rate.
-        seed: of the choice of examples, the training of the curve, the start of Lanczos and the random prunings.
+        seed: seed for the choice of examples, the training of the curve, the start of Lanczos and random pruning.
     """
 
     points: int = 21
@@ -84,15 +84,15 @@ def survey(
     threads: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Compare the networks of two finished runs, A the unpruned one; deterministic for given options and threads.
+    """Compare the networks of two finished runs, where A is not pruned; deterministic for given options and threads.
 
     Args:
         a, b: folders of runs of the same model on the same data.
-        out: gets ``valley.json`` and ``valley.png``, at the end.
-        options: how closely to look.
-        data_dir: where the data are.
-        threads: of torch.
-        progress: where to tell of it.
+        out: receives ``valley.json`` and ``valley.png`` at the end.
+        options: settings.
+        data_dir: the folder of the data.
+        threads: number of torch's threads.
+        progress: receives status messages.
 
     Returns:
         The content of ``valley.json``.
@@ -204,7 +204,7 @@ def _measured(
 
 
 def _curvature(land: Landscape, a: Parameters, b: Parameters, options: Options, progress: Progress) -> dict[str, Any]:
-    """The top of the Hessian at ``a``, and what of it the way to ``b`` and to prunings of ``a`` meets."""
+    """The top of the Hessian at ``a``, and how ``b`` and prunings of ``a`` lie relative to it."""
     vector = flat(a)
     max_steps = max(50, 10 * options.hessian)
     generator = _generator(options, 3)
@@ -250,7 +250,7 @@ def _curvature(land: Landscape, a: Parameters, b: Parameters, options: Options, 
 def _direction(
     land: Landscape, a: Parameters, end: Parameters, vectors: Tensor, multiply: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
-    """What the way from ``a`` to ``end`` meets: where it goes in the top eigenvectors, and how the loss bends there."""
+    """The direction from ``a`` to ``end``: its part in the top eigenvectors, and the curvature of the loss along it."""
     way = _between(a, end)
     unit = way / way.norm()
     inside = coordinates(way, vectors)
@@ -264,7 +264,7 @@ def _direction(
 
 
 def _mean(several: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each number over draws."""
+    """The mean of each number over several draws."""
     mean: dict[str, Any] = {"draws": len(several)}
     for key, value in several[0].items():
         values = [one[key] for one in several]
@@ -279,7 +279,7 @@ def _between(a: Parameters, b: Parameters) -> Tensor:
 
 
 def _generator(options: Options, stream: int) -> Generator:
-    """Streams of random numbers that do not depend on one another."""
+    """Independent streams of random numbers."""
     return Generator().manual_seed(options.seed * 1_000 + stream)
 
 
@@ -294,9 +294,9 @@ def _facts(run: FinishedRun, parameters: Parameters) -> dict[str, Any]:
 
 
 def _sparsity(parameters: Parameters) -> float:
-    """Of the kernels."""
-    kernels = [value for value in parameters.values() if value.ndim > 1]
-    return sum(int((value == 0).sum()) for value in kernels) / sum(value.numel() for value in kernels)
+    """Share of zeros among the weights, without biases and norms."""
+    weights = [value for value in parameters.values() if value.ndim > 1]
+    return sum(int((value == 0).sum()) for value in weights) / sum(value.numel() for value in weights)
 
 
 def _check_same(trained: dict[str, FinishedRun]) -> None:

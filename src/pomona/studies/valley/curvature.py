@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 Parameters = dict[str, Tensor]  # name -> value
 Loss = Callable[[Parameters], Tensor]  # scalar, twice differentiable
-TOLERANCE = 1e-3  # of eigenpairs
+TOLERANCE = 1e-3  # of the residuals of eigenpairs
 
 
 def flat(parameters: Parameters) -> Tensor:
@@ -25,7 +25,7 @@ def shaped(vector: Tensor, like: Parameters) -> Parameters:
 
 
 def hessian_product(losses: Sequence[Loss], at: Parameters) -> Callable[[Tensor], Tensor]:
-    """From v to H v, H the Hessian of the sum of ``losses``, whose graphs are held one at a time."""
+    """The function v -> H v, where H is the Hessian of the sum of ``losses``; one graph is held at a time."""
     leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
     inputs = list(leaves.values())
 
@@ -43,13 +43,13 @@ def hessian_product(losses: Sequence[Loss], at: Parameters) -> Callable[[Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Eigenpairs:
-    """Of a symmetric matrix, the largest eigenvalue first.
+    """Eigenvalues and eigenvectors of a symmetric matrix, the largest eigenvalue first.
 
     Attributes:
         values: [k].
         vectors: [k, size], orthonormal rows.
         residuals: [k], |H v - value v|.
-        steps: matrix-vector products that were spent.
+        steps: number of matrix-vector products used.
         is_converged: whether all residuals are within the tolerance.
     """
 
@@ -71,16 +71,16 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The ``k`` algebraically largest eigenvalues and their vectors, by Lanczos with full reorthogonalisation.
 
-    One start vector sees one direction of each eigenspace: of an eigenvalue that occurs more than once, to the last
-    bit, copies may be missed. Memory: one vector for each step.
+    One start vector sees one direction of each eigenspace, so copies of an exactly repeated eigenvalue may be missed.
+    Memory: one vector per step.
 
     Args:
-        product: v to H v, H symmetric.
+        product: v -> H v, where H is symmetric.
         start: a random vector; its size and dtype are those of all others.
         k: in [1, size].
-        max_steps: at least k; no more products than this.
-        tolerance: of a residual, as a fraction of the eigenvalue that is largest in magnitude.
-        generator: of new directions, where the ones found so far are closed under H.
+        max_steps: at least k; the maximum number of products.
+        tolerance: allowed residual, as a fraction of the eigenvalue that is largest in magnitude.
+        generator: generates new directions if the ones found so far are closed under H.
     """
     size, eps = start.numel(), torch.finfo(start.dtype).eps
     if not 1 <= k <= size:
@@ -119,13 +119,13 @@ def _orthogonal(vector: Tensor, rows: Tensor) -> Tensor:
 
 
 def coordinates(direction: Tensor, vectors: Tensor) -> Tensor:
-    """Of the unit vector along ``direction``, in the orthonormal rows of ``vectors``."""
+    """The coordinates of the unit vector along ``direction`` in the orthonormal rows of ``vectors``."""
     inside: Tensor = vectors @ (direction / direction.norm())
     return inside
 
 
 def pruned_like(a: Parameters, b: Parameters, score: Callable[[Tensor], Tensor]) -> Parameters:
-    """``a`` with as many zeros in each tensor as ``b`` has in it, put where the score is least."""
+    """``a`` with as many zeros in each tensor as ``b`` has, at the places with the lowest score."""
     pruned = {}
     for name, value in a.items():
         cut = score(value).reshape(-1).argsort(stable=True)[: int((b[name] == 0).sum())]

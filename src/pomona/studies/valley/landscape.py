@@ -17,12 +17,12 @@ from pomona.train.evaluate import count_right, cross_entropy
 from pomona.zoo.data import Dataset
 
 _BATCH = 1000  # examples at a time, at most
-_HESSIAN_BATCH = 200  # the same where second derivatives are taken, which need several times the memory
+_HESSIAN_BATCH = 200  # the same for second derivatives, which need several times the memory
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one point; accuracies in percent."""
+    """Measurements at one point; accuracies in percent."""
 
     loss: float
     accuracy: float
@@ -32,11 +32,11 @@ class Point:
 class Landscape:
     """Cross-entropy of one architecture on fixed training examples, as a function of its parameters.
 
-    BatchNorm has no statistics of its own at a point where nothing was trained, so they are computed there: in
-    ``loss``, of the batch at hand, and derivatives go through them; in ``measure``, over all the examples.
+    At a point where nothing was trained BatchNorm has no running statistics, so they are computed there: in ``loss``
+    over the current batch, and derivatives include them; in ``measure`` over all examples.
 
     Args:
-        model: its parameters are not used.
+        model: the architecture; its parameters are not used.
         data: training examples and test set.
         examples: indices of the training examples.
     """
@@ -50,7 +50,7 @@ class Landscape:
             norm.momentum = None  # the mean over all batches
 
     def loss(self, parameters: Parameters, batch: Tensor) -> Tensor:
-        """The mean over a batch of training examples."""
+        """The mean loss over a batch of training examples."""
         return cross_entropy(self._logits_by_batch(parameters, self._fresh(), batch), self.data.train_labels[batch])
 
     def losses(self) -> list[Loss]:
@@ -82,7 +82,7 @@ class Landscape:
         return Point(loss / num, 100 * right / num, 100 * test_right / num_test)
 
     def _fresh(self) -> Parameters:
-        """Buffers as before any batch."""
+        """The buffers as they are before any batch."""
         for norm in self._norms:
             norm.reset_running_stats()
         return {name: buffer.clone() for name, buffer in self.model.named_buffers()}

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from pomona.studies.valley.curvature import Parameters
 
-MOMENTUM = 0.9  # in the training of the curve
+MOMENTUM = 0.9  # of the training of the curve
 
 
 def segment(a: Parameters, b: Parameters, t: float) -> Parameters:
@@ -18,7 +18,7 @@ def segment(a: Parameters, b: Parameters, t: float) -> Parameters:
 
 
 def bezier(a: Parameters, c: Parameters, b: Parameters, t: float) -> Parameters:
-    """From ``a`` to ``b``, drawn towards the control point ``c``; the segment where that is the middle."""
+    """The curve from ``a`` to ``b``, bent towards the control point ``c``; the segment if ``c`` is the middle."""
     return {name: (1 - t) ** 2 * a[name] + 2 * t * (1 - t) * c[name] + t**2 * b[name] for name in a}
 
 
@@ -31,14 +31,14 @@ def train_control(
     lr: float,
     generator: Generator,
 ) -> Parameters:
-    """The control point that SGD with momentum 0.9 finds from the middle, one uniform t in each step.
+    """The control point that SGD with momentum 0.9 finds from the middle, with one uniform t in each step.
 
     Args:
-        loss: of some parameters in step 0, 1, ...; where it depends on the step, on a minibatch say, it is stochastic.
+        loss: loss of some parameters in step 0, 1, ...; it may depend on the step, for example by a minibatch.
         a, b: the ends, which stay.
         num_steps: at least 1.
-        lr: of the first half of the steps; in the second half the rate falls linearly to zero.
-        generator: of t.
+        lr: learning rate of the first half of the steps; in the second half it falls linearly to zero.
+        generator: generates t.
 
     Raises:
         ValueError: the training diverged.
@@ -57,7 +57,7 @@ def train_control(
 
 
 def barrier(ts: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """How far the loss rises above the larger end between t = 0 and t = 1, which must be in ``ts``, and at which t.
+    """How far the loss rises above its larger end value between t = 0 and t = 1, both in ``ts``, and at which t.
 
     Example:
         >>> barrier([-0.5, 0.0, 0.5, 1.0], [9.0, 1.0, 4.0, 2.0])
