@@ -75,7 +75,7 @@ class Checkpoints:
             if _step(path) > step and self._is_whole(path):
                 raise ValueError(
                     f"step {step} is behind {path.name} in {self.folder}: "
-                    "load() it to go on from there, or use another folder"
+                    "load() it and continue from there, or use another folder"
                 )
 
         buffer = io.BytesIO()

@@ -17,7 +17,7 @@ from pomona.zoo.data import DATA, Dataset
 from pomona.zoo.models import Model, build_model
 
 _RESUME = "run the same command again to resume it"
-_REWRITE = "run the same command again to write them anew"
+_REWRITE = "run the same command again to write them again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class FinishedRun:
         folder: where it lies.
         facts: at least title, source, seed, recipe and data; after pruning all of ``result.json``.
         weights: the state dict, on the CPU.
-        checksum: of the data it was trained on; None if the folder no longer has ``run.json``.
+        checksum: checksum of the data it was trained on; None if the folder no longer has ``run.json``.
     """
 
     folder: Path

@@ -94,7 +94,7 @@ class Dataset:
 
     @property
     def checksum(self) -> str:
-        """Of the content, independent of its source."""
+        """A checksum of the content, independent of its source."""
         digest = hashlib.sha256()
         for tensor in (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels):
             digest.update(tensor.contiguous().numpy().tobytes())
