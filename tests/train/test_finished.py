@@ -73,7 +73,9 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the dense network in .* has not finished; run the same command again"):
         open_finished(write_dense(tmp_path / "dense", phase=0))
     (write_manifest(tmp_path / "run") / "model.pt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"model\.pt cannot be read .*; run the same command again to write them again"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt cannot be read .*; run the same command again to write them again"
+    ):
         open_finished(tmp_path / "run")
     torch.save({"fc1.weight": torch.zeros(2, 2)}, tmp_path / "run" / "model.pt")
     with pytest.raises(ValueError, match=r"are not those of a lenet-300-100; run the same command again"):
