@@ -25,10 +25,11 @@ from pomona.ops import drop_buffers_, drop_gradients_, drop_weights_, masks_of, 
 from pomona.schedule import Value, check_value
 from pomona.score import saliency
 from pomona.studies.compare import base_key, conclude
+from pomona.train.evaluate import evaluate
+from pomona.train.finished import read_run
 from pomona.train.progress import Progress
 from pomona.train.recipe import load_recipe, recipe_from_dict
-from pomona.train.run import evaluate
-from pomona.train.stages import read_run, train, train_base
+from pomona.train.stages import train, train_base
 from pomona.zoo.data import DATA
 from pomona.zoo.models import build_model
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pomona.train.run import read_rows
+from pomona.train.folder import read_rows
 
 RESULTS = Path(__file__).parent / "results"
 

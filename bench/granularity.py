@@ -25,13 +25,15 @@ import torch
 
 import pomona
 from nets import NETS, count, kernels, make
-from pomona.benchmark.bench import TOLERANCE, Worker, export_onnx, take_turns, write_network
+from pomona.benchmark.bench import export_onnx, write_network
 from pomona.benchmark.paths import Case, relative_error
+from pomona.benchmark.result import TOLERANCE
+from pomona.benchmark.worker import Worker, take_turns
 from pomona.budget import num_kept
 from pomona.selection.top_k import top_k
+from pomona.train.evaluate import evaluate
 from pomona.train.progress import Progress
 from pomona.train.recipe import load_recipe
-from pomona.train.run import evaluate
 from pomona.train.stages import train, train_base
 from pomona.zoo.data import DATA
 from pomona.zoo.models import build_model

@@ -35,8 +35,10 @@ import torch
 
 from nets import NETS, count, make, mask_
 from peers.environments import PEERS, PINS, PeerError, build_environment, interpreter
-from pomona.benchmark.bench import TOLERANCE, Worker, WorkerError, export_onnx, take_turns, write_network
+from pomona.benchmark.bench import export_onnx, write_network
 from pomona.benchmark.paths import Case, relative_error
+from pomona.benchmark.result import TOLERANCE
+from pomona.benchmark.worker import Worker, WorkerError, take_turns
 from speed import machine, show
 
 HERE = Path(__file__).resolve().parent

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pomona
-from pomona.benchmark.bench import Timing, Worker, take_turns
-from pomona.benchmark.paths import PATHS, Arrays, Case, Run, open_module, relative_error, serve
+from pomona.benchmark.paths import PATHS, Arrays, Call, Case, open_module, relative_error, serve
+from pomona.benchmark.worker import Timing, Worker, take_turns
 from speed import machine, show
 
 HERE = Path(__file__).parent
@@ -237,7 +237,7 @@ def run_without_torch(file: str, images: NDArray[np.float32]) -> NDArray[np.floa
 # Speed
 
 
-def open_pomona_compile(case: Case, threads: int) -> Run:
+def open_pomona_compile(case: Case, threads: int) -> Call:
     """The module with sparse layers; what was chosen is written beside its state."""
     torch.set_num_threads(threads)
     model = open_module(case.source)

@@ -25,10 +25,12 @@ import numpy as np
 import torch
 
 import pomona
-from pomona.files import container, safetensors
-from pomona.files.container import Stored
+from pomona.files import safetensors
+from pomona.files.pack import pack
 from pomona.files.quantize import Quantization, quantize
-from pomona.train.run import evaluate
+from pomona.files.stored import Stored
+from pomona.files.unpack import read
+from pomona.train.evaluate import evaluate
 from pomona.zoo.data import DATA
 from pomona.zoo.models import MODELS, build_model
 from speed import machine, resnet50
@@ -72,13 +74,13 @@ def measure(weights: Weights, kind: str, sparsity: float) -> dict[str, Any]:
     masks = [array != 0 for array in pruned.values()]
     kept, total = sum(int(m.sum()) for m in masks), sum(m.size for m in masks)
     start = time.process_time()
-    data = container.pack(stored(pruned))
+    data = pack(stored(pruned))
     encoding = time.process_time() - start
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x"
         path.write_bytes(data)
         start = time.process_time()
-        back = container.read(path)
+        back = read(path)
         decoding = time.process_time() - start
     assert all(np.array_equal(back.tensors[name].dense(), array) for name, array in pruned.items())
     plain = safetensors.pack({name: ("F32", array) for name, array in pruned.items()}, {})
@@ -86,7 +88,7 @@ def measure(weights: Weights, kind: str, sparsity: float) -> dict[str, Any]:
     rows = sum(m.shape[0] + 1 for m in masks)
     bits = {
         "limit": sum(map(entropy, masks)),
-        "pomona": stream_bits(container.pack(stored(noise(masks)))) - 32 * kept,
+        "pomona": stream_bits(pack(stored(noise(masks)))) - 32 * kept,
         "bitmask": total,
         "bitmask, zlib": 8 * len(zlib.compress(packed, 9)),
         "CSR int16": 16 * kept + 32 * rows,
@@ -94,7 +96,7 @@ def measure(weights: Weights, kind: str, sparsity: float) -> dict[str, Any]:
         "bitmask, zstd": zstd(packed),
         "header": 8 * len(data) - stream_bits(data),
         "file, fp32": 8 * len(data),
-        "file, 4 bit": 8 * len(container.pack(quantize(stored(pruned), Quantization("k-means", 16)))),
+        "file, 4 bit": 8 * len(pack(quantize(stored(pruned), Quantization("k-means", 16)))),
         "dense, zlib": 8 * len(zlib.compress(plain, 9)),
         "dense, zstd": zstd(plain),
     }
@@ -158,7 +160,7 @@ def matrices() -> Iterator[dict[str, Any]]:
         yield {
             "matrix": "100 x 300, 16 values",
             "density": density,
-            "pomona": round(len(container.pack(made)) / dense, 4),
+            "pomona": round(len(pack(made)) / dense, 4),
             "HAM": round(ham(made["w"].dense(), sparse=False) / dense, 4),
             "sHAM": round(ham(made["w"].dense(), sparse=True) / dense, 4),
         }

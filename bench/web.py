@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pomona.files import container
-from pomona.files.container import Stored
+from pomona.files import pack
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Stored
+from pomona.files.unpack import read
 from pomona.runtime.ranges import with_ranges
 from pomona.runtime.readers.trace import trace
 from pomona.zoo.models import build_model
@@ -71,7 +72,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     torch.manual_seed(0)
     found: dict[str, tuple[nn.Module, tuple[int, ...]]] = {"one ReLU of 10": (Nothing(), (10,))}
     digits = build_model("lenet-5", seed=0)
-    stored = container.read(DIGITS).tensors
+    stored = read(DIGITS).tensors
     digits.load_state_dict({name: torch.from_numpy(np.array(tensor.dense())) for name, tensor in stored.items()})
     found["LeNet-5 of the page, 99.7 %"] = (digits.eval(), (1, 28, 28))
     for sparsity in (0.9, 0.95):
@@ -90,7 +91,7 @@ def write(model: nn.Module, shape: tuple[int, ...], path: Path) -> None:
     others = torch.randn(16, *shape, generator=torch.Generator().manual_seed(3))
     graph = with_ranges(graph, tensors, others.numpy())
     stored = {name: Stored("F32", Sparse.from_dense(t) if (t == 0).mean() > 0.2 else t) for name, t in tensors.items()}
-    container.write(Path(f"{path}.pomona.safetensors"), stored, {}, graph.to_json())
+    pack.write(Path(f"{path}.pomona.safetensors"), stored, {}, graph.to_json())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (x,), f"{path}.onnx", dynamo=False, input_names=["x"])

@@ -27,7 +27,8 @@ from pomona.selection import NonFiniteError
 from pomona.selection.allocation import Allocation
 from pomona.selection.groups import block_scores, violations
 from pomona.selection.top_k import top_k
-from pomona.train.recipe import RecipeError, load_recipe
+from pomona.train.recipe import load_recipe
+from pomona.train.stage import RecipeError
 from pomona.weight import Weight
 from tests.oracles import granularity as oracle
 from tests.problems import bits

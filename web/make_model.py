@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import pomona
-from pomona.files import container
+from pomona.files.pack import write
+from pomona.files.unpack import read
 from pomona.runtime.readers.trace import trace
 from pomona.zoo.data import load_mnist
 from pomona.zoo.models import MODELS
@@ -46,7 +47,7 @@ def main() -> None:
     graph, _ = trace(model, data.test_inputs[:1], folded=False)
     print(pomona.export(model, options.out, quantize=options.quantize, evaluate=accuracy, graph=graph))
 
-    file = container.read(options.out)
+    file = read(options.out)
     metadata = file.metadata | {
         "title": result["title"],
         "source": result["source"],
@@ -56,7 +57,7 @@ def main() -> None:
         "mean": "0.1307",  # of pixels in 0..1, as pomona.zoo.data takes it off
         "std": "0.3081",
     }
-    size = container.write(options.out, file.tensors, metadata, file.graph)
+    size = write(options.out, file.tensors, metadata, file.graph)
     print(f"{size:,} bytes with what the page says of it")
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pomona.benchmark.paths import PATHS, Arrays, Case, Run, serve
+from pomona.benchmark.paths import PATHS, Arrays, Call, Case, serve
 
 
-def open_mnn(case: Case, threads: int) -> Run:
+def open_mnn(case: Case, threads: int) -> Call:
     return _session(case, threads, [])
 
 
-def open_mnn_sparse(case: Case, threads: int) -> Run:
+def open_mnn_sparse(case: Case, threads: int) -> Call:
     return _session(case, threads, ["--detectSparseSpeedUp"])
 
 
-def _session(case: Case, threads: int, options: list[str]) -> Run:
+def _session(case: Case, threads: int, options: list[str]) -> Call:
     """The package's converter is called as a function: its command line would install packages and phone home."""
     import _tools
     import MNN
@@ -51,7 +51,7 @@ def _session(case: Case, threads: int, options: list[str]) -> Run:
     return run
 
 
-def open_deepsparse(case: Case, threads: int) -> Run:
+def open_deepsparse(case: Case, threads: int) -> Call:
     """The engine alone: importing the whole package would need the requirements left out in `PEERS`, and report use."""
     if "deepsparse" not in sys.modules:
         spec = importlib.util.find_spec("deepsparse")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pomona.distributed import Shard, local, max_over, reshard, shards_of, sum_vectors
 from pomona.native import core
 from pomona.ops import PIECE
+from pomona.pages.text import table
 from pomona.scope import Scope
 
 
@@ -168,7 +169,9 @@ class Report:
                 f"{self.compression:.1f}x compression" if self.nonzero else "nothing left",
             )
         )
-        return "\n".join([*_table(rows), *self._notes()])
+        head, *body, total = table(rows, right=range(2, 6)).splitlines()
+        rule = "-" * max(map(len, (head, *body, total)))
+        return "\n".join([head, rule, *body, rule, total, *self._notes()])
 
     def _notes(self) -> Iterable[str]:
         if self.accuracy_before is not None and self.accuracy_after is not None:
@@ -193,20 +196,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = {0, 1, len(widths) - 1}
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    rule = "-" * max(map(len, lines))
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
 def report_layer(name: str, value: Tensor, *, largest_cut: float | None = None, reason: str = "") -> LayerReport:

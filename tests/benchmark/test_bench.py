@@ -17,22 +17,14 @@ import torch
 from torch import nn
 
 from pomona import runtime
-from pomona.benchmark.bench import (
-    BenchResult,
-    LayerResult,
-    PathResult,
-    Timing,
-    Worker,
-    WorkerError,
-    bench,
-    duration,
-    take_turns,
-    write_network,
-)
+from pomona.benchmark.bench import bench, write_network
 from pomona.benchmark.page import write_bench_page
 from pomona.benchmark.paths import open_module, peak_memory, relative_error
-from pomona.files import container
+from pomona.benchmark.result import BenchResult, LayerResult, PathResult, with_unit
+from pomona.benchmark.worker import Timing, Worker, WorkerError, take_turns
+from pomona.files.pack import write
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Stored
 from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.graph import Graph, Node
@@ -109,7 +101,7 @@ def test_all_paths_of_a_model_agree_and_are_timed(tiny: str, tmp_path: Path) -> 
         assert path["peak_bytes"] > 2**20
     pomona, torch_, *_ = result["paths"]
     assert pomona["peak_bytes"] < torch_["peak_bytes"] / 2  # its process has no torch
-    assert [layer["name"] for layer in result["layers"]] == ["0", "4", "all else"]
+    assert [layer["name"] for layer in result["layers"]] == ["0", "4", "all others"]
     assert [layer["kept"] for layer in result["layers"]] == [20, 1440, 0]
     assert all(layer["seconds"] >= 0 and layer["dense_seconds"] >= 0 for layer in result["layers"])
     assert result["layers"][0]["seconds"] > 0
@@ -140,7 +132,9 @@ def test_a_run_is_benched_on_its_data(tmp_path: Path, digits: Path) -> None:
     run.mkdir()
     recipe = {"title": "t", "source": "s", "seed": 0, "model": "lenet-300-100", "data": "mnist"}
     (run / "run.json").write_text(json.dumps({"command": "train", "recipe": recipe, "data": "d"}))
-    assert "has no model.pt" in failing(str(run), "--data", str(digits))
+    assert "holds no model.pt: the run has not finished; run the same command again" in failing(
+        str(run), "--data", str(digits)
+    )
     torch.save(build_model("lenet-300-100", seed=3).state_dict(), run / "model.pt")
     result = bench(str(run), seconds=0.01, paths=["pomona"], data=digits)
     assert result.inputs == ((1, 1, 28, 28),) and result.weights == 266_200
@@ -157,7 +151,7 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     assert "must return a torch.nn.Module, got int" in failing("tiny_net:number", *shape)
     assert "--input 1x3x224x224" in failing(tiny)
     assert "as 1x3x224x224, got '1x0'" in failing(tiny, "--input", "1x0")
-    assert "paths are pomona, pomona int16, torch, " in failing(tiny, *shape, "--paths", "tensorrt")
+    assert "paths must be among pomona, pomona int16, torch, " in failing(tiny, *shape, "--paths", "tensorrt")
     assert "--seconds must be above 0, got 0" in failing(tiny, *shape, "--seconds", "0")
     data = tmp_path / "data.npz"
     np.savez(data, x=np.zeros((2, 3, 9, 9)), y=np.zeros(2, int))
@@ -168,7 +162,7 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     assert "must hold arrays x and y, got x" in failing(tiny, *shape, "--data", str(data))
     assert "understood for a run of pomona only" in failing(tiny, *shape, "--data", str(tmp_path))
     file = tmp_path / "weights.pomona.safetensors"
-    container.write(file, {"w": container.Stored("F32", np.ones((2, 2), np.float32))})
+    write(file, {"w": Stored("F32", np.ones((2, 2), np.float32))})
     assert "not what is computed with them" in failing(str(file))
 
 
@@ -234,7 +228,7 @@ def test_peak_memory_is_of_this_process() -> None:
 
 
 def test_durations_have_three_digits() -> None:
-    assert [duration(s) for s in (1.234, 0.04567, 8.9e-6)] == ["1.23 s", "45.7 ms", "8.9 us"]
+    assert [with_unit(s) for s in (1.234, 0.04567, 8.9e-6)] == ["1.23 s", "45.7 ms", "8.9 us"]
 
 
 RESULT = BenchResult(
@@ -258,7 +252,7 @@ RESULT = BenchResult(
     layers=(
         LayerResult("first", (10, 5), 50, 5, 1_000_000, 100_000, 1e-3, 4e-3),
         LayerResult("second", (10, 5), 50, 5, 1_000_000, 100_000, 1e-3, 0.8e-3),
-        LayerResult("all else", (), 0, 0, 0, 0, 1e-4, 1e-4),
+        LayerResult("all others", (), 0, 0, 0, 0, 1e-4, 1e-4),
     ),
 )
 
@@ -267,7 +261,7 @@ def test_it_says_where_dense_wins() -> None:
     assert RESULT.verdict() == [
         "pomona is 2.50x as fast as the fastest dense float32 path, onnxruntime",
         "dense int8 wins: openvino int8 is 2.00x as fast as pomona",
-        "1 of 2 layers would be faster computed with their zeros: second",
+        "1 of 2 layers would be faster with their zeros computed: second",
         "outputs of openvino are wrong and do not count",
     ]
     slow = replace(RESULT, paths=(replace(RESULT.paths[0], timing=Timing(6e-3, 6e-3, 6e-3, 3)), *RESULT.paths[1:]))

@@ -9,7 +9,7 @@ import torch
 
 import pomona
 import pomona.runtime
-from pomona.files import container
+from pomona.files.unpack import read
 from pomona.zoo.data import DATA
 from tests.runs import Finished, command_line, finish, result_of
 
@@ -33,14 +33,14 @@ def test_a_run_becomes_a_file_that_runs(finished: Finished, digits: Path, tmp_pa
     labels = DATA["mnist"](digits).test_labels
     right = (pomona.runtime.load(out).run(images.numpy()).argmax(1) == labels.numpy()).mean()
     assert 100 * right == pytest.approx(result_of(finished.folder)["accuracy"]["after_cut"])
-    assert container.read(out).metadata["method"].startswith("gsm(compression=10")
+    assert read(out).metadata["method"].startswith("gsm(compression=10")
 
 
 def test_a_calibrated_file_runs_in_fixed_point(finished: Finished, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "lenet.pomona.safetensors"
     command = ["export", str(finished.folder), "-o", str(out), "--data-dir", str(digits), "--calibrate", "20"]
     assert command_line(command).status == 0
-    assert len(container.read(out).graph["ranges"]) > 3
+    assert len(read(out).graph["ranges"]) > 3
     images = DATA["mnist"](digits).test_inputs.numpy()
     exact, fixed = (pomona.runtime.load(out, precision=p).run(images) for p in ("float32", "int16"))
     assert abs(fixed - exact).max() < 5e-3 * abs(exact).max()
@@ -59,7 +59,7 @@ def test_quantisation_is_measured_on_the_test_set(finished: Finished, digits: Pa
         assert done.status == 0, done.err
         assert ("before quantisation" in done.out) == bool(more)
         sizes[len(more)] = out.stat().st_size
-        assert (container.read(out).graph is None) == ("--no-graph" in more)
+        assert (read(out).graph is None) == ("--no-graph" in more)
     assert sizes[4] < sizes[2] < sizes[0] / 3
 
 
@@ -70,7 +70,7 @@ def test_weights_become_a_file_and_the_other_way(finished: Finished, tmp_path: P
         tmp_path / "y.csr.safetensors",
     )
     assert command_line(["export", str(weights), "-o", str(out)]).status == 0
-    assert container.read(out).graph is None
+    assert read(out).graph is None
     assert command_line(["export", str(out), "-o", str(again)]).status == 0
     wanted, found = torch.load(weights, weights_only=True), pomona.load(again)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

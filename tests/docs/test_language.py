@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pomona.studies.valley import Landscape
+from pomona.studies.valley.landscape import Landscape
 from pomona.train.recipe import load_recipe
 from pomona.zoo.data import DATA, Dataset, load_shakespeare
 from pomona.zoo.models import build_model

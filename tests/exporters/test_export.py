@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import pomona
 from pomona.exporters import FORMATS, FormatError
 from pomona.exporters import onnx as onnx_format
-from pomona.files import container
 from pomona.files.quantize import Quantization
+from pomona.files.unpack import read
 
 SUFFIX = {
     "pomona": ".pomona.safetensors",
@@ -219,7 +219,7 @@ def test_the_file_says_what_is_in_it(tmp_path: Path) -> None:
         model, torch.optim.SGD(model.parameters(), 0.1, 0.99, weight_decay=1e-4), pomona.GSM(sparsity=0.9)
     )
     told = pomona.export(model, tmp_path / "x.pomona.safetensors", pruner=pruner)
-    metadata = container.read(tmp_path / "x.pomona.safetensors").metadata
+    metadata = read(tmp_path / "x.pomona.safetensors").metadata
     assert metadata["pomona"] == pomona.__version__
     assert metadata["method"] == repr(pomona.GSM(sparsity=0.9)) and metadata["scope"].startswith("Scope(")
     assert float(metadata["sparsity"]) == pytest.approx(pomona.report(model).sparsity, abs=1e-6)
@@ -244,7 +244,7 @@ def test_accuracy_is_measured_with_the_quantised_weights_which_then_leave_the_mo
     assert same(before, dict(model.state_dict()))
     assert (told.accuracy_before, told.accuracy_after) == (98.5, 97.5)
     assert "accuracy 98.50 before quantisation, 97.50 after (-1.00)" in str(told)
-    metadata = container.read(told.path).metadata
+    metadata = read(told.path).metadata
     assert (metadata["accuracy_before"], metadata["accuracy_after"]) == ("98.5", "97.5")
     assert metadata["quantize"] == "k-means:4:biases=3"
     state = pomona.load(told.path)

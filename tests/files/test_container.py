@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pomona.files import container
-from pomona.files.container import Book, FormatError, Stored
-from pomona.files.safetensors import DTYPES
+from pomona.files import unpack
+from pomona.files.pack import pack, write
+from pomona.files.safetensors import DTYPES, FormatError
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Codebook, File, Stored, from_float32
 from tests.fuzz import container as fuzz_container
 from tests.oracles import container as oracle
 
@@ -32,9 +33,9 @@ ROOT = Path(__file__).parents[2]
 fast = settings(deadline=None, max_examples=60)
 
 
-def read(data: bytes, path: Path, **options: Any) -> container.File:
+def read(data: bytes, path: Path, **options: Any) -> File:
     path.write_bytes(data)
-    return container.read(path, **options)
+    return unpack.read(path, **options)
 
 
 def f32(*values: float) -> np.ndarray:
@@ -57,7 +58,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Stored]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "x"
-    found = read(container.pack(tensors), path).tensors
+    found = read(pack(tensors), path).tensors
     assert list(found) == list(tensors)
     for name, wanted in tensors.items():
         assert found[name].dtype == wanted.dtype and found[name].shape == wanted.shape
@@ -68,7 +69,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(
 @given(st.dictionaries(st.sampled_from("abcdef"), stored(), max_size=4), st.booleans())
 def test_the_specification_read_out_gives_the_same(tensors: dict[str, Stored], has_graph: bool) -> None:
     tensors = {**tensors, **{f"{name} again": value for name, value in tensors.items()}}
-    found = oracle.read(container.pack(tensors, graph={"a": 1} if has_graph else None))
+    found = oracle.read(pack(tensors, graph={"a": 1} if has_graph else None))
     assert list(found) != [] or not tensors
     for name, wanted in tensors.items():
         dtype, shape, elements = found[name]
@@ -76,15 +77,15 @@ def test_the_specification_read_out_gives_the_same(tensors: dict[str, Stored], h
         assert b"".join(elements) == wanted.dense().tobytes()
 
 
-def test_the_specification_read_out_decodes_books_and_halves() -> None:
-    book, uniform = Book.table(f32(-1.5, 0.25, 3)), Book.uniform(0.5, 4)
+def test_the_specification_read_out_decodes_codebooks_and_halves() -> None:
+    codebook, uniform = Codebook.table(f32(-1.5, 0.25, 3)), Codebook.uniform(0.5, 4)
     tensors = {
-        "sparse": Stored("F32", np.concatenate([np.zeros(90, np.float32), f32(0.25, -1.5, 0, 3)]), book),
-        "dense": Stored("F32", f32(0.25, -1.5, 0.25, 3), book),
+        "sparse": Stored("F32", np.concatenate([np.zeros(90, np.float32), f32(0.25, -1.5, 0, 3)]), codebook),
+        "dense": Stored("F32", f32(0.25, -1.5, 0.25, 3), codebook),
         "uniform": Stored("F32", f32(-1, 0.5, 1, -0.5, 0), uniform),
         "half": Stored("F32", f32(0.1, 2).astype(np.float16).astype(np.float32), "F16"),
     }
-    found = oracle.read(container.pack(tensors))
+    found = oracle.read(pack(tensors))
     for name in ("sparse", "dense", "uniform"):
         assert b"".join(found[name][2]) == tensors[name].dense().tobytes()
     assert found["half"][0] == "F32:F16"
@@ -92,26 +93,30 @@ def test_the_specification_read_out_decodes_books_and_halves() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
-@pytest.mark.parametrize("book", [Book.table(f32(-1.5, 0.25, 3)), Book.table(f32(0.25), "F16"), Book.uniform(0.3, 254)])
-def test_books_come_back(dtype: str, book: Book, tmp_path: Path) -> None:
-    values = book.of(dtype)
+@pytest.mark.parametrize(
+    "codebook", [Codebook.table(f32(-1.5, 0.25, 3)), Codebook.table(f32(0.25), "F16"), Codebook.uniform(0.3, 254)]
+)
+def test_codebooks_come_back(dtype: str, codebook: Codebook, tmp_path: Path) -> None:
+    values = codebook.of(dtype)
     chosen = np.random.default_rng(0).choice(values, 300)
     for zeros in (0, 3, 3000):
         array = np.concatenate([chosen, np.zeros(zeros, values.dtype)])
-        found = read(
-            container.pack({"a": Stored(dtype, array, book), "b": Stored(dtype, values, book)}), tmp_path / "x"
-        )
+        found = read(pack({"a": Stored(dtype, array, codebook), "b": Stored(dtype, values, codebook)}), tmp_path / "x")
         assert found.tensors["a"].dense().tobytes() == array.tobytes()
         assert found.tensors["b"].dense().tobytes() == values.tobytes()
         again = found.tensors["a"].storage
-        assert isinstance(again, Book) and again.values.tobytes() == book.values.tobytes() and again.kind == book.kind
+        assert (
+            isinstance(again, Codebook)
+            and again.values.tobytes() == codebook.values.tobytes()
+            and again.kind == codebook.kind
+        )
 
 
-def test_a_book_of_256_values_serves_sparse_tensors_and_full_ones(tmp_path: Path) -> None:
-    book = Book.table(np.arange(1, 257))
+def test_a_codebook_of_256_values_serves_sparse_tensors_and_full_ones(tmp_path: Path) -> None:
+    codebook = Codebook.table(np.arange(1, 257))
     for zeros in (0, 5):
         array = np.concatenate([np.arange(1, 257), np.zeros(zeros)]).astype(np.float32)
-        found = read(container.pack({"a": Stored("F32", array, book)}), tmp_path / "x").tensors["a"]
+        found = read(pack({"a": Stored("F32", array, codebook)}), tmp_path / "x").tensors["a"]
         assert found.dense().tobytes() == array.tobytes()
 
 
@@ -120,15 +125,15 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
 
     numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, math.inf, -math.inf, 1 + 2**-8, 1 + 3 * 2**-8])])
     wanted = numbers.bfloat16().view(torch.uint16).numpy()
-    assert container.from_float32(numbers.numpy(), "BF16").tolist() == wanted.tolist()
-    nan = container.from_float32(f32(math.nan), "BF16")
+    assert from_float32(numbers.numpy(), "BF16").tolist() == wanted.tolist()
+    nan = from_float32(f32(math.nan), "BF16")
     assert torch.from_numpy(nan).view(torch.bfloat16).isnan().all()
 
 
 def test_tied_tensors_are_stored_once_and_come_back_as_one(tmp_path: Path) -> None:
     one = Stored("F32", np.random.default_rng(0).standard_normal(5000).astype(np.float32))
-    alone = container.pack({"a": one})
-    twice = container.pack({"a": one, "b": one})
+    alone = pack({"a": one})
+    twice = pack({"a": one, "b": one})
     assert len(twice) - len(alone) < 10
     tensors = read(twice, tmp_path / "x").tensors
     assert tensors["a"] is tensors["b"]
@@ -142,7 +147,7 @@ def test_the_header_is_readable_and_the_file_is_a_safetensors_file(tmp_path: Pat
         "fc.bias": Stored("F16", np.ones(20, np.float16)),
         "é;": Stored("I64", np.array(1)),
     }
-    size = container.write(tmp_path / "x.pomona.safetensors", tensors, {"pomona": "0"}, {"inputs": []})
+    size = write(tmp_path / "x.pomona.safetensors", tensors, {"pomona": "0"}, {"inputs": []})
     assert size == (tmp_path / "x.pomona.safetensors").stat().st_size
     with safetensors.safe_open(tmp_path / "x.pomona.safetensors", "np") as file:
         assert list(file.keys()) == ["pomona"]
@@ -152,7 +157,7 @@ def test_the_header_is_readable_and_the_file_is_a_safetensors_file(tmp_path: Pat
             "pomona": "0",
             "graph": "13",
         }
-    found = container.read(tmp_path / "x.pomona.safetensors")
+    found = unpack.read(tmp_path / "x.pomona.safetensors")
     assert found.metadata == {"pomona": "0"} and found.graph == {"inputs": []}
     assert isinstance(found.tensors["fc.weight"].value, Sparse)
 
@@ -165,22 +170,22 @@ def test_positions_of_a_random_mask_are_near_the_entropy_limit(sparsity: float) 
     tensors = {}
     for i, shape in enumerate(shapes):
         mask = generator.random(shape) > sparsity
-        tensors[str(i)] = Stored("F32", mask.astype(np.float32), Book.table(f32(1)))
+        tensors[str(i)] = Stored("F32", mask.astype(np.float32), Codebook.table(f32(1)))
         p = mask.mean()
         kept += int(mask.sum())
         total += mask.size
         limit += mask.size * (-p * math.log2(p) - (1 - p) * math.log2(1 - p))
-    size = 8 * len(container.pack(tensors)) - kept  # an index takes a bit, of which deflate cannot take less
+    size = 8 * len(pack(tensors)) - kept  # an index takes a bit, of which deflate cannot take less
     assert size / kept < limit / kept + 0.1
 
 
 def test_layers_of_different_density_share_a_table() -> None:
     """Small layers cost a few bytes each, not a table of codes each."""
     generator = np.random.default_rng(0)
-    book = Book.table(f32(1))
+    codebook = Codebook.table(f32(1))
     layers = [(generator.random(n) < p).astype(np.float32) for n, p in ((4000, 0.05), (40_000, 0.003), (1000, 0.2))]
-    together = len(container.pack({str(i): Stored("F32", layer, book) for i, layer in enumerate(layers)}))
-    apart = sum(len(container.pack({"0": Stored("F32", layer, book)})) for layer in layers)
+    together = len(pack({str(i): Stored("F32", layer, codebook) for i, layer in enumerate(layers)}))
+    apart = sum(len(pack({"0": Stored("F32", layer, codebook)})) for layer in layers)
     assert together < apart - 2 * 200
 
 
@@ -192,12 +197,12 @@ def test_each_tensor_is_stored_as_is_smaller(tmp_path: Path) -> None:
         "sparse": Stored("F32", np.where(generator.random(1000) < 0.1, dense, np.float32(0))),
         "given sparse": Stored("F32", Sparse.from_dense(dense)),
     }
-    found = read(container.pack(tensors), tmp_path / "x").tensors
+    found = read(pack(tensors), tmp_path / "x").tensors
     assert [isinstance(f.value, Sparse) for f in found.values()] == [False, True, False]
 
 
 def test_a_model_without_weights_is_a_file_too(tmp_path: Path) -> None:
-    assert read(container.pack({}), tmp_path / "x").tensors == {}
+    assert read(pack({}), tmp_path / "x").tensors == {}
 
 
 @pytest.mark.parametrize(
@@ -206,8 +211,8 @@ def test_a_model_without_weights_is_a_file_too(tmp_path: Path) -> None:
         ({"": Stored("F32", f32(1))}, {}, "must have a name"),
         ({"a": Stored("F4", f32(1))}, {}, "dtype 'F4'; a file can hold F64"),
         ({"a": Stored("F16", f32(1))}, {}, "said to be F16, but its array has dtype float32"),
-        ({"a": Stored("I64", np.array([1]), Book.table(f32(1)))}, {}, "a book is for tensors of F64"),
-        ({"a": Stored("F32", f32(2), Book.table(f32(1)))}, {}, "1 elements of a tensor .* are not in its book"),
+        ({"a": Stored("I64", np.array([1]), Codebook.table(f32(1)))}, {}, "a codebook is for tensors of F64"),
+        ({"a": Stored("F32", f32(2), Codebook.table(f32(1)))}, {}, "1 elements of a tensor .* are not in its codebook"),
         ({"a": Stored("F32", f32(0.1), "F16")}, {}, "values that F16 does not hold exactly"),
         ({"a": Stored("BF16", np.zeros(1, np.uint16), "F16")}, {}, "cannot be stored as 'F16'"),
         ({"a": Stored("F32", f32(1), "F64")}, {}, "cannot be stored as 'F64'"),
@@ -217,16 +222,16 @@ def test_a_model_without_weights_is_a_file_too(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_stored_is_refused(tensors: dict[str, Stored], metadata: dict[str, str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        container.pack(tensors, metadata)
+        pack(tensors, metadata)
 
 
 def test_a_graph_with_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        container.pack({}, graph={"low": math.nan})
+        pack({}, graph={"low": math.nan})
 
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:
-    code = "import sys, pomona.files.container, pomona.files.quantize; sys.exit('torch' in sys.modules)"
+    code = "import sys, pomona.files.pack, pomona.files.unpack, pomona.files.quantize; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
@@ -285,24 +290,24 @@ def shuffled(*values: float) -> bytes:
         ),
         (forged("a F32 2 3/0"), r"cannot have 3/0"),
         (forged("a F32 2 1/41"), r"cannot have 1/41"),
-        (forged("a F32:q0 2"), "uses book 0; there are 0"),
-        (forged("a I32:q0 2", books="table F32 1"), "uses book 0; there are 1, for floats"),
+        (forged("a F32:q0 2"), "uses codebook 0; there are 0"),
+        (forged("a I32:q0 2", books="table F32 1"), "uses codebook 0; there are 1, for floats"),
         (forged("a F16:F16 2"), "cannot be stored as F16"),
         (forged("a F32:F64 2"), "describes a tensor as"),
-        (forged("a F32:q0 1", b"\0\0\0\0\2", books="table F32 1"), "refers to value 2 of a book of 2"),
-        (forged("a F32:q0 1 1/0", b"\0\0\0\0\1\0", books="table F32 1"), "refers to value 1 of a book of 1"),
-        (forged("", books=""), "describes a book of values as ''"),
-        (forged("", books="table F32 0"), "describes a book"),
-        (forged("", books="table F32 257"), "describes a book"),
-        (forged("", books="table I8 4"), "describes a book"),
-        (forged("", books="uniform F32 3"), "describes a book"),
-        (forged("", books="uniform F16 2"), "describes a book"),
+        (forged("a F32:q0 1", b"\0\0\0\0\2", books="table F32 1"), "refers to value 2 of a codebook of 2"),
+        (forged("a F32:q0 1 1/0", b"\0\0\0\0\1\0", books="table F32 1"), "refers to value 1 of a codebook of 1"),
+        (forged("", books=""), "describes a codebook as ''"),
+        (forged("", books="table F32 0"), "describes a codebook"),
+        (forged("", books="table F32 257"), "describes a codebook"),
+        (forged("", books="table I8 4"), "describes a codebook"),
+        (forged("", books="uniform F32 3"), "describes a codebook"),
+        (forged("", books="uniform F16 2"), "describes a codebook"),
         (forged("a F32 5 2/0", shuffled(1, 2) + b"\4\0"), "'a' has a value beyond its 5 elements"),
         (forged("a F32 5 2/0", shuffled(1, 2) + b"\5\0"), "'a' has a value beyond its 5 elements"),
         (forged("a F32 5 1/40", b"\xff" * 5 + shuffled(1) + b"\0"), "beyond its 5 elements"),
         (forged("a F32 5 1/40", b"\0" * 5 + shuffled(1) + b"\1"), "beyond its 5 elements"),
-        (forged("a F32 600 2/0", shuffled(1, 2) + b"\1\xff"), "positions of 1 values are stored, not of 2"),
-        (forged("a F32 600 1/0", shuffled(1) + b"\1\1"), "positions of 2 values are stored, not of 1"),
+        (forged("a F32 600 2/0", shuffled(1, 2) + b"\1\xff"), "positions of 1 values are stored instead of 2"),
+        (forged("a F32 600 1/0", shuffled(1) + b"\1\1"), "positions of 2 values are stored instead of 1"),
         (forged("a F32 600 1/0", shuffled(1)), "4 bytes or more, not the 5 to 7"),
         (forged("a BOOL 2", b"\1\2"), "booleans are stored as bytes other than 0 and 1"),
         (forged("a U8 5", b"\0" * 50_000_000), "6 bytes or more, not the 5 to 5"),
@@ -311,10 +316,10 @@ def shuffled(*values: float) -> bytes:
         (forged("a U8 1", stream=b"\0\1\0\xfe\xff\7"), "cut off"),
         (forged("a U8 1", stream=b"\7"), "cannot be inflated"),
         (forged("a U8 1", stream=b""), "0 bytes or more"),
-        (forged("", graph="-1"), "graph is said to have '-1' bytes"),
+        (forged("", graph="-1"), "its graph has '-1' bytes, which is not a size"),
         (forged("", b"1", graph="1"), "its graph is not a JSON object"),
         (forged("", b"[" * 9999, graph="9999"), "its graph is nested too deep"),
-        (forged("", b'{"a":NaN}', graph="9"), "its graph: NaN is not a number"),
+        (forged("", b'{"a":NaN}', graph="9"), "its graph: NaN is not a JSON number"),
         (forged("", graph="999999999999999"), "0 bytes or more"),
         (forged("", format="pomona 2"), "its format is 'pomona 2', not 'pomona 1'; a newer version"),
         (forged("", format="pt"), "its format is 'pt', .* not written by pomona.export"),
@@ -339,7 +344,7 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_single_changed_bit_is_found(tmp_path: Path) -> None:
-    data = container.pack({"a": Stored("F32", np.arange(9, dtype=np.float32))}, {"note": "abc"})
+    data = pack({"a": Stored("F32", np.arange(9, dtype=np.float32))}, {"note": "abc"})
     for bit in range(0, 8 * len(data), 5):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
@@ -348,7 +353,7 @@ def test_a_single_changed_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
-    data = container.pack({"a": Stored("F32", np.arange(9, dtype=np.float32))})
+    data = pack({"a": Stored("F32", np.arange(9, dtype=np.float32))})
     for end in range(0, len(data), 3):
         with pytest.raises(FormatError):
             read(data[:end], tmp_path / "x")

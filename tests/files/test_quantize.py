@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomona.files.container import Book, Stored, from_float32, to_float32
 from pomona.files.quantize import Quantization, k_means, quantize
+from pomona.files.stored import Codebook, Stored, from_float32, to_float32
 
 fast = settings(deadline=None, max_examples=50)
 
@@ -86,7 +86,7 @@ def test_k_means_of_few_values_is_exact() -> None:
 def test_zeros_stay_and_every_weight_goes_to_the_nearest_value(how: str, dtype: str) -> None:
     array = from_float32(weights(3000, keep=0.5).reshape(3, 10, 100), dtype)
     made = quantize({"w": Stored(dtype, array)}, Quantization.parse(how))["w"]
-    assert isinstance(made.storage, Book) and made.dtype == dtype and made.shape == (3, 10, 100)
+    assert isinstance(made.storage, Codebook) and made.dtype == dtype and made.shape == (3, 10, 100)
     before, after = to_float32(array, dtype), to_float32(made.dense(), dtype)
     assert ((before == 0) == (after == 0)).all()
     values = to_float32(made.storage.of(dtype), dtype)
@@ -97,7 +97,7 @@ def test_zeros_stay_and_every_weight_goes_to_the_nearest_value(how: str, dtype: 
 
 def test_uniform_values_are_multiples_of_one_step() -> None:
     made = quantize({"w": Stored("F32", weights().reshape(40, 100))}, Quantization.parse("uniform:3"))["w"]
-    assert isinstance(made.storage, Book)
+    assert isinstance(made.storage, Codebook)
     step = made.storage.values[4]
     assert made.storage.values.tolist() == [np.float32(i * step) for i in (-4, -3, -2, -1, 1, 2, 3, 4)]
     # Of eight equidistant values with a gap around zero; without the gap 0.0374 is the best (Max 1960, table II).
@@ -121,7 +121,7 @@ def test_others_are_rounded_to_half_precision_or_left(recwarn: pytest.WarningsRe
     assert not recwarn.list
 
 
-def test_biases_can_share_a_book() -> None:
+def test_biases_can_share_a_codebook() -> None:
     tensors = {
         "a.weight": Stored("F32", weights().reshape(40, 100)),
         "a.bias": Stored("F32", weights(50)),
@@ -134,7 +134,7 @@ def test_biases_can_share_a_book() -> None:
     assert made["norm.weight"].storage == "F16"
 
 
-def test_shared_is_one_book_and_tied_tensors_stay_tied() -> None:
+def test_shared_is_one_codebook_and_tied_tensors_stay_tied() -> None:
     tied = Stored("F32", weights().reshape(40, 100))
     tensors = {"a": tied, "b": Stored("F32", 3 * weights().reshape(40, 100)), "again": tied}
     apart, together = (quantize(tensors, Quantization.parse(f"k-means:4{end}")) for end in ("", ":shared"))
@@ -145,7 +145,7 @@ def test_shared_is_one_book_and_tied_tensors_stay_tied() -> None:
 def test_half_precision_is_used_for_values_that_it_holds() -> None:
     for scale, dtype in ((1, "F16"), (1e7, "F32"), (1e-7, "F32")):
         made = quantize({"w": Stored("F32", scale * weights().reshape(40, 100))}, Quantization.parse("k-means:4"))["w"]
-        assert isinstance(made.storage, Book) and made.storage.dtype == dtype
+        assert isinstance(made.storage, Codebook) and made.storage.dtype == dtype
 
 
 def test_nothing_but_zeros_and_nothing_at_all() -> None:

@@ -57,7 +57,7 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
         (b"{", "is not JSON"),
         (b"\xff{}", "is not JSON"),
         (b'{"a":1,"a":1}', "the same key twice"),
-        (b'{"a":NaN}', "NaN is not a number"),
+        (b'{"a":NaN}', "NaN is not a JSON number"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"a":' + b"1" * 10_000 + b"}", "is not JSON"),
         ({"__metadata__": {"a": 1}}, "not an object of strings"),

@@ -25,9 +25,10 @@ import torch
 
 from pomona.exporters import FORMATS, FormatError, Source, load
 from pomona.exporters.source import from_state
-from pomona.files import container
-from pomona.files.container import Stored
+from pomona.files.pack import pack
 from pomona.files.quantize import Quantization, quantize
+from pomona.files.stored import Stored
+from pomona.files.unpack import read
 from pomona.runtime.graph import Graph
 from tests.fuzz import fuzzing
 
@@ -63,10 +64,10 @@ def seeds() -> list[bytes]:
     tensors = from_state(state)
     floats = from_state({name: state[name] for name in ("w", "b", "far", "bf16", "tied name;")})
     found = [
-        container.pack(tensors, {"note": "a"}, _GRAPH),
-        container.pack(quantize(floats, Quantization.parse("k-means:5:biases=3")), {}, _GRAPH),
-        container.pack(quantize(floats, Quantization.parse("uniform:3:shared")), {}),
-        container.pack({}, {}),
+        pack(tensors, {"note": "a"}, _GRAPH),
+        pack(quantize(floats, Quantization.parse("k-means:5:biases=3")), {}, _GRAPH),
+        pack(quantize(floats, Quantization.parse("uniform:3:shared")), {}),
+        pack({}, {}),
     ]
     two_four = {"w": torch.tensor([[0.0, 1, 2, 0, 3, 0, 0, 0]]).bfloat16(), "b": torch.zeros(3)}
     plain = {"layer.weight": sparse(9, 16, keep=0.1), "b": torch.ones(2)}
@@ -234,7 +235,7 @@ def check(path: Path) -> str:
         return "refused"
     assert sum(t.numel() * t.element_size() for t in state.values()) <= 2 * MAX_BYTES
     try:
-        file = container.read(path, max_bytes=MAX_BYTES)
+        file = read(path, max_bytes=MAX_BYTES)
     except FormatError:
         return "read"  # of another format
     for stored in file.tensors.values():

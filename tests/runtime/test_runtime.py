@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 import pomona
-from pomona.files.container import File, FormatError, Stored, read, write
+from pomona.files.pack import write
+from pomona.files.safetensors import FormatError
 from pomona.files.sparse import Sparse
+from pomona.files.stored import File, Stored
+from pomona.files.unpack import read
 from pomona.native import library
 from pomona.runtime import Network, load
 from pomona.runtime.readers.trace import trace

@@ -21,8 +21,9 @@ import pomona.train.run
 from pomona.cli import main
 from pomona.methods import METHODS
 from pomona.studies.compare import Job, base_key, check_equal_cost, collect, conclude, plan, spread, tabulate
-from pomona.train.recipe import RecipeError, builtin_recipes, load_recipe
-from pomona.train.run import base_of
+from pomona.train.folder import base_of
+from pomona.train.recipe import builtin_recipes, load_recipe
+from pomona.train.stage import RecipeError
 from pomona.zoo.data import DATA, load_mnist
 from pomona.zoo.models import build_model
 from tests.runs import DESCRIPTION, SERVER, Done, Tripwire, command_line, rows_of
@@ -269,7 +270,7 @@ def test_a_job_is_what_a_user_would_type(tmp_path: Path) -> None:
 
 def test_a_job_may_start_from_a_file_and_on_a_device(tmp_path: Path) -> None:
     job = Job("demo", (), tmp_path / "run", None, Path("dense.pt"))
-    assert job.load().base is None
+    assert job.read_recipe().base is None
     words = job.command(None, 1, device="cuda:1", compiled=True)
     assert words[-5:] == ["--start", str(Path("dense.pt").resolve()), "--device", "cuda:1", "--compile"]
 
@@ -284,7 +285,7 @@ def test_what_starts_from_a_file_needs_no_dense_network_of_its_own(recipes: Path
 
 def test_the_dense_network_and_narrow_ones_are_planned_beside_the_pruned(tmp_path: Path) -> None:
     jobs = plan(["league-set"], [10, 100], [4], [], tmp_path, dense="league-dense", narrow=True)
-    assert [(job.folder.name, job.load().model, job.load().method["compression"]) for job in jobs] == [
+    assert [(job.folder.name, job.read_recipe().model, job.read_recipe().method["compression"]) for job in jobs] == [
         ("league-dense-1x-seed4", "resnet-20", 1),
         ("league-set-10x-seed4", "resnet-20", 10),
         ("league-dense-narrow-10x-seed4", "resnet-20-w5", 1),
@@ -297,9 +298,9 @@ def test_the_dense_network_and_narrow_ones_are_planned_beside_the_pruned(tmp_pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"narrow": True}, r"^--narrow is the recipe of --dense on narrower networks"),
+        ({"narrow": True}, r"^--narrow runs the recipe of --dense on narrower networks"),
         ({"narrow": True, "dense": "compare-set"}, r"no narrower form of lenet-300-100, only of resnet-20, "),
-        ({"narrow": True, "dense": "league-dense", "start": Path("x")}, r"which cannot begin with --start$"),
+        ({"narrow": True, "dense": "league-dense", "start": Path("x")}, r"and --start is not possible$"),
     ],
 )
 def test_narrow_networks_that_cannot_be_had_are_refused(tmp_path: Path, more: Any, message: str) -> None:
@@ -516,7 +517,7 @@ def test_a_stop_saves_what_is_under_way_and_the_same_command_goes_on_to_the_same
     forked.trip = Trip(folder, batch, action, os.getpid())
     stopped = compare(digits, out, *recipes, compressions="5 200")
     assert (stopped.status, stopped.err) == (130, "")
-    assert stopped.out.splitlines()[-1] == f"stopped; give the same command again to go on. What is done is in {out}"
+    assert stopped.out.splitlines()[-1] == f"stopped; run the same command again to resume. Finished runs are in {out}"
     assert forked.started[-1] == folder  # nothing is started after it
     assert not (out / folder / "result.json").exists() and not (out / "compare.md").exists()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -569,7 +570,7 @@ def test_control_c_in_a_shell_stops_a_comparison_and_the_same_command_goes_on(
     assert process.stdout.readline().startswith("1/1, ")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "" and "give the same command again to go on" in out
+    assert process.returncode == 130 and err == "" and "run the same command again to resume" in out
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert table_of(tmp_path / "out") == table_of(compared.out_folder)
@@ -601,7 +602,7 @@ def test_the_table_has_a_row_for_each_recipe_and_a_column_for_each_compression()
         entry("half", 10, 0, 99.9),  # nothing at 30x counts as nothing
     ]
     assert tabulate(entries).splitlines() == [
-        "| method | 10x | 30x | seconds a run |",
+        "| method | 10x | 30x | seconds per run |",
         "| --- | --- | --- | --- |",
         "| admm | 99.00 (1) | 97.10 \u00b1 0.20 (3) | 10 |",
         "| gsm | 98.50 \u00b1 0.71 (2) | 97.00 (1) | 20 |",
@@ -673,7 +674,7 @@ def test_a_league_has_the_dense_network_and_a_narrow_one_in_its_table(tmp_path: 
     weights = torch.load(path, weights_only=True)
     weights["linear.weight"].zero_()
     torch.save(weights, path)
-    with pytest.raises(ValueError, match=r"model\.pt has 26,\d+ non-zero weights, its run ended with 26,833"):
+    with pytest.raises(ValueError, match=r"model\.pt has 26,\d+ non-zero weights, but its run ended with 26,833"):
         collect(tmp_path / "out")
 
     start = tmp_path / "start.pt"
@@ -681,4 +682,4 @@ def test_a_league_has_the_dense_network_and_a_narrow_one_in_its_table(tmp_path: 
     again = compare(
         tmp_path / "images", tmp_path / "out", tmp_path / "cut.toml", compressions="10", more=f"--start {start}"
     )
-    assert "it began with None there and begins with start.pt here" in refusal(again)
+    assert "it started from None there and starts from start.pt here" in refusal(again)

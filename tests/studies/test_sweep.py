@@ -104,7 +104,7 @@ def test_the_loss_is_the_mean_over_seeds_against_the_dense_network_of_each(tmp_p
         result = {"accuracy": accuracy, "report": {"compression": 30.1}}
         (jobs[-1].folder / "result.json").write_text(json.dumps(result))
     assert lost_by(jobs, 30) == pytest.approx(0.5, abs=1e-12)
-    with pytest.raises(ValueError, match=r"^0 came to 30\.1x only; let the method reach its sparsity earlier$"):
+    with pytest.raises(ValueError, match=r"^0 reached only 30\.1x; let the method reach its sparsity earlier$"):
         lost_by(jobs, 31)
 
 

@@ -13,22 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from pomona.studies.valley import (
-    Landscape,
-    Options,
+from pomona.studies.valley import Options, _along_curve
+from pomona.studies.valley.curvature import (
     Parameters,
-    _along_curve,
-    barrier,
-    bezier,
     coordinates,
     flat,
     hessian_product,
     pruned_like,
-    segment,
     shaped,
     top_eigenpairs,
-    train_control,
 )
+from pomona.studies.valley.landscape import Landscape
+from pomona.studies.valley.paths import barrier, bezier, segment, train_control
 from pomona.train.progress import Progress
 from pomona.zoo.data import DATA, Dataset, load_mnist
 from pomona.zoo.models import build_model
@@ -498,7 +494,9 @@ def test_a_folder_without_a_run_is_refused(digits: Path, runs: Path, tmp_path: P
 def test_a_run_that_has_not_finished_is_refused(digits: Path, runs: Path, tmp_path: Path) -> None:
     other = copied(runs / "b", tmp_path / "b")
     (other / "model.pt").unlink()
-    assert f"{other} holds no model.pt: its run has not finished" in refusal(digits, runs / "a", other)
+    assert f"{other} holds no model.pt: the run has not finished; run the same command again" in refusal(
+        digits, runs / "a", other
+    )
 
 
 def test_a_dense_network_that_has_not_finished_is_refused(
@@ -508,7 +506,9 @@ def test_a_dense_network_that_has_not_finished_is_refused(
     with monkeypatch.context() as patch:
         patch.setitem(DATA, "mnist", signal_at(5, signal.SIGINT))
         assert command_line([*run_of(digits, tmp_path / "run"), "--base", str(base)]).status == 130
-    assert f"the dense network in {base} has not finished" in refusal(digits, base, runs / "b")
+    assert f"the dense network in {base} has not finished; run the same command again" in refusal(
+        digits, base, runs / "b"
+    )
 
 
 def test_weights_that_cannot_be_read_are_refused(digits: Path, runs: Path, tmp_path: Path) -> None:
@@ -516,7 +516,9 @@ def test_weights_that_cannot_be_read_are_refused(digits: Path, runs: Path, tmp_p
     (other / "model.pt").write_bytes((runs / "b" / "model.pt").read_bytes()[:1000])
     assert f"{other / 'model.pt'} cannot be read" in refusal(digits, runs / "a", other)
     torch.save({"fc1.weight": torch.zeros(2, 2)}, other / "model.pt")
-    assert f"the weights in {other} are not those of a lenet-300-100" in refusal(digits, runs / "a", other)
+    assert f"the weights in {other} are not those of a lenet-300-100; run the same command" in refusal(
+        digits, runs / "a", other
+    )
 
 
 def test_other_data_than_the_runs_are_refused(runs: Path, tmp_path: Path) -> None:

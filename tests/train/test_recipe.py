@@ -15,16 +15,8 @@ from pomona.method import Method
 from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Feather, Magnitude, RigL, WeightMom
 from pomona.schedule import Cosine, Cubic, Geometric, Linear
 from pomona.scope import Scope
-from pomona.train.recipe import (
-    Expected,
-    Progressive,
-    Recipe,
-    RecipeError,
-    Stage,
-    builtin_recipes,
-    load_recipe,
-    recipe_from_dict,
-)
+from pomona.train.recipe import Recipe, builtin_recipes, load_recipe, recipe_from_dict
+from pomona.train.stage import Expected, Progressive, RecipeError, Stage
 
 TEXT = """
 title = "tiny"
@@ -201,7 +193,7 @@ def test_override_of_sparsity_displaces_compression_and_back(file: Path) -> None
         ("prune.warmup_epochs=-1", "prune.warmup_epochs must be in [0, 10], got -1"),
         ("prune.momentum=1", "prune.momentum must be in [0, 1), got 1"),
         ("prune.momentum=-0.5", "prune.momentum must be in [0, 1), got -0.5"),
-        ("prune.momentum=0", "prune.nesterov must be false where momentum is 0, got true"),
+        ("prune.momentum=0", "prune.nesterov must be false if momentum is 0, got true"),
         ("prune.nesterov=1", "prune.nesterov must be true or false, got 1"),
         ("prune.weight_decay=-1", "prune.weight_decay must be >= 0, got -1"),
         ("prune.bias_lr=-1", "prune.bias_lr must be >= 0, got -1"),
@@ -262,8 +254,12 @@ def test_all_overrides_are_named() -> None:
         ("tolerance = 0.5", "", "missing key expected.tolerance"),
         ("[method]", "[metod]", "unknown key metod (did you mean method or model?); known: title"),
         ('name = "gsm"', "", "missing key method.name; known: admm, feather, grda, gsm, "),
-        ("compression = 4", "", "must be given, one of the two, got neither"),
-        ("compression = 4", "compression = 4\nsparsity = 0.75", "must be given, one of the two, got both"),
+        ("compression = 4", "", "exactly one of method.sparsity and method.compression must be given, got neither"),
+        (
+            "compression = 4",
+            "compression = 4\nsparsity = 0.75",
+            "exactly one of method.sparsity and method.compression must be given, got both",
+        ),
         ("compression = 4", "compresion = 4", "unknown key method.compresion (did you mean compression?)"),
         (
             "compression = 4",
@@ -671,11 +667,11 @@ def test_a_ramp_needs_a_number_to_end_at() -> None:
 def test_a_budget_is_asked_for_where_the_method_has_no_other(method_name: str, missing: bool) -> None:
     with pytest.raises(RecipeError) as caught:
         method(name=method_name)
-    asked = "method.sparsity or method.compression must be given, one of the two, got neither"
+    asked = "exactly one of method.sparsity and method.compression must be given, got neither"
     assert (str(caught.value) == asked) == missing
 
 
-def test_fault_that_only_the_length_of_an_epoch_shows_is_told_in_steps() -> None:
+def test_fault_that_only_the_length_of_an_epoch_shows_is_reported_in_steps() -> None:
     """At the door an epoch is taken for 1000 steps; the data tell its true length."""
     table = {"name": "rigl", "sparsity": 0.5, "every": 100, "end": "50 %"}
     assert method(20, **table) == RigL(0.5, every=100, end=100)
@@ -692,14 +688,14 @@ def test_fault_that_only_the_length_of_an_epoch_shows_is_told_in_steps() -> None
         ("prune.optimizer=sdg", 'prune.optimizer must be one of sgd, adam, adamw, got "sdg"'),
         ("prune.optimizer=3", "prune.optimizer must be a string, got 3"),
         ("base.momentum=0.9", "base.momentum must be 0 with adamw, which has its own, got 0.9"),
-        ("base.nesterov=true", "base.nesterov must be false where momentum is 0, got true"),
+        ("base.nesterov=true", "base.nesterov must be false if momentum is 0, got true"),
         ("prune.lr_restart=11", "prune.lr_restart must be in [0, 10], got 11"),
         ("prune.lr_restart=-1", "prune.lr_restart must be in [0, 10], got -1"),
         (
             "retrain.lr_restart=1",
             "retrain.lr_drops must be strictly increasing, in [1, 0], got [1]; set it together with lr_restart",
         ),
-        ("retrain.lr_fall=[1, 2]", "retrain.lr_fall takes the place of lr_drops and lr_restart; leave these out"),
+        ("retrain.lr_fall=[1, 2]", "retrain.lr_fall replaces lr_drops and lr_restart; leave them out"),
         (
             "prune.lr_fall=[3, 11]",
             "prune.lr_fall must be two epochs in [0, 10], the first below the second, got [3, 11]; set it together",
@@ -730,7 +726,7 @@ def test_fault_that_only_the_length_of_an_epoch_shows_is_told_in_steps() -> None
         ("validation=40", "progressive needs a [base] stage, and validation in [progressive] only"),
         (
             "method.hold_zeros=true",
-            "progressive sets method.hold_zeros itself, true from the second round on; leave it",
+            "progressive itself sets method.hold_zeros (true from the second round on); leave it",
         ),
         ("method.sparsity=0.99", "progressive needs method.compression, and a method that can hold zeros (admm)"),
         (

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pomona.budget import num_kept
 from pomona.train.checkpoint import Checkpoints
+from pomona.train.folder import FolderError
 from pomona.train.progress import Progress
 from pomona.train.recipe import load_recipe
-from pomona.train.run import FolderError, Run
+from pomona.train.run import Run
 from pomona.train.stages import make_base, train, train_base
 from pomona.zoo.data import DATA, load_mnist
 from pomona.zoo.models import build_model
@@ -463,7 +464,7 @@ def test_a_stage_that_diverges_is_told_by_its_rate(three: Path, digits: Path, tm
     """Also under a Pruner, which skips the steps that would make weights infinite."""
     done = command_line(arguments_of(three, digits, tmp_path / "run", f"{stage}.lr=1e4"))
     assert done.status == 2
-    assert f"{stage} diverged: loss or weights are not finite in epoch 1; lower {stage}.lr\n" in done.err
+    assert f"{stage} diverged: the loss or a weight is not finite in epoch 1; lower {stage}.lr\n" in done.err
 
 
 def test_a_run_that_leaves_no_weight_says_so(no_base: Path, digits: Path, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_ends_with_the_same_bi
         stopped = command_line(arguments)
     assert stopped.status == 130 and stopped.err == ""
     assert stopped.out.splitlines()[-1] == (
-        f"stopped in {where}; give the same command again to go on. Checkpoint and metrics are in {tmp_path / 'run'}"
+        f"stopped in {where}; run the same command again to resume. Checkpoint and metrics are in {tmp_path / 'run'}"
     )
     assert signal.getsignal(number) is handler
     phase, step = where.split(" at step ")
@@ -298,7 +298,7 @@ def test_control_c_in_a_shell_exits_with_130_and_says_how_to_go_on(digits: Path,
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == ""
-    assert re.search(r"stopped in prune at step [\d,]+ of 10,000; give the same command again to go on", out)
+    assert re.search(r"stopped in prune at step [\d,]+ of 10,000; run the same command again to resume", out)
     assert len(checkpoints_of(tmp_path / "run")) == 2
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import pomona.train.watch
-from pomona.train.run import claim, describe, is_running
+from pomona.train.folder import claim, is_running
+from pomona.train.run import describe
 from pomona.train.watch import watch
 from tests.runs import (
     DESCRIPTION,
@@ -100,7 +101,7 @@ def test_a_killed_run_is_told_and_what_a_resumed_one_repeats_is_told_once(
     assert done.status == 1
     *told, last = done.out.splitlines()
     assert told[:4] == [*TITLE, *(line for line in told if line.startswith("base "))] and len(told) == 5
-    assert last == f"nothing trains in {folder} any more, and the run has not finished; its command goes on with it"
+    assert last == f"nothing is training in {folder}, and the run has not finished; run its command again to resume it"
 
     monkeypatch.setattr(pomona.train.watch, "_GRACE", 60.0)  # until the next process has started
     with (folder / "metrics.jsonl").open("a") as file:  # an epoch that no checkpoint counts, and half of another

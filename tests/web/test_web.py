@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pomona.files import container
-from pomona.files.container import Book, Stored
+from pomona.files import pack
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Codebook, Stored
+from pomona.files.unpack import read
 from pomona.runtime import reference
 from pomona.runtime.graph import Graph
 from pomona.runtime.ranges import with_ranges
@@ -58,7 +59,7 @@ def masked(random: np.random.Generator, *shape: int, density: float = 0.3) -> np
 
 def write(path: Path, tensors: dict[str, np.ndarray], graph: Any = None) -> Path:
     stored = {name: Stored("F32", Sparse.from_dense(t) if (t == 0).any() else t) for name, t in tensors.items()}
-    container.write(path, stored, {"story": "caf\u00e9"}, graph)
+    pack.write(path, stored, {"story": "caf\u00e9"}, graph)
     return path
 
 
@@ -93,8 +94,8 @@ def every_kind() -> dict[str, Stored]:
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-7, 65504.0, 6e-8, -1.5], np.float32)
     sparse = masked(random, 7, 11)
     halves = sparse.astype(np.float16)
-    table = Book.table(np.array([-1.5, 0.25, 2.0], np.float32), "F16")
-    steps = Book.uniform(0.125, 4)
+    table = Codebook.table(np.array([-1.5, 0.25, 2.0], np.float32), "F16")
+    steps = Codebook.uniform(0.125, 4)
     codes = table.values[random.integers(0, 3, 20)]
     spread = np.zeros((40, 50), np.float32)
     spread.reshape(-1)[[0, 3, 700, 701, 1999]] = steps.values[[0, 1, 2, 3, 0]]
@@ -128,8 +129,8 @@ def every_kind() -> dict[str, Stored]:
 def test_reads_what_python_reads(tmp_path: Path, subtle: str) -> None:
     path = tmp_path / "x.pomona.safetensors"
     graph = {"inputs": [[4]], "nodes": [["relu", [0]]], "outputs": [1]}
-    container.write(path, every_kind(), {"story": "caf\u00e9"}, graph)
-    expected = container.read(path)
+    pack.write(path, every_kind(), {"story": "caf\u00e9"}, graph)
+    expected = read(path)
     found = node("dump", path, subtle)
     assert found["metadata"] == expected.metadata
     assert found["graph"] == graph
@@ -288,7 +289,7 @@ def test_the_network_of_the_page_reads_digits(tmp_path: Path, no_data: None) -> 
     digits.tofile(tmp_path / "x.bin")
     (found,) = node("run", DIGITS_FILE, "{}", tmp_path / "x.bin")["outputs"]
     logits = np.array(found, float).reshape(100, 10)
-    file = container.read(DIGITS_FILE)
+    file = read(DIGITS_FILE)
     tensors = {name: tensor.dense() for name, tensor in file.tensors.items()}
     (expected,) = reference.run(Graph.from_json(file.graph), tensors, digits)
     np.testing.assert_allclose(logits, expected, atol=1e-4)

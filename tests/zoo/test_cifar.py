@@ -312,7 +312,7 @@ def test_weights_that_do_not_fit_are_refused(cifar: Path, tmp_path: Path) -> Non
     saved("resnet-20-w2", tmp_path / "narrow.th")
     for name, message in (
         ("page.th", "holds no weights that can be read safely"),
-        ("list.th", "must hold a state dict, names and tensors, by itself or under 'state_dict'"),
+        ("list.th", "must hold a state dict (names and tensors), by itself or under 'state_dict'"),
         ("narrow.th", "does not fit the model resnet-20: "),
         ("none.th", "holds no weights that can be read safely: FileNotFoundError"),
     ):

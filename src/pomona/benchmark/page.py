@@ -1,4 +1,4 @@
-"""What `pomona bench` found, as one self-contained page: tables, and bars drawn in SVG."""
+"""The results of `pomona bench` as one self-contained page: tables, and bars drawn in SVG."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from pomona.benchmark.bench import BenchResult, duration, facts, layer_rows, path_rows
+from pomona.benchmark.result import BenchResult, facts, layer_rows, path_rows, with_unit
 from pomona.pages.html import pairs, section, table, write
 
-_WIDTH, _LABEL, _NUMBER = 720, 170, 80  # of a picture, of the names to its left, of the numbers to its right
+_WIDTH, _LABEL, _NUMBER = 720, 170, 80  # widths of the picture, of the names on its left, of the numbers on its right
 _ROW = 22
-_MOST_LAYERS = 30  # in the picture
+_MOST_LAYERS = 30  # at most so many in the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,10 @@ def _layers(result: BenchResult) -> str:
     bars = []
     for layer in (layer for layer in timed if layer in shown):
         bars += [_Bar(layer.name, layer.seconds or 0.0, "mine"), _Bar("", layer.dense_seconds or 0.0, "dense")]
-    told = (
+    note = (
         f'<p class="quiet">The {len(shown)} longest of {len(timed)} are drawn.</p>' if len(shown) < len(timed) else ""
     )
-    return _bars(bars) + (_LAYER_CAPTION if bars else "") + told + _table(layer_rows(result))
+    return _bars(bars) + (_LAYER_CAPTION if bars else "") + note + _table(layer_rows(result))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -63,7 +63,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _bars(bars: Sequence[_Bar]) -> str:
-    """Horizontal, from zero, to one scale."""
+    """Horizontal bars from zero, all to the same scale."""
     if not bars:
         return ""
     longest = max(bar.seconds for bar in bars) or 1.0
@@ -75,7 +75,7 @@ def _bars(bars: Sequence[_Bar]) -> str:
         name = bar.name if len(bar.name) <= 24 else "\u2026" + bar.name[-23:]
         lines.append(f'<text x="{_LABEL - 8}" y="{middle:g}" text-anchor="end">{escape(name)}</text>')
         lines.append(f'<rect class="{bar.kind}" x="{_LABEL}" y="{y + 3}" width="{width:.1f}" height="{_ROW - 6}"/>')
-        lines.append(f'<text x="{_LABEL + width + 6:.1f}" y="{middle:g}">{duration(bar.seconds)}</text>')
+        lines.append(f'<text x="{_LABEL + width + 6:.1f}" y="{middle:g}">{with_unit(bar.seconds)}</text>')
     size = f'viewBox="0 0 {_WIDTH} {len(bars) * _ROW}"'
     return (
         f'<svg class="bars" {size} role="img" aria-label="bars of the times below">\n' + "\n".join(lines) + "\n</svg>"
@@ -84,11 +84,11 @@ def _bars(bars: Sequence[_Bar]) -> str:
 
 _CAPTION = (
     '<p class="quiet">Medians of one batch, wall time; shorter is better. Blue is Pomona, grey computes in float32 '
-    "without a look at zeros, orange in 8-bit integers. Each ran in a process of its own, in turns with the others.</p>"
+    "and ignores zeros, orange computes in 8-bit integers. Each path ran in its own process, in turn with others.</p>"
 )
 _LAYER_CAPTION = (
     '<p class="quiet">Blue: the layer in Pomona\'s engine as it runs; grey below: the same engine with all zeros '
-    "computed. What is fused into a layer counts there.</p>"
+    "computed. Operations that are fused into a layer count for that layer.</p>"
 )
 _STYLE = """
 .bars { display: block; width: 100%; max-width: 46rem; height: auto; margin: 0 0 0.75rem; font-size: 13px; }

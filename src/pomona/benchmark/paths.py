@@ -1,12 +1,11 @@
-"""The ways to run one network that `pomona bench` compares, each in a process of its own, which this module serves.
+"""The ways to run one network that `pomona bench` compares, and the process that each of them runs in.
 
-A *path* opens a network (:class:`Case`) in one runtime and returns how to run it. A path imports what it needs when it
-opens, and this module needs numpy alone, so that the peak memory of its process is the path's own.
+A *path* opens a network (:class:`Case`) in one runtime and returns a function that runs it. It imports its runtime when
+it opens, and this module itself needs only numpy, so that the peak memory of the process is that of the path.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -21,45 +20,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pomona import runtime
-from pomona.files import container
+from pomona.files.unpack import read
 from pomona.runtime.engine import Engine
+from pomona.zoo.source import make_module
 
 Arrays = list[NDArray[Any]]
-Run = Callable[[Arrays], Arrays]
+Call = Callable[[Arrays], Arrays]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One network in the forms that paths read, as names of files."""
+    """One network in the forms that paths read, as file names."""
 
     inputs: str  # .npz of one batch: arrays 0, 1, ...
     file: str = ""  # .pomona.safetensors with a graph
     onnx: str = ""
     int8: str = ""  # ONNX, quantised by `quantise`
-    source: str = ""  # of the torch module, see `open_module`
-    state: str = ""  # its state dict, as torch.save writes it; none for a file
+    source: str = ""  # names the torch module, see `open_module`
+    state: str = ""  # its state dict, written by torch.save; empty for a file
 
     def read_inputs(self) -> Arrays:
         with np.load(self.inputs) as arrays:
             return [arrays[str(i)] for i in range(len(arrays.files))]
 
 
-Open = Callable[[Case, int], Run]  # the case, and the number of threads
+Open = Callable[[Case, int], Call]  # the case, and the number of threads
 
 
-def open_pomona(case: Case, threads: int) -> Run:
+def open_pomona(case: Case, threads: int) -> Call:
     return _run_network(runtime.load(case.file, threads=threads))
 
 
-def open_pomona_int16(case: Case, threads: int) -> Run:
-    """In fixed point, with the ranges in the file, or else those of the inputs of the case."""
-    file = container.read(case.file)
+def open_pomona_int16(case: Case, threads: int) -> Call:
+    """In fixed point, with the ranges in the file, or without any with those of the case's inputs."""
+    file = read(case.file)
     if "ranges" in (file.graph or {}):
         return _run_network(runtime.load(file, threads=threads, precision="int16"))
     return _run_network(runtime.load(file, threads=threads).calibrated(*case.read_inputs()))
 
 
-def _run_network(network: runtime.Network) -> Run:
+def _run_network(network: runtime.Network) -> Call:
     def run(inputs: Arrays) -> Arrays:
         outputs = network.run(*inputs)
         return outputs if isinstance(outputs, list) else [outputs]
@@ -67,11 +67,11 @@ def _run_network(network: runtime.Network) -> Run:
     return run
 
 
-def open_eager(case: Case, threads: int) -> Run:
+def open_eager(case: Case, threads: int) -> Call:
     return _run_module(_module(case, threads))
 
 
-def open_compiled(case: Case, threads: int) -> Run:
+def open_compiled(case: Case, threads: int) -> Call:
     import torch
     import torch._inductor.config
 
@@ -89,7 +89,7 @@ def _module(case: Case, threads: int) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _run_module(module: Any) -> Run:
+def _run_module(module: Any) -> Call:
     import torch
 
     def run(inputs: Arrays) -> Arrays:
@@ -106,44 +106,20 @@ def open_module(source: str) -> Any:
     The function is called without arguments, in a module that Python finds from the current folder.
 
     Raises:
-        ValueError: there is nothing of that name, or it is no module of torch.
+        ValueError: there is nothing of that name, or it is not a torch module.
     """
     if Path(source).is_dir():
-        return _module_of_run(Path(source))
+        from pomona.train.finished import open_finished  # here, because it imports torch
+
+        return open_finished(Path(source)).make_model()
     if Path(source).is_file():
         return _module_of_file(source)
-    from torch import nn
-
-    place, _, name = source.rpartition(":")
-    if not place or not name:
+    if ":" not in source:
         raise ValueError(
             f"a model is a run's folder, a .pomona.safetensors file or MODULE:FUNCTION (my_package.nets:make), got "
             f"{source!r}, which is none of them"
         )
-    if os.getcwd() not in sys.path:  # as `python -m` does
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(place), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot take {name!r} from module {place!r}: {error}") from None
-    module = function()
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"{source} must return a torch.nn.Module, got {type(module).__name__}")
-    return module
-
-
-def _module_of_run(folder: Path) -> Any:
-    import torch
-
-    from pomona.train.stages import read_run
-    from pomona.zoo.models import build_model
-
-    weights = folder / "model.pt"
-    module = build_model(read_run(folder)["recipe"]["model"], seed=0)
-    if not weights.exists():
-        raise ValueError(f"{folder} has no model.pt: the run has not finished")
-    module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return module
+    return make_module(source)
 
 
 def _module_of_file(path: str) -> Any:
@@ -153,15 +129,15 @@ def _module_of_file(path: str) -> Any:
     return GraphModule(network.graph, network.tensors)
 
 
-def open_onnxruntime(case: Case, threads: int) -> Run:
+def open_onnxruntime(case: Case, threads: int) -> Call:
     return _session(case.onnx, threads)
 
 
-def open_onnxruntime_int8(case: Case, threads: int) -> Run:
+def open_onnxruntime_int8(case: Case, threads: int) -> Call:
     return _session(case.int8, threads)
 
 
-def _session(path: str, threads: int) -> Run:
+def _session(path: str, threads: int) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -171,15 +147,15 @@ def _session(path: str, threads: int) -> Run:
     return lambda inputs: list(session.run(None, dict(zip(names, inputs, strict=True))))
 
 
-def open_openvino(case: Case, threads: int) -> Run:
+def open_openvino(case: Case, threads: int) -> Call:
     return _request(case.onnx, threads)
 
 
-def open_openvino_int8(case: Case, threads: int) -> Run:
+def open_openvino_int8(case: Case, threads: int) -> Call:
     return _request(case.int8, threads)
 
 
-def _request(path: str, threads: int) -> Run:
+def _request(path: str, threads: int) -> Call:
     import openvino
 
     settings = {
@@ -209,9 +185,9 @@ PATHS: dict[str, Open] = {
 
 
 def quantise(case: Case) -> None:
-    """Write ``case.int8``: unsigned activations, signed weights by channel, calibrated on the inputs of the case.
+    """Write ``case.int8``: unsigned activations, signed weights per channel, calibrated on the inputs of the case.
 
-    The speed is that of any calibration; the accuracy is as good as the inputs are typical.
+    The speed does not depend on the calibration; the accuracy depends on how typical the inputs are.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -236,18 +212,18 @@ def quantise(case: Case) -> None:
 
 
 class Served:
-    """What a process keeps between requests."""
+    """The state of a process between requests, and its answers."""
 
     def __init__(self, paths: Mapping[str, Open]) -> None:
         self._paths = paths
-        self._opened: dict[str, tuple[Run, Arrays]] = {}
+        self._opened: dict[str, tuple[Call, Arrays]] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         do: Callable[..., dict[str, Any]] = getattr(self, f"do_{request.pop('do')}")
         return do(**request)
 
     def do_open(self, *, key: str, path: str, case: dict[str, Any], threads: int, cpus: list[int] | None) -> Any:
-        """Open a network and run it once; its outputs go into the .npz file beside its inputs."""
+        """Open a network and run it once; its outputs are written to an .npz file next to its inputs."""
         if cpus:
             os.sched_setaffinity(0, cpus)
         start = time.perf_counter()
@@ -266,7 +242,7 @@ class Served:
         return {}
 
     def do_time(self, *, key: str, calls: int) -> dict[str, Any]:
-        """Seconds of each call, and of this process's CPU time in all of them."""
+        """The seconds of each call, and the CPU time of this process in all of them."""
         run, inputs = self._opened[key]
         wall = []
         start_cpu = time.process_time()
@@ -277,7 +253,7 @@ class Served:
         return {"wall": wall, "cpu": time.process_time() - start_cpu}
 
     def do_score(self, *, key: str, data: str) -> dict[str, Any]:
-        """How many of the labels in an .npz of x and y are those that the network ranks first."""
+        """How many labels of an .npz file with x and y the network ranks first."""
         run, inputs = self._opened[key]
         batch = len(inputs[0])
         with np.load(data) as arrays:
@@ -285,13 +261,13 @@ class Served:
         right = 0
         for start in range(0, len(x), batch):
             images = x[start : start + batch]
-            padded = np.concatenate([images, np.zeros_like(x[: batch - len(images)])])  # others take one batch size
+            padded = np.concatenate([images, np.zeros_like(x[: batch - len(images)])])  # some take one batch size only
             logits = run([padded])[0][: len(images)]
             right += int((logits.reshape(len(images), -1).argmax(axis=1) == y[start : start + batch]).sum())
         return {"right": right, "total": len(y)}
 
     def do_layers(self, *, case: dict[str, Any], threads: int) -> dict[str, Any]:
-        """Seconds of each node in Pomona's engine, as it chooses and with all zeros computed: medians of rounds."""
+        """Seconds per node in Pomona's engine, as it runs and with all zeros computed; medians over rounds."""
         opened = Case(**case)
         inputs = opened.read_inputs()
         network = runtime.load(opened.file)
@@ -323,9 +299,9 @@ class Served:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has had in memory, or None where the system does not tell.
+    """The peak memory of this process in bytes, or None if the system does not report it.
 
-    Not getrusage's figure, which on Linux begins with what the parent process had.
+    Not the number from getrusage, which on Linux starts with that of the parent process.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -335,20 +311,20 @@ def peak_memory() -> int | None:
 
 
 def serve(paths: Mapping[str, Open] = PATHS) -> None:
-    """Answer requests, a line of JSON each, until there are no more."""
+    """Answer requests, one line of JSON each, until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what runtimes print is no answer
+    os.dup2(2, 1)  # runtimes may print, and that must not mix with answers
     served = Served(paths)
     for line in sys.stdin:
         try:
             answer = served.answer(json.loads(line))
-        except Exception as error:  # whatever a runtime throws
+        except Exception as error:  # runtimes raise all kinds
             answer = {"error": f"{type(error).__name__}: {error}", "missing": isinstance(error, ImportError)}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def relative_error(outputs: Arrays, wanted: Arrays) -> float:
-    """The largest difference, over the largest number wanted; infinite where shapes differ or a number is none."""
+    """The largest difference over the largest wanted number; infinite if shapes differ or a value is not finite."""
     worst = 0.0
     for y, right in zip(outputs, wanted, strict=True):
         if y.shape != right.shape or not np.isfinite(y).all():

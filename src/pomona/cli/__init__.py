@@ -12,7 +12,7 @@ from pomona._version import __version__
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of all commands."""
+    """The parser of all commands."""
     from pomona.cli import bench, compare, diagnose, env, export, recipes, report, sweep, ticket, train, valley, watch
 
     top = argparse.ArgumentParser(prog="pomona", description="Prune a neural network while it trains.")
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
+    """Run one command and return the exit status: 0 done, 1 negative answer, 2 bad input, 130 interrupted."""
     try:
         options = parser().parse_args(arguments)
     except ModuleNotFoundError as error:
@@ -37,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
         return status
-    except BrokenPipeError:  # as of `| head`: nobody reads on
+    except BrokenPipeError:  # as with `| head`: the reader has gone
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:  # what users can mend; anything else is a defect and shows
+    except (ValueError, OSError, ImportError) as error:  # users can fix these; anything else is a bug and shows
         print(f"pomona: error: {error}", file=sys.stderr)
         return 2

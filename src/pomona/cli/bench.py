@@ -1,4 +1,4 @@
-"""``pomona bench``: how fast a network runs, here and by what else would run it."""
+"""``pomona bench``: how fast a network runs, compared with dense runtimes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pomona.cli.train import positive
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="size, latency and memory of a network, beside dense runtimes",
-        description="Run one network by Pomona's engine and by each dense runtime that is installed, in turns, after "
-        "comparing their outputs: size, latency, peak memory, time of each layer, and where dense is faster.",
+        help="compare size, latency and memory of a network with dense runtimes",
+        description="Run one network in Pomona's engine and in each installed dense runtime, in turns, after comparing "
+        "their outputs. Shows size, latency, peak memory, the time of each layer, and where dense is faster.",
     )
     parser.add_argument(
         "model",
@@ -28,34 +28,36 @@ def add_to(commands: Any) -> None:
         nargs="+",
         type=shape,
         default=[],
-        help="shape of each input with the batch, e.g. 1x3x224x224 (default: one sample of what the file was made for)",
+        help="shape of each input with the batch, e.g. 1x3x224x224 (default: one sample of the file's or run's input)",
     )
     parser.add_argument("--threads", metavar="N", type=positive, default=1, help="threads of each path (default: 1)")
     parser.add_argument(
-        "--seconds", metavar="S", type=float, default=1.0, help="to spend on each path (default: 1), or three rounds"
+        "--seconds", metavar="S", type=float, default=1.0, help="time per path (default: 1); at least three rounds"
     )
     parser.add_argument(
-        "--paths", metavar="PATH", nargs="+", default=list(PATHS), help=f"which, of: {', '.join(PATHS)} (default: all)"
+        "--paths", metavar="PATH", nargs="+", default=list(PATHS), help=f"any of: {', '.join(PATHS)} (default: all)"
     )
     parser.add_argument(
         "--data",
         metavar="FILE",
         type=Path,
-        help="measure accuracy too: an .npz file of x [n, ...] and y [n], or for a run the folder of its data",
+        help="also measure accuracy: an .npz file with x [n, ...] and y [n], or for a run the folder of its data",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with a picture, too")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with a picture")
     parser.set_defaults(run=_run)
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """Whole numbers >= 1, with an x between."""
+    """Whole numbers >= 1, separated by x."""
     try:
         sizes = tuple(int(size) for size in text.lower().split("x"))
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"must be whole numbers >= 1 with an x between, as 1x3x224x224, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers >= 1 separated by x, such as 1x3x224x224, got {text!r}"
+        )
     return sizes
 
 

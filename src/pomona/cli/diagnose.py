@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pomona.cli.train import add_recipe_options, load
+from pomona.cli.train import add_recipe_options, recipe_and_data
 
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "diagnose",
-        help="tell, before training, whether a recipe's passive weights will reach zero",
+        help="check before training whether a recipe's passive weights will reach zero",
         description="Compute the decay exponent of a recipe's pruning stage: how far momentum and weight decay shrink "
-        "a weight that no gradient feeds. Exits with 1 if that is not far enough for a cut without loss.",
+        "a weight that receives no gradient. Exits with 1 if that is not enough for a cut without loss.",
     )
     add_recipe_options(parser)
     parser.set_defaults(run=_run)
@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pomona.train.run import check, diagnose, num_steps_per_epoch
 
-    recipe, data = load(options)
+    recipe, data = recipe_and_data(options)
     data = data.hold_out(recipe.validation) if recipe.validation else data
     stage = recipe.prune
     steps_per_epoch = num_steps_per_epoch(recipe, data)

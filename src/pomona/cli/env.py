@@ -13,6 +13,7 @@ import torch
 
 from pomona._version import __version__
 from pomona.native import core
+from pomona.pages.text import table
 
 _EXTRAS = {
     "zoo": ("matplotlib", "mlxtend"),
@@ -25,9 +26,9 @@ _EXTRAS = {
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "env",
-        help="print versions, the number of threads, and which code selects weights here",
-        description="Print what to quote in a bug report: versions, the number of threads, and whether weights are "
-        "selected by the compiled core or by numpy, and then why.",
+        help="print versions, the number of threads, and which code selects weights",
+        description="Print what a bug report should contain: versions, the number of threads, and whether the compiled "
+        "core or numpy selects weights, and why.",
     )
     parser.set_defaults(run=_run)
 
@@ -42,8 +43,7 @@ def _run(options: argparse.Namespace) -> int:
         "selection": _selection(),
     }
     rows |= {f"extra {name}": _extra(name, packages) for name, packages in _EXTRAS.items()}
-    for name, value in rows.items():
-        print(f"{name:14}{value}")
+    print(table(list(rows.items())))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""``pomona export``: a run, or any state dict, as a file to ship."""
+"""``pomona export``: write a run's network, or any state dict, as a file to ship."""
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a run's network, or any state dict, as a small file, or in another format",
-        description="Of the folder of a finished run: its network, also as what runs without torch. Of a file of "
-        "weights (saved by torch.save, or by pomona export): its tensors. With --quantize the accuracy of a run's "
-        "network is measured before and after, on the test set of its data.",
+        description="Write the network of a finished run, in a form that runs without torch, or the tensors in a "
+        "file of weights (saved by torch.save or by pomona export). With --quantize the accuracy of a run's network "
+        "is measured before and after, on the test set of its data.",
     )
     parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="a run's folder, or a file of weights")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="e.g. lenet.pomona.safetensors")
     parser.add_argument("--format", help="default: by FILE's suffix; pomona, safetensors, csr, 2:4, bitmask, onnx, mnn")
     parser.add_argument(
-        "--quantize", metavar="HOW", help="k-means:COUNT or uniform:BITS; behind it :shared and :biases=COUNT"
+        "--quantize",
+        metavar="HOW",
+        help="k-means:COUNT or uniform:BITS, optionally followed by :shared and :biases=COUNT",
     )
     parser.add_argument(
         "--calibrate",
@@ -31,20 +34,26 @@ def add_to(commands: Any) -> None:
         type=positive,
         help="store the ranges of values on the first COUNT training inputs of a run, for 16-bit fixed point",
     )
-    parser.add_argument("--shrink", action="store_true", help="take out dead channels first (needs torch-pruning)")
-    parser.add_argument("--no-graph", action="store_true", help="leave out what the network computes: smaller")
+    parser.add_argument("--shrink", action="store_true", help="remove dead channels first (needs torch-pruning)")
+    parser.add_argument(
+        "--no-graph", action="store_true", help="leave out the graph: a smaller file, for pomona.load only"
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    import torch
+
     import pomona
     from pomona.runtime.readers.trace import UnsupportedError
-    from pomona.train.run import evaluate
+    from pomona.train.evaluate import evaluate
+    from pomona.train.finished import open_finished
 
     if options.calibrate and options.no_graph:
         raise ValueError(
-            "--calibrate stores the ranges of a graph's values, which --no-graph leaves out; give one of them"
+            "--calibrate stores the ranges of a graph's values, but --no-graph leaves the graph out; give only one of "
+            "them"
         )
     if not options.path.is_dir():
         for name in ("shrink", "calibrate"):
@@ -55,11 +64,13 @@ def _run(options: argparse.Namespace) -> int:
         state = read_weights(options.path)
         print(pomona.export(state, options.out, options.format, quantize=options.quantize))
         return 0
-    model, data, method = _read_run(options.path, options.data_dir)
+    run = open_finished(options.path)
+    data, method = run.load_data(options.data_dir), _method(run.recipe)
+    model: torch.nn.Module = run.make_model()
     example = data.test_inputs[:1]
     if options.shrink:
         model, removed = pomona.shrink(model, example)
-        print(f"dead channels taken out: {', '.join(f'{n} of {name}' for name, n in removed.items()) or 'none'}")
+        print(f"dead channels removed: {', '.join(f'{n} of {name}' for name, n in removed.items()) or 'none'}")
     arguments = {
         "quantize": options.quantize,
         "evaluate": (lambda: evaluate(model, data).accuracy) if options.quantize else None,
@@ -72,30 +83,14 @@ def _run(options: argparse.Namespace) -> int:
         print(pomona.export(model, options.out, options.format, example=given, calibrate=calibrate, **arguments))
     except UnsupportedError as error:
         if options.calibrate:
-            raise ValueError(f"--calibrate needs what the network computes: {error}") from None
+            raise ValueError(f"--calibrate needs the graph of the network: {error}") from None
         warnings.warn(f"the file holds tensors only, for pomona.load: {error}", stacklevel=1)
         print(pomona.export(model, options.out, options.format, **arguments))
     return 0
 
 
-def _read_run(folder: Path, data_dir: str | None) -> tuple[Any, Any, str]:
-    """The network of a finished run, its data and its method."""
-    import torch
-
-    from pomona.train.stages import read_run
-    from pomona.zoo.data import DATA
-    from pomona.zoo.models import build_model
-
-    recipe = read_run(folder)["recipe"]
-    path = folder / "model.pt"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no model.pt: its run has not finished, give its command again")
-    model = build_model(recipe["model"], seed=0)
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    data = DATA[recipe["data"]](data_dir)
-    if recipe.get("validation"):
-        data = data.hold_out(recipe["validation"])
-    method = recipe.get("method") or {}
-    told = ", ".join(f"{key}={value}" for key, value in method.items() if key != "name")
-    named = f"{method['name']}({told})" if method else ""
-    return model, data, named
+def _method(recipe: Mapping[str, Any]) -> str:
+    """The recipe's method and its settings, as one writes a call; empty for a dense network."""
+    settings = dict(recipe.get("method") or {})
+    name = settings.pop("name", "")
+    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})" if name else ""

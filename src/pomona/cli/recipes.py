@@ -1,9 +1,11 @@
-"""``pomona recipes``: what there is to train."""
+"""``pomona recipes``: list the built-in recipes."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
+
+from pomona.pages.text import table
 
 
 def add_to(commands: Any) -> None:
@@ -14,7 +16,6 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pomona.train.recipe import builtin_recipes, load_recipe
 
-    for name in builtin_recipes():
-        recipe = load_recipe(name)
-        print(f"{name:28}{recipe.title} ({recipe.source})")
+    recipes = {name: load_recipe(name) for name in builtin_recipes()}
+    print(table([[name, f"{recipe.title} ({recipe.source})"] for name, recipe in recipes.items()]))
     return 0

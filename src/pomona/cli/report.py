@@ -1,4 +1,4 @@
-"""``pomona report``: what is in a run's folder or in a file of weights."""
+"""``pomona report``: the results in a run's folder, or the zeros in a file of weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="count the zeros of a run or of any state dict, and draw a run's pictures",
-        description="Of a run's folder, finished or not: the table, the pictures and report.html, made anew. Of a "
-        "file: the zeros of every tensor of two or more dimensions in a state dict saved by torch.save, or by pomona "
-        "export.",
+        description="For a run's folder, finished or not: print the table, and write the pictures and report.html "
+        "again. For a file: count the zeros of every tensor of two or more dimensions in a state dict saved by "
+        "torch.save or by pomona export.",
     )
     parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="a run's folder, or a file of weights")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -31,7 +31,8 @@ def _run(options: argparse.Namespace) -> int:
 def _report_run(folder: Path, *, as_json: bool) -> int:
     import json
 
-    from pomona.train.stages import read_run, write_report
+    from pomona.train.finished import read_run
+    from pomona.train.stages import write_report
 
     result = read_run(folder)
     if as_json:
@@ -48,7 +49,7 @@ def _report_run(folder: Path, *, as_json: bool) -> int:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """The state dict in a file that torch.save wrote, or pomona export."""
+    """The state dict in a file that torch.save or pomona export wrote."""
     import torch
 
     import pomona

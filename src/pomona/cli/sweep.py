@@ -14,16 +14,22 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "sweep",
         help="find the highest compression within an allowed loss of accuracy",
-        description="Bisect for the highest compression at which a recipe loses no more accuracy than allowed against "
-        "the dense network it starts from, tested on part of the training data; then train once more at that "
-        "compression on all of it, and test. Given again, it goes on where it was.",
+        description="Bisect for the highest compression at which a recipe loses no more accuracy than allowed, "
+        "compared with the dense network it starts from and tested on part of the training data. Then train once "
+        "more at that compression on all training data, and test. The same command again resumes.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name of `pomona recipes`; with [base]")
-    parser.add_argument("--loss", metavar="POINTS", type=float, required=True, help="allowed, in percentage points")
+    parser.add_argument(
+        "--loss", metavar="POINTS", type=float, required=True, help="allowed loss of accuracy, in percentage points"
+    )
     parser.add_argument("--low", metavar="C", type=float, default=2.0, help="least compression (default: 2)")
     parser.add_argument("--high", metavar="C", type=float, default=500.0, help="highest compression (default: 500)")
     parser.add_argument(
-        "--resolution", metavar="R", type=float, default=1.1, help="stop when bad / good is below this (default: 1.1)"
+        "--resolution",
+        metavar="R",
+        type=float,
+        default=1.1,
+        help="stop when lowest bad / highest good is below this (default: 1.1)",
     )
     parser.add_argument(
         "--validation",
@@ -53,12 +59,12 @@ def _run(options: argparse.Namespace) -> int:
             raise ValueError(f"{failed.name} failed, {why}")
         return lost_by(jobs, compression)
 
-    def tell(compression: float) -> float:
+    def measured(compression: float) -> float:
         points = lost(compression, count, options.out / "validation")
         print(f"{compression:g}x loses {points:.2f} on {count:,} held out examples", flush=True)
         return points
 
-    found = sweep(tell, allowed=options.loss, low=options.low, high=options.high, resolution=options.resolution)
+    found = sweep(measured, allowed=options.loss, low=options.low, high=options.high, resolution=options.resolution)
     if found.best is None:
         print(f"no compression: {found.limit:g}x, the least asked for, already loses more than {options.loss:g}")
         return 1

@@ -6,14 +6,15 @@ import argparse
 from typing import Any
 
 from pomona.cli.train import add_run_options, until_stopped
+from pomona.pages.text import table
 
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "ticket",
-        help="compare winning tickets: the method's mask and magnitude's, trained from the initial weights",
-        description="Train a dense network and prune it; then put the mask that the method found, and that of the "
-        "dense network's largest weights, on the initial weights and train each. Resumes like train.",
+        help="compare winning tickets: the initial weights trained with the method's mask and with magnitude's",
+        description="Train a dense network and prune it. Then train the initial weights with the mask that the method "
+        "found, and with the mask of the dense network's largest weights. Resumes like train.",
     )
     add_run_options(parser)
     parser.set_defaults(run=_run)
@@ -24,14 +25,19 @@ def _run(options: argparse.Namespace) -> int:
 
     result = until_stopped(train_tickets, options, "-ticket")
     expected = result["expected"] or {}
-    rows = [("dense", result["report"]["total"], result["accuracy"]["base"], expected.get("base_accuracy"))]
-    for mask, key in (("method", "ticket_accuracy"), ("magnitude", "magnitude_ticket_accuracy")):
-        ticket = result["tickets"][mask]
-        rows.append((f"ticket by {mask}", ticket["nonzero"], ticket["accuracy"], expected.get(key)))
+    masks = (("method", "ticket_accuracy"), ("magnitude", "magnitude_ticket_accuracy"))
+    tickets = {mask: (result["tickets"][mask], expected.get(key)) for mask, key in masks}
+    rows = [
+        ["", "weights", "accuracy", "published"],
+        _row("dense", result["report"]["total"], result["accuracy"]["base"], expected.get("base_accuracy")),
+        *(_row(f"ticket by {m}", t["nonzero"], t["accuracy"], published) for m, (t, published) in tickets.items()),
+    ]
     print(f"test accuracy on {result['data']}, seed {result['seed']}")
-    print(f"{'':22}{'weights':>10}{'accuracy':>10}{'published':>11}")
-    for name, weights, accuracy, published in rows:
-        print(f"{name:22}{weights:>10,}{accuracy:>10.2f}{f'{published:.2f}' if published else '-':>11}")
+    print(table(rows, right=range(1, 4)))
     kept = result["tickets"]["method"]["nonzero"]
     print(f"the two masks share {result['shared_by_both_masks']:,} of {kept:,} weights")
     return 0
+
+
+def _row(name: str, weights: int, accuracy: float, published: float | None) -> list[str]:
+    return [name, f"{weights:,}", f"{accuracy:.2f}", f"{published:.2f}" if published else "-"]

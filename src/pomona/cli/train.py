@@ -15,22 +15,22 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train and prune by a recipe",
-        description="Train and prune by a recipe. A run that was stopped or killed goes on where it was when the same "
-        "command is given again, and ends with the same bits.",
+        description="Train and prune by a recipe. The same command again resumes a run that was stopped or killed, "
+        "and the resumed run ends with the same bits.",
     )
     add_run_options(parser)
     parser.add_argument(
         "--base",
         metavar="DIR",
         type=Path,
-        help="start from the dense network in this folder, which is trained there first if it is not yet; "
-        "several recipes with the same [base] can share one",
+        help="start from the dense network in this folder, which is trained there first if necessary; several recipes "
+        "with the same [base] can share one",
     )
     parser.add_argument(
         "--start",
         metavar="FILE",
         type=Path,
-        help="start from the dense network in this file (a state dict that torch.save wrote) in place of [base], or of "
+        help="start from the dense network in this file (a state dict that torch.save wrote) instead of [base] or of "
         "the initial weights",
     )
     parser.add_argument("--no-pictures", action="store_true", help="draw no pictures and write no page")
@@ -38,23 +38,23 @@ def add_to(commands: Any) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options that all commands with runs share."""
+    """Add the options that all commands with runs share."""
     add_recipe_options(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run (default: runs/RECIPE-seedN)")
     parser.add_argument(
-        "--threads", metavar="N", type=positive, help="threads of torch (default: its own choice, up to 4)"
+        "--threads", metavar="N", type=positive, help="torch threads (default: torch's own choice, up to 4)"
     )
     add_device_options(parser)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Where and how to train."""
+    """Add the options of where and how to train."""
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="as torch names it, e.g. cuda (default: cpu)")
-    parser.add_argument("--compile", action="store_true", help="put training passes through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="compile training passes with torch.compile")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """The recipe, changes to it, and where its data are."""
+    """Add the recipe, changes to it, and the folder of its data."""
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name that `pomona recipes` lists")
     parser.add_argument(
         "--set",
@@ -78,8 +78,8 @@ def positive(text: str) -> int:
     return number
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Recipe and data of the options."""
+def recipe_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The recipe and the data that the options name."""
     from pomona.train.recipe import load_recipe
     from pomona.zoo.data import DATA
 
@@ -88,13 +88,13 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def folder_of(options: argparse.Namespace, recipe: Any, suffix: str = "") -> Path:
-    """Where the run goes."""
+    """The folder of the run."""
     out: Path = options.out or Path("runs") / f"{Path(options.recipe).stem}{suffix}-seed{recipe.seed}"
     return out
 
 
 def threads_of(options: argparse.Namespace, folder: Path) -> int:
-    """As asked for, else as the run began, else the cores that this process may use."""
+    """The number of threads asked for; otherwise that of the existing run; otherwise torch's choice, up to 4."""
     if options.threads:
         return int(options.threads)
     try:
@@ -112,14 +112,14 @@ def until_stopped(
     from pomona.train.progress import Progress
     from pomona.train.run import Stopped
 
-    recipe, data = load(options)
+    recipe, data = recipe_and_data(options)
     folder = folder_of(options, recipe, suffix)
     progress = Progress()
     try:
         how: dict[str, Any] = {"device": options.device, "compiled": options.compile}
         return train(recipe, data, folder, threads=threads_of(options, folder), progress=progress, **how)
     except Stopped as stopped:
-        progress.line(f"{stopped}; give the same command again to go on. Checkpoint and metrics are in {folder}")
+        progress.line(f"{stopped}; run the same command again to resume. Checkpoint and metrics are in {folder}")
         sys.exit(130)
     finally:
         progress.clear()
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
         base: Any
         if recipe.progressive:
             if options.start:
-                raise ValueError("--start is not for recipes with [progressive]; give their dense network by --base")
+                raise ValueError("--start does not work with [progressive]; name the dense network with --base")
             return train_progressive(recipe, data, folder, base=options.base, **how)
         if options.start:
             base = read_base(options.start, recipe, data, device=options.device)
@@ -150,16 +150,16 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def conclusion(result: Mapping[str, Any]) -> str:
-    """What came out of a run, in two or three lines."""
+    """The results of a run, in two or three lines."""
     from pomona.pages.pictures import times
 
     accuracy, loss = result["accuracy"], result.get("loss") or {}  # runs of earlier versions have no losses
     steps = [("base", "dense"), ("before_cut", "before the cut"), ("after_cut", "after"), ("retrained", "retrained")]
-    told = ", ".join(f"{accuracy[key]:.2f} {name}" for key, name in steps if accuracy.get(key) is not None)
+    accuracies = ", ".join(f"{accuracy[key]:.2f} {name}" for key, name in steps if accuracy.get(key) is not None)
     losses = ", ".join(f"{loss[key]:.4f} {name}" for key, name in steps if loss.get(key) is not None)
     report = result["report"]
     lines = [f"test loss (nats) {losses}"] if losses else []
-    lines.append(f"{times(report['total'], report['nonzero'])} compression; accuracy {told}, on {result['data']}")
+    lines.append(f"{times(report['total'], report['nonzero'])} compression; accuracy {accuracies}, on {result['data']}")
     published = (result["expected"] or {}).get("accuracy")
     if published is not None:
         lines.append(f"published: {published:.2f} at the end; here {accuracy['final'] - published:+.2f}")

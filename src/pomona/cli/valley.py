@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from pomona.cli.train import threads_of
+from pomona.pages.text import table
 
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "valley",
-        help="do two runs lie in the same flat valley? paths between them, and the curvature along their difference",
-        description="Compare the networks of two finished runs of the same model on the same data, A the unpruned one: "
-        "the loss along the segment and along a trained curve from A to B, and how much of B - A lies in the "
-        "directions in which the loss at A bends most. Writes valley.json and valley.png.",
+        help="check whether two runs lie in the same flat valley: paths between them, curvature along their difference",
+        description="Compare the networks of two finished runs of the same model on the same data, where A is not "
+        "pruned: the loss along the segment and along a trained curve from A to B, and how much of B - A lies in the "
+        "directions of highest curvature at A. Writes valley.json and valley.png.",
     )
-    parser.add_argument("a", metavar="A", type=Path, help="folder of a run, as the unpruned network's")
-    parser.add_argument("b", metavar="B", type=Path, help="folder of another, as the pruned network's")
+    parser.add_argument("a", metavar="A", type=Path, help="folder of the run without pruning")
+    parser.add_argument("b", metavar="B", type=Path, help="folder of the run with pruning")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files (default: $POMONA_DATA)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the result (default: beside B)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the result (default: next to B)")
     parser.add_argument(
-        "--points", metavar="N", type=_whole(3), default=21, help="on each path, both ends included (default: 21)"
+        "--points",
+        metavar="N",
+        type=_whole(3),
+        default=21,
+        help="points on each path, both ends included (default: 21)",
     )
     parser.add_argument(
         "--examples", metavar="N", type=_whole(1), help="training examples of the loss (default: 10,000, or all)"
@@ -34,9 +39,13 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--curve-epochs", metavar="N", type=_whole(1), default=5, help="length of the curve's training (default: 5)"
     )
-    parser.add_argument("--curve-lr", metavar="LR", type=_positive, default=0.05, help="its rate (default: 0.05)")
-    parser.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of all random choices (default: 0)")
-    parser.add_argument("--threads", metavar="N", type=_whole(1), help="threads of torch (default: as B was trained)")
+    parser.add_argument(
+        "--curve-lr", metavar="LR", type=_positive, default=0.05, help="its learning rate (default: 0.05)"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole(0), default=0, help="seed of all random choices (default: 0)"
+    )
+    parser.add_argument("--threads", metavar="N", type=_whole(1), help="torch threads (default: as B was trained)")
     parser.set_defaults(run=_run)
 
 
@@ -88,29 +97,25 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _described(result: dict[str, Any]) -> str:
-    """Two tables, and what they say in words."""
+    """Two tables, and their meaning in words."""
     k, size, random = len(result["hessian"]["values"]), result["parameters"], result["random_projection"]
     lines = [
         f"A has {100 * result['A']['sparsity']:.2f} % zeros, B {100 * result['B']['sparsity']:.2f} %; "
         f"{size:,} parameters, |B - A| = {result['distance']:.4g}",
-        f"{'path from A to B':26}{'loss at A':>11}{'at B':>11}{'barrier':>11}{'at t':>7}{'accuracy lost':>15}",
     ]
+    rows = [["path from A to B", "loss at A", "at B", "barrier", "at t", "accuracy lost"]]
     for name in ("segment", "curve"):
         path = result[name]
-        ends = (path["loss"][path["t"].index(t)] for t in (0.0, 1.0))
-        lines.append(
-            f"{name:26}" + "".join(f"{loss:>11.4g}" for loss in ends) + f"{path['barrier']:>11.4g}"
-            f"{path['barrier_at']:>7.3g}{path['test_accuracy_dip']:>15.2f}"
-        )
-    lines.append(
-        f"{'direction from A':26}{'length':>11}{f'in top {k}':>11}{'x random':>11}{'curvature':>11}{'loss there':>11}"
-    )
+        ends = (f"{path['loss'][path['t'].index(t)]:.4g}" for t in (0.0, 1.0))
+        dip = f"{path['test_accuracy_dip']:.2f}"
+        rows.append([name, *ends, f"{path['barrier']:.4g}", f"{path['barrier_at']:.3g}", dip])
+    lines.append(table(rows, right=range(1, 6)))
+    rows = [["direction from A", "length", f"in top {k}", "x random", "curvature", "loss there"]]
     for name, way in result["directions"].items():
-        lines.append(
-            f"{'to ' + name:26}{way['length']:>11.4g}{way['projection']:>11.4g}{way['projection'] / random:>11.3g}"
-            f"{way['curvature']:>11.4g}{way['loss']:>11.4g}"
-        )
-    lines.append(f"{'random':26}{'':>11}{random:>11.4g}{1:>11}")
+        inside = [f"{way['projection']:.4g}", f"{way['projection'] / random:.3g}"]
+        rows.append([f"to {name}", f"{way['length']:.4g}", *inside, f"{way['curvature']:.4g}", f"{way['loss']:.4g}"])
+    rows.append(["random", "", f"{random:.4g}", "1", "", ""])
+    lines.append(table(rows, right=range(1, 6)))
     segment, curve, way = result["segment"], result["curve"], result["directions"]["B"]
     lines += [
         f"On the segment the training loss rises {segment['barrier']:.4g} above the larger end, on the curve "

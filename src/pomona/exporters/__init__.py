@@ -18,10 +18,10 @@ from pomona._version import __version__
 from pomona.exporters import bitmask, csr, mnn, onnx, plain, pomona_file, two_four
 from pomona.exporters.channels import shrink
 from pomona.exporters.source import Exported, Source, from_state, sparsity, to_tensors
-from pomona.files.container import Stored
 from pomona.files.quantize import Quantization, half
 from pomona.files.quantize import quantize as quantized
 from pomona.files.safetensors import FormatError, read_metadata
+from pomona.files.stored import Stored
 
 if TYPE_CHECKING:
     from pomona.pruner import Pruner

@@ -20,9 +20,9 @@ from pomona.exporters import layouts
 from pomona.exporters.layouts import check, integers
 from pomona.exporters.source import Source, is_weight
 from pomona.files import safetensors
-from pomona.files.container import Stored
 from pomona.files.safetensors import FormatError
 from pomona.files.sparse import bits
+from pomona.files.stored import Stored
 
 _SUFFIXES = ("compressed", "bitmask", "row_offsets", "shape")
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pomona.exporters import layouts
 from pomona.exporters.layouts import Parts, check, integers
 from pomona.exporters.source import Source, is_weight
-from pomona.files.container import Stored
 from pomona.files.sparse import Sparse
+from pomona.files.stored import Stored
 
 
 def write(source: Source, path: Path) -> None:

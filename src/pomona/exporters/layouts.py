@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pomona.exporters.source import Source
 from pomona.files import safetensors
-from pomona.files.container import Stored
 from pomona.files.safetensors import DTYPES, FormatError
+from pomona.files.stored import Stored
 
 Parts = dict[str, tuple[str, NDArray[Any]]]
 """Suffix -> dtype and array."""

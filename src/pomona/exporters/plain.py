@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pomona.exporters.source import Source
 from pomona.files import safetensors
-from pomona.files.container import Stored
+from pomona.files.stored import Stored
 
 
 def write(source: Source, path: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pomona.files.container import Stored
 from pomona.files.safetensors import DTYPES
 from pomona.files.sparse import bits
+from pomona.files.stored import FLOATS, Stored
 
 _TORCH = {
     "F64": torch.float64,
@@ -148,7 +148,7 @@ def to_tensors(tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
 
 def is_weight(stored: Stored) -> bool:
     """Whether a tensor counts for sparsity: a floating-point one of two or more dimensions."""
-    return stored.dtype in ("F64", "F32", "F16", "BF16") and len(stored.shape) >= 2
+    return stored.dtype in FLOATS and len(stored.shape) >= 2
 
 
 def sparsity(tensors: Mapping[str, Stored]) -> float:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pomona.exporters import layouts
 from pomona.exporters.layouts import Parts, check
 from pomona.exporters.source import Source, is_weight, nonzeros
-from pomona.files.container import Stored
+from pomona.files.stored import Stored
 
 
 def write(source: Source, path: Path) -> None:

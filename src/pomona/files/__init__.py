@@ -1,1 +1,1 @@
-"""Files: the container, safetensors, sparse and quantized tensors. Nothing here imports torch."""
+"""Files: `.pomona.safetensors` and plain safetensors; sparse and quantized tensors. Nothing here imports torch."""

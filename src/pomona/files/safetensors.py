@@ -1,7 +1,7 @@
-"""The safetensors layout, read without trust: an 8-byte length, a JSON header, then the bytes of the tensors.
+"""The safetensors layout: an 8-byte length, a JSON header, then the bytes of the tensors.
 
-numpy and the standard library only. What a file says is checked before it is believed, so that a damaged or hostile one
-is a `FormatError`, and costs no more memory and time than its own size and `max_bytes` allow.
+numpy and the standard library only. Everything is checked before it is believed: a damaged or hostile file raises
+`FormatError`, and takes no more memory and time than its own size and `max_bytes` allow.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Name of a dtype in a file -> how numpy holds its elements."""
 
 MAX_HEADER = 1 << 24
-MAX_NDIM = 32  # of numpy 1
+MAX_NDIM = 32  # the limit of numpy 1
 
 
 class FormatError(ValueError):
-    """A file is not what it claims to be: damaged, of another kind, or made to do harm."""
+    """A file is damaged, of another kind, or made to do harm."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the header says of one tensor.
+    """What the header says about one tensor.
 
     Attributes:
         dtype: a key of `DTYPES`.
         shape: its dimensions.
         start: its first byte, counted from the end of the header.
-        stop: the byte after its last.
+        stop: the byte after its last one.
     """
 
     dtype: str
@@ -71,8 +71,8 @@ class Header:
     Attributes:
         raw: the bytes before the data: the length and the JSON text.
         metadata: the strings under `__metadata__`.
-        entries: name -> what is said of the tensor, in the order of their bytes.
-        num_bytes: of the data that follows.
+        entries: name -> entry, in the order of their bytes.
+        num_bytes: size of the data that follows.
     """
 
     raw: bytes
@@ -82,10 +82,10 @@ class Header:
 
 
 def read_header(file: BinaryIO) -> Header:
-    """Read and check everything before the data; `file` is left at the first byte of it.
+    """Read and check everything before the data; leaves `file` at the first byte of the data.
 
     Raises:
-        FormatError: naming what is wrong with the file.
+        FormatError: names what is wrong with the file.
     """
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
@@ -118,7 +118,7 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def parse_json(text: bytes, what: str) -> Any:
-    """JSON without its traps: no duplicate keys, no NaN or infinity, no deep nesting, no endless numbers."""
+    """Parse JSON, refusing duplicate keys, NaN and infinity, deep nesting and endless numbers."""
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except FormatError as error:
@@ -137,7 +137,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise FormatError(f"{name} is not a number of JSON")
+    raise FormatError(f"{name} is not a JSON number")
 
 
 def _entry(name: str, entry: Any) -> Entry:
@@ -165,7 +165,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> tuple
     """The metadata and the tensors, (dtype, array) by name, of a plain safetensors file.
 
     Raises:
-        FormatError: naming the file and what is wrong with it.
+        FormatError: names the file and what is wrong with it.
     """
     with Path(path).open("rb") as file:
         try:
@@ -189,15 +189,15 @@ def read_exactly(file: BinaryIO, count: int) -> bytes:
 def _array(data: bytes, name: str, entry: Entry) -> NDArray[Any]:
     raw = np.frombuffer(data, np.uint8)[entry.start : entry.stop]
     if entry.dtype == "BOOL" and raw.max(initial=0) > 1:
-        raise FormatError(f"tensor {name!r} is of booleans, but has bytes other than 0 and 1")
+        raise FormatError(f"tensor {name!r} is boolean, but has bytes other than 0 and 1")
     return raw.copy().view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The strings under `__metadata__` of a safetensors file, after checking its header.
+    """The strings under `__metadata__` of a safetensors file, after its header is checked.
 
     Raises:
-        FormatError: naming the file and what is wrong with it.
+        FormatError: names the file and what is wrong with it.
     """
     with Path(path).open("rb") as file:
         try:
@@ -229,5 +229,5 @@ def pack(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str,
         parts.append(part)
         end += len(part)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned where a file is mapped
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned when a file is mapped into memory
     return b"".join([struct.pack("<Q", len(text)), text, *parts])

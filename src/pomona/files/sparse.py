@@ -15,9 +15,9 @@ class Sparse:
     """A tensor of which only some elements are stored; the others are zero.
 
     Attributes:
-        shape: of the whole tensor.
-        positions: int64, where the stored elements are in row-major order; strictly ascending.
-        values: as many elements of any dtype. bfloat16, which numpy lacks, travels as uint16 bit patterns.
+        shape: the shape of the whole tensor.
+        positions: int64, the row-major positions of the stored elements; strictly ascending.
+        values: the stored elements, of any dtype; bfloat16, which numpy lacks, as uint16 bit patterns.
 
     Example:
         >>> sparse = Sparse.from_dense(np.array([[0.0, 3.0], [0.0, 0.0], [5.0, 0.0]]))
@@ -34,7 +34,7 @@ class Sparse:
 
     @classmethod
     def from_dense(cls, array: NDArray[Any]) -> Sparse:
-        """All elements but zeros. A zero has only zero bits: -0.0 is stored, so that nothing is lost."""
+        """Store all elements except zeros. A zero has only zero bits: -0.0 is stored, so that nothing is lost."""
         flat = np.ascontiguousarray(array).reshape(-1)
         positions = np.flatnonzero(bits(flat)).astype(np.int64, copy=False)
         return cls(array.shape, positions, flat[positions])
@@ -51,7 +51,7 @@ class Sparse:
         return whole.reshape(self.shape)
 
     def csr(self, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Compressed rows of the matrix of `rows` rows and `size / rows` columns.
+        """Compressed sparse rows of the tensor as a matrix of `rows` rows and `size / rows` columns.
 
         Returns:
             starts: int64, rows + 1; row r owns values[starts[r] : starts[r + 1]].
@@ -71,7 +71,7 @@ class Sparse:
 
 
 def bits(array: NDArray[Any]) -> NDArray[Any]:
-    """The same memory as unsigned integers; of complex numbers, whether any bit is set."""
+    """The same memory as unsigned integers; for complex numbers, whether any bit is set."""
     if array.dtype.kind == "c":
         halves = array.view(f"u{array.itemsize // 2}").reshape(*array.shape, 2)
         return np.asarray(halves.any(axis=-1))

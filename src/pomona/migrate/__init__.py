@@ -1,1 +1,1 @@
-"""Moving in from other tools."""
+"""Read what other pruning tools left: SparseML recipes, models pruned by torch.nn.utils.prune."""

@@ -35,32 +35,33 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ConstantPruningModifier": (("params",), ("start_epoch", "end_epoch", "update_frequency", "log_types")),
     "EpochRangeModifier": (("start_epoch", "end_epoch"), ()),
 }
-# Modifiers that are not read -> what does their work.
+# Modifiers that are not read -> what does their work; what stands in backquotes is code, and a test runs it.
 _INSTEAD = {
     "SetLearningRateModifier": "set lr in the optimizer",
-    "LearningRateFunctionModifier": "use torch.optim.lr_scheduler (CosineAnnealingLR, LinearLR)",
-    "LearningRateModifier": "use torch.optim.lr_scheduler (StepLR, MultiStepLR, ExponentialLR)",
+    "LearningRateFunctionModifier": "use `torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)`",
+    "LearningRateModifier": "use `torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[30, 60])`",
     "SetWeightDecayModifier": "set weight_decay in the optimizer",
-    "TrainableParamsModifier": "call requires_grad_(False) on what is frozen",
+    "TrainableParamsModifier": "call `parameter.requires_grad_(False)` on each frozen parameter",
     "SetParamModifier": "set the parameter yourself",
-    "DistillationModifier": "add the teacher's loss to yours",
-    "QuantizationModifier": "export with pomona.export(model, path, values='int8'), or use torchao",
-    "LegacyQuantizationModifier": "export with pomona.export(model, path, values='int8'), or use torchao",
-    "RigLPruningModifier": "use pomona.RigL",
-    "StructuredPruningModifier": "prune channels with another tool, and take them out with pomona.shrink",
-    "LayerPruningModifier": "take the layers out of the model",
+    "DistillationModifier": "add the teacher's loss to your own",
+    "QuantizationModifier": "export with `pomona.export(model, path, quantize='uniform:8')`, or use torchao",
+    "LegacyQuantizationModifier": "export with `pomona.export(model, path, quantize='uniform:8')`, or use torchao",
+    "RigLPruningModifier": "use `pomona.RigL(sparsity=0.9)`",
+    "StructuredPruningModifier": "prune channels with `pomona.Magnitude(sparsity=0.5, granularity='channel')`, "
+    "and take them out of the model with `pomona.shrink(model, example)`",
+    "LayerPruningModifier": "remove the layers from the model yourself",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class SparseMLRecipe:
-    """What a SparseML recipe says of pruning.
+    """What a SparseML recipe says about pruning.
 
     Attributes:
-        parts: a method and the scope that it prunes, for each pruning modifier, in the order of the recipe; modifiers
-            that differ in their ``params`` alone are one. The method None stands for holding the zeros that are there
+        parts: for each pruning modifier a method and the scope that it prunes, in the order of the recipe; modifiers
+            that differ only in their ``params`` become one. The method None means that existing zeros are held
             (``ConstantPruningModifier``), as :func:`pomona.hold` does.
-        epochs: the last epoch that the recipe names, where its training ends; 0 if it names none.
+        epochs: the last epoch that the recipe names, at which its training ends; 0 if it names none.
     """
 
     parts: tuple[tuple[Method | None, Scope], ...]
@@ -74,28 +75,29 @@ def from_sparseml(
     steps_per_epoch: int,
     ignore: Iterable[str] = (),
 ) -> SparseMLRecipe:
-    """Read a SparseML recipe of the epoch-based kind, YAML or a Markdown card that begins with it.
+    """Read an epoch-based SparseML recipe: YAML, or a Markdown card that begins with it.
 
-    ``GMPruningModifier``, ``MagnitudePruningModifier`` (each layer alike) and ``GlobalMagnitudePruningModifier`` (one
-    ranking of all its layers) become :class:`Magnitude`, ``ConstantPruningModifier`` the method None, and
-    ``EpochRangeModifier`` the number of epochs. Variables and ``eval(...)`` with numbers and + - * / are worked out.
-    Everything else is an error that says what to use: a modifier, a key, a value, a pattern that matches no parameter.
+    ``GMPruningModifier``, ``MagnitudePruningModifier`` (each layer by itself) and ``GlobalMagnitudePruningModifier``
+    (one ranking of all its layers) become :class:`Magnitude`, ``ConstantPruningModifier`` becomes the method None, and
+    ``EpochRangeModifier`` the number of epochs. Variables are replaced, and ``eval(...)`` of numbers and + - * / is
+    computed. Anything else (a modifier, a key, a value, a pattern that matches no parameter) is an error that says
+    what to use instead.
 
-    What differs from SparseML: a cut weight never returns, and what the optimizer remembers of it is cleared. Cuts are
-    counted from ``end_epoch`` backwards, so that the last comes exactly then, and none is made before the first step:
-    the one of a recipe that begins at epoch 0 falls together with the next. Global ranking leaves each layer at least
-    a ten-thousandth of its weights. ``log_types`` has no meaning here.
+    Differences from SparseML: a pruned weight never returns, and the optimizer's state for it is cleared. Cuts are
+    counted backwards from ``end_epoch``, so that the last one comes exactly there. No cut is made before the first
+    step: if a recipe begins at epoch 0, its first cut is merged with the next. Global ranking leaves each layer at
+    least 1/10,000 of its weights. ``log_types`` is ignored.
 
     Args:
-        recipe: a path, or the text itself: anything with a line break.
-        model: the one to prune; the names and the regular expressions of ``params`` are looked up in it.
-        steps_per_epoch: optimizer steps of an epoch, >= 1: ``len(loader)``, over the number of accumulated batches.
+        recipe: a path, or the text itself: any string with a line break.
+        model: the model to prune; the names and regular expressions of ``params`` are looked up in it.
+        steps_per_epoch: optimizer steps per epoch, >= 1: ``len(loader)`` divided by the number of accumulated batches.
         ignore: names of modifiers to leave out, such as ``"LearningRateFunctionModifier"``, because your training loop
             does their work. A name that the recipe does not have is an error.
 
     Raises:
         ImportError: PyYAML is not installed.
-        ValueError: see above; each message names what is meant.
+        ValueError: the recipe has something that is not read; the message names it.
 
     Example:
         >>> text = '''
@@ -134,8 +136,8 @@ def from_sparseml(
             for name in names:
                 if name in taken:
                     raise ValueError(
-                        f"{name} is in the params of two modifiers, {taken[name]} and {kind}; a weight can be pruned "
-                        f"by one. Read them one after the other, from a recipe each"
+                        f"{name} is in the params of two modifiers, {taken[name]} and {kind}, but only one can prune a "
+                        f"weight; put them into two recipes and read one after the other"
                     )
                 taken[name] = kind
             alike = next((old for one, old in parts if one == method and _may_merge(method)), None)
@@ -151,7 +153,7 @@ def from_sparseml(
 
 
 def _may_merge(method: Method | None) -> bool:
-    """Where layers do not share a budget, two modifiers that are set alike are one."""
+    """Two modifiers with the same settings become one, unless their layers share a budget."""
     return not (isinstance(method, Magnitude) and method.allocation == "global")
 
 
@@ -166,7 +168,7 @@ def _scope(names: Sequence[str], model: nn.Module) -> Scope:
 def _read(
     kind: str, keys: Mapping[str, Any], model: nn.Module, steps_per_epoch: int, epochs: float
 ) -> list[tuple[Method | None, list[str]]]:
-    """Method and names of parameters, for each level of sparsity."""
+    """For each level of sparsity the method and the names of its parameters."""
     _check_keys(kind, keys)
     if kind == "EpochRangeModifier":
         return []
@@ -175,7 +177,7 @@ def _read(
         if start > 0 or 0 <= end < epochs:
             raise ValueError(
                 f"{kind} from epoch {start:g} to {end:g} of {epochs:g}: zeros are held for the whole training; leave "
-                f"out start_epoch and end_epoch, or read the recipe when the holding begins"
+                f"out start_epoch and end_epoch, or read the recipe at the epoch where holding begins"
             )
         return [(None, _names(kind, keys["params"], model))]
 
@@ -183,7 +185,9 @@ def _read(
     if isinstance(final, Mapping):
         if _GRADUAL[kind] == "global" or keys["params"]:
             goes_with = "params: [] only" if keys["params"] else "GMPruningModifier only: one ranking has one sparsity"
-            raise ValueError(f"{kind}.final_sparsity is a mapping of sparsities to params, which goes with {goes_with}")
+            raise ValueError(
+                f"{kind}.final_sparsity is a mapping of sparsities to params, which works with {goes_with}"
+            )
         levels = [(level, _names(kind, params, model)) for level, params in final.items()]
     else:
         levels = [(final, _names(kind, keys["params"], model))]
@@ -195,8 +199,8 @@ def _gradual(
 ) -> Magnitude:
     if keys.get("leave_enabled", True) is not True:
         raise ValueError(
-            f"{kind}.leave_enabled must be True, got {keys['leave_enabled']!r}: a cut weight stays cut; "
-            f"Pruner.detach() lets go of all"
+            f"{kind}.leave_enabled must be True, got {keys['leave_enabled']!r}: a pruned weight stays zero until "
+            f"`pruner.detach()` releases all of them"
         )
     shapes: dict[Any, type[Linear | Cubic]] = {"linear": Linear, "cubic": Cubic}
     shape = shapes.get(keys.get("inter_func", "cubic"))
@@ -236,7 +240,7 @@ _GRANULARITIES: dict[str, Granularity] = {"unstructured": "weight", "block4": "1
 
 
 def _granularity(name: str, mask_type: Any) -> Granularity:
-    """Groups lie along the input channels in both libraries."""
+    """In both libraries groups lie along the input channels."""
     if isinstance(mask_type, str) and (mask_type in _GRANULARITIES or re.fullmatch(r"\d+:\d+", mask_type)):
         return _GRANULARITIES.get(mask_type, mask_type)
     if isinstance(mask_type, list) and len(mask_type) == 2 and all(type(size) is int for size in mask_type):
@@ -257,7 +261,7 @@ def _initial(kind: str, value: Any, names: Sequence[str], model: nn.Module) -> f
         return 0.0
     raise ValueError(
         f"{kind}.init_sparsity is __FROM_PARAM__, and {sparse} has zeros already; give a number, the sparsity at which "
-        f"the schedule begins (cuts take the zeros that are there first)"
+        f"the schedule begins (cuts take existing zeros first)"
     )
 
 
@@ -265,7 +269,9 @@ def _check_keys(kind: str, keys: Mapping[str, Any]) -> None:
     needed, allowed = _KEYS[kind]
     unknown = sorted(keys.keys() - {*needed, *allowed})
     if unknown:
-        raise ValueError(f"{kind} has {', '.join(unknown)}, which is not read; keys are {', '.join(needed + allowed)}")
+        raise ValueError(
+            f"{kind} has {', '.join(unknown)}, which is not read; the keys are {', '.join(needed + allowed)}"
+        )
     missing = sorted(set(needed) - keys.keys())
     if missing:
         raise ValueError(f"{kind} lacks {', '.join(missing)}")
@@ -281,7 +287,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _names(kind: str, params: Any, model: nn.Module) -> list[str]:
-    """The parameters that ``params`` means, in the model's order; each of its entries must match one."""
+    """The parameters that ``params`` matches, in the model's order; each of its entries must match at least one."""
     entries = [params] if isinstance(params, str) else params
     if not (isinstance(entries, list) and entries and all(isinstance(entry, str) for entry in entries)):
         raise ValueError(f"{kind}.params must be a list of names such as 're:.*weight', got {params!r}")
@@ -308,12 +314,12 @@ def _matches(entry: str, name: str) -> bool:
         try:
             return re.match(entry[3:], name) is not None
         except re.error as error:
-            raise ValueError(f"{entry!r} in params is no regular expression: {error}") from None
+            raise ValueError(f"{entry!r} in params is not a regular expression: {error}") from None
     return entry in ("__ALL__", name)
 
 
 def _prunable(model: nn.Module) -> set[str]:
-    """What SparseML takes for prunable: the weights of linear layers and convolutions, GPT-2's Conv1D among them."""
+    """What SparseML considers prunable: the weights of linear layers and convolutions, including GPT-2's Conv1D."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     modules = model.named_modules(remove_duplicate=False)
     return {
@@ -345,21 +351,21 @@ def _load(recipe: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         loaded = yaml.load(card[1] if card else text, Loader=Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"the recipe is no YAML: {error}") from None
+        raise ValueError(f"the recipe is not YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"the recipe must be a mapping with a list such as 'modifiers', got {type(loaded).__name__}")
     return loaded
 
 
 def _modifiers(recipe: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Name and settings of each modifier, with variables put in."""
+    """Name and settings of each modifier, with variables replaced by their values."""
     stages = [
         key for key, value in recipe.items() if isinstance(value, dict) and any("modifiers" in str(k) for k in value)
     ]
     if stages:
         raise ValueError(
-            f"the recipe has the stages {', '.join(stages)}, which are trained one after the other; give each one's "
-            f"content as a recipe of its own"
+            f"the recipe has the stages {', '.join(stages)}, which are trained one after the other; read the content "
+            f"of each as a recipe of its own"
         )
     lists = {key: value for key, value in recipe.items() if "modifiers" in str(key)}
     variables = {key: value for key, value in recipe.items() if key not in lists}
@@ -370,7 +376,7 @@ def _modifiers(recipe: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for one in value:
             kind, keys = next(iter(one.items())) if isinstance(one, dict) and len(one) == 1 else ("", None)
             if not isinstance(keys, dict):
-                raise ValueError(f"{key} has {one!r}, which is no modifier such as '!GMPruningModifier'")
+                raise ValueError(f"{key} has {one!r}, which is not a modifier such as '!GMPruningModifier'")
             modifiers.append((kind, {k: _evaluated(v, variables) for k, v in keys.items()}))
     if not modifiers:
         raise ValueError(f"the recipe has no list of modifiers; its keys are {', '.join(map(str, recipe))}")
@@ -386,8 +392,8 @@ def _leave_out(modifiers: list[tuple[str, dict[str, Any]]], ignore: Sequence[str
     if unknown:
         hints = "; ".join(f"{kind}: {_INSTEAD.get(kind, 'not known here')}" for kind in unknown)
         raise ValueError(
-            f"the recipe has modifiers that are not read ({hints}). When your training does their work, leave them "
-            f"out: ignore={unknown}. Read are {', '.join(_KEYS)}"
+            f"the recipe has modifiers that are not read ({hints}). If your training does their work, leave them "
+            f"out with `ignore={unknown}`. The modifiers that are read: {', '.join(_KEYS)}"
         )
     return [(kind, keys) for kind, keys in modifiers if kind not in ignore]
 
@@ -402,15 +408,15 @@ _OPERATORS: dict[type[ast.operator | ast.unaryop], Callable[..., Any]] = {
 
 
 def _evaluated(value: Any, variables: Mapping[str, Any], depth: int = 0) -> Any:
-    """``value``, or what its ``eval(...)`` comes to."""
+    """``value``, or the result of its ``eval(...)``."""
     if not (isinstance(value, str) and value.startswith("eval(") and value.endswith(")")):
         return value
     try:
         if depth > len(variables):
-            raise ValueError("its variables go round in a circle")
+            raise ValueError("its variables refer to each other in a circle")
         return _work_out(ast.parse(value[5:-1].strip(), mode="eval").body, variables, depth)
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{value} cannot be worked out: {error}") from None
+        raise ValueError(f"{value} cannot be computed: {error}") from None
 
 
 def _work_out(node: ast.expr, variables: Mapping[str, Any], depth: int) -> Any:

@@ -14,29 +14,28 @@ from pomona.pruner.zeros import zero_
 
 @torch.no_grad()
 def from_torch_prune(pruned: nn.Module | MutableMapping[str, Any]) -> list[str]:
-    """Make what ``torch.nn.utils.prune`` has pruned plain again, in place, with exact zeros where its masks are zero.
+    """Turn a model or state dict pruned by ``torch.nn.utils.prune`` into a plain one with exact zeros, in place.
 
-    For each ``weight_orig`` with its ``weight_mask`` (whatever the parameter is called, and whichever of its pruning
-    methods, or of your own, made the mask) there is ``weight`` again: the value that the forward pass has used,
-    ``weight_orig * weight_mask``, with +0.0 wherever the mask is 0. Nothing holds the zeros after that but
-    :func:`hold`, or a Pruner.
+    Each pair of ``weight_orig`` and ``weight_mask`` becomes ``weight`` again (whatever the parameter is called and
+    whichever method made the mask). It gets the value that the forward pass used, ``weight_orig * weight_mask``, with
+    +0.0 wherever the mask is 0. From then on only :func:`hold` or a Pruner keeps the zeros.
 
-    In a model the ``Parameter`` stays the same object with the same storage, and an optimizer that has it keeps it,
-    with its momentum. (``weight_orig`` was that object all along.) The order of the parameters stays that of the
-    pruned model, in which torch puts pruned parameters last in their module; so does an optimizer's saved state.
+    In a model the ``Parameter`` stays the same object with the same storage, so an optimizer keeps it together with
+    its momentum. (``weight_orig`` was that object all along.) The parameters stay in the order of the pruned model, in
+    which torch puts pruned parameters last in their module; so does an optimizer's saved state.
 
     Args:
-        pruned: a model; or a state dict of one, which a plain model can load afterwards.
+        pruned: a model, or the state dict of one, which a plain model can load afterwards.
 
     Returns:
-        The names of the parameters that were pruned, e.g. ``["0.weight", "0.bias"]``. Biases are outside of the
+        The names of the parameters that were pruned, e.g. ``["0.weight", "0.bias"]``. Biases are outside the
         default scope: ``hold(model, optimizer, scope=Scope(include=names, min_ndim=1))`` holds their zeros too.
 
     Memory: one mask at a time for a model; one tensor at a time is copied for a state dict.
 
     Raises:
-        ValueError: nothing in it is pruned by ``torch.nn.utils.prune``; or a tensor that several places share is
-            masked in one and not, or differently, in another, which no plain model can be. Nothing is changed then.
+        ValueError: ``torch.nn.utils.prune`` has pruned nothing in it; or a shared tensor is masked in one place and
+            not, or differently, in another, which a plain model cannot express. Nothing is changed then.
 
     Example:
         >>> from torch.nn.utils import prune
@@ -66,8 +65,8 @@ def _make_plain(model: nn.Module) -> list[str]:
             masks[f"{name}_orig"] = getattr(module, f"{leaf}_mask")
     if not found:
         raise ValueError(
-            f"no parameter of {type(model).__name__} is pruned by torch.nn.utils.prune. (After prune.remove() the "
-            f"zeros are in the weights, and pomona.hold() keeps them.)"
+            f"no parameter of {type(model).__name__} is pruned by torch.nn.utils.prune. (If prune.remove() was "
+            f"called, the zeros are already in the weights, and `pomona.hold(model, optimizer)` keeps them.)"
         )
     _check_shared(model.named_parameters(remove_duplicate=False), masks, key=id)
 
@@ -80,13 +79,13 @@ def _make_plain(model: nn.Module) -> list[str]:
 
 
 def _pruned_in(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters that a hook of torch masks."""
+    """Names of the module's own parameters that one of torch's hooks masks."""
     hooks = module._forward_pre_hooks.values()
     return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 
 
 def _put_back(module: nn.Module, leaf: str) -> None:
-    """``leaf`` is a parameter again, in the place of ``leaf_orig``; without hook and mask."""
+    """Make ``leaf`` a parameter again, in the place of ``leaf_orig``, and remove the hook and the mask."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == leaf:
             del module._forward_pre_hooks[key]
@@ -94,7 +93,7 @@ def _put_back(module: nn.Module, leaf: str) -> None:
     parameter = module._parameters.pop(f"{leaf}_orig")
     delattr(module, leaf)
     delattr(module, f"{leaf}_mask")
-    setattr(module, leaf, parameter)  # not register_parameter: LSTM and GRU keep a list of theirs besides
+    setattr(module, leaf, parameter)  # not register_parameter: LSTM and GRU also keep a list of their own
     for name in names:
         module._parameters[name] = module._parameters.pop(name)
 
@@ -105,13 +104,13 @@ def _make_plain_state(state: MutableMapping[str, Any]) -> list[str]:
         for key, mask in state.items()
         if isinstance(mask, Tensor) and key.endswith("_mask") and isinstance(_orig(state, key), Tensor)
     ]
-    names = [name for name in names if name not in state]  # with all three it is somebody's own layer
+    names = [name for name in names if name not in state]  # a layer with all three names is the user's own
     if not names:
         inside = [key for key, value in state.items() if isinstance(value, Mapping)]
         hint = f" Is it in one of {', '.join(map(repr, inside))}?" if inside else ""
         raise ValueError(
             f"the state dict has no pair such as 'layer.weight_orig' and 'layer.weight_mask' among its {len(state)} "
-            f"entries, so torch.nn.utils.prune did not prune what it is of.{hint}"
+            f"entries, so it does not come from a model pruned with torch.nn.utils.prune.{hint}"
         )
     masks = {f"{name}_orig": state[f"{name}_mask"] for name in names}
     for key, mask in masks.items():
@@ -132,7 +131,7 @@ def _orig(state: Mapping[str, Any], mask_key: str) -> Any:
 
 
 def _apply_(value: Tensor, mask: Tensor) -> Tensor:
-    """``value * mask``, and +0.0 (not -0.0, nor NaN) where the mask is 0."""
+    """Multiply by the mask in place; where the mask is 0 the result is +0.0, not -0.0 or NaN."""
     value.mul_(mask)
     return zero_(value, mask == 0)
 
@@ -140,7 +139,7 @@ def _apply_(value: Tensor, mask: Tensor) -> Tensor:
 def _check_shared(
     tensors: Iterable[tuple[str, Tensor]], masks: Mapping[str, Tensor], *, key: Callable[[Tensor], object]
 ) -> None:
-    """A tensor that is tied has to be masked alike under all of its names."""
+    """Check that a tied tensor has the same mask under all of its names."""
     names_of: dict[object, list[str]] = {}
     for name, tensor in tensors:
         names_of.setdefault(key(tensor), []).append(name)
@@ -156,7 +155,7 @@ def _check_shared(
             here, there = first.removesuffix("_orig"), name.removesuffix("_orig")
             raise ValueError(
                 f"{here} and {there} share one tensor, but {there} is {'' if name in masks else 'not '}pruned"
-                f"{' by another mask' if name in masks else ''}: no plain model has zeros in the one and not in the "
-                f"other. Prune both by one mask (prune.custom_from_mask({there.rpartition('.')[0]}, "
-                f"{there.rpartition('.')[2]!r}, mask)), or give one of the two a copy of its own"
+                f"{' by another mask' if name in masks else ''}, and a plain model cannot have zeros in only one of "
+                f"them. Prune both with the same mask (`prune.custom_from_mask(model.get_submodule("
+                f"{there.rpartition('.')[0]!r}), {there.rpartition('.')[2]!r}, mask)`), or give one its own copy"
             )

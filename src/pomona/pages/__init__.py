@@ -1,1 +1,1 @@
-"""Pictures and HTML pages."""
+"""Pictures, HTML pages and text tables."""

@@ -1,7 +1,7 @@
-"""Pages that need nothing but themselves: parts that several of them are made of.
+"""Self-contained HTML pages, and the parts that they have in common.
 
-Pictures are embedded, there is no script, and a page's own content policy forbids the browser to load anything. Pages
-read on a phone, in the dark and on paper.
+Pictures are embedded, there are no scripts, and the content policy of a page forbids the browser to load anything.
+Pages are readable on a phone, in dark mode and on paper.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-NONE = "\u2013"  # what a cell says where there is no number
+NONE = "\u2013"  # a cell without a number
 TIMES = "\u00d7"
-PERCENT = "\u00a0%"  # with a space that no line breaks at
+PERCENT = "\u00a0%"  # with a non-breaking space
 
 
 def write(path: Path, title: str, sections: Iterable[str]) -> Path:
-    """Write a page of the sections that are not empty; its title is plain text, they are HTML."""
+    """Write a page with the sections that are not empty; the title is plain text, the sections are HTML."""
     body = "\n".join(part for part in sections if part)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_PAGE.format(title=escape(title), style=_STYLE, body=body), encoding="utf-8")
@@ -24,11 +24,12 @@ def write(path: Path, title: str, sections: Iterable[str]) -> Path:
 
 
 def section(title: str, body: str) -> str:
+    """A section with a heading; empty if its body is."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]], foot: Sequence[str] = ()) -> str:
-    """A table of plain texts; a heading that begins with `>` aligns its column to the right."""
+    """A table of plain text; a heading that begins with `>` aligns its column to the right."""
     sides = [' class="right"' if name.startswith(">") else "" for name in head]
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -44,7 +45,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], foot: Sequence[str
 
 
 def pairs(facts: dict[str, str]) -> str:
-    """Names and values, a line each."""
+    """Names and values, one pair per line."""
     if not facts:
         return ""
     items = (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())

@@ -1,4 +1,4 @@
-"""Four pictures of one run: where the survivors are, and were, how accuracies meet, how the magnitudes part.
+"""Four pictures of one run: where the kept weights are and were, how accuracies meet, how magnitudes separate.
 
 `rows` are the parsed lines of a run's metrics.jsonl, one per epoch; `result` is its result.json. A key may be
 missing or null in both, as it is in a run that has not finished: each function draws what exists, and returns
@@ -19,16 +19,16 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 
 # From the palette of Okabe and Ito, whose colours stay apart in every common form of colour blindness.
-_BLUE, _VERMILLION, _GREY, _FAINT, _INK = "#0072B2", "#D55E00", "#8a8a8a", "#e4e4e4", "#222222"
+BLUE, VERMILLION, GREY, FAINT, INK = "#0072B2", "#D55E00", "#8a8a8a", "#e4e4e4", "#222222"
 _PALE = "#c8c8c8"
-_COLOURS = (_BLUE, _VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+_COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _WIDTH, _DPI = 7.0, 200  # inches and dots per inch: 1400 px, of which a phone still shows the letters
 _MOST_NAMED = 8  # layers in the legend of their history
 _LEAST_ERROR = 0.01  # percent; 100 % accuracy has no logarithm
 
 
 def draw_all(rows: Sequence[Row], result: Result, folder: Path) -> list[Path]:
-    """Draw layers.png, history.png, training.png and magnitudes.png into `folder`; returns those there was data for."""
+    """Draw layers.png, history.png, training.png and magnitudes.png into `folder`; returns those that have data."""
     caption = caption_of(result)
     drawn = (
         draw_layers(result, folder / "layers.png"),
@@ -40,7 +40,7 @@ def draw_all(rows: Sequence[Row], result: Result, folder: Path) -> list[Path]:
 
 
 def draw_layers(result: Result, path: Path) -> Path | None:
-    """Draw the share of its weights that each layer keeps, on a logarithmic axis if they lie far apart."""
+    """Draw the share of its weights that each layer keeps, on a logarithmic axis if the shares are far apart."""
     report = result.get("report") or {}
     layers = [layer for layer in report.get("layers") or [] if layer.get("total")]
     if not layers:
@@ -56,18 +56,18 @@ def draw_layers(result: Result, path: Path) -> Path | None:
 
     pitch = 0.34 if len(layers) <= 40 else 0.22  # inches per layer
     size = 9 if len(layers) <= 40 else 7
-    figure = _figure(1.6 + pitch * len(layers), "Share of the weights that each layer keeps", caption_of(result))
+    figure = new_figure(1.6 + pitch * len(layers), "Share of the weights that each layer keeps", caption_of(result))
     ax = figure.add_subplot()
     places = range(len(layers))
     ax.barh(places, right - left, left=left, height=0.7, color="#f2f2f2")
-    ax.barh(places, [max(s - left, 0.0) for s in shares], left=left, height=0.7, color=_BLUE)
-    ax.axvline(overall, color=_VERMILLION, linestyle="--", linewidth=1.2)
-    told = f"all layers: {overall:.3g} %, {times(sum(totals), sum(kept))}"
-    _note(ax, told, (overall, 1), (0, 7), coords=("data", "axes fraction"), colour=_VERMILLION, size=size)
+    ax.barh(places, [max(s - left, 0.0) for s in shares], left=left, height=0.7, color=BLUE)
+    ax.axvline(overall, color=VERMILLION, linestyle="--", linewidth=1.2)
+    label = f"all layers: {overall:.3g} %, {times(sum(totals), sum(kept))}"
+    note(ax, label, (overall, 1), (0, 7), coords=("data", "axes fraction"), colour=VERMILLION, size=size)
     for place, n, k in zip(places, totals, kept, strict=True):
         for text, side, shift in ((times(n, k), "right", 44), (f"{k:,} of {n:,}", "left", 54)):
             coords = ("axes fraction", "data")
-            _note(ax, text, (1, place), (shift, 0), coords=coords, side=side, size=size)
+            note(ax, text, (1, place), (shift, 0), coords=coords, side=side, size=size)
     if is_log:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda share, _: f"{share:g}")
@@ -76,13 +76,13 @@ def draw_layers(result: Result, path: Path) -> Path | None:
     names = [_shortened(str(layer.get("name", "?"))) for layer in layers]
     ax.set_yticks(places, names, parse_math=False)
     ax.set_xlabel("weights kept (% of the layer" + (", logarithmic)" if is_log else ")"))
-    _quiet(ax)
+    quiet_axes(ax)
     ax.tick_params(axis="y", length=0, labelsize=size)
     return _save(figure, path)
 
 
 def draw_history(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path | None:
-    """Draw for each layer the share of its weights that a cut would have kept, epoch by epoch of pruning.
+    """Draw for each layer the share of its weights that a cut would have kept in each epoch of pruning.
 
     Of many layers the four that end densest and the four that end sparsest have a colour and a name.
     """
@@ -96,7 +96,7 @@ def draw_history(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path 
     is_log = max(positive) > 10 * min(positive)
     lowest = 10 ** math.floor(math.log10(0.8 * min(positive))) if is_log else 0.0  # 0 has no logarithm
 
-    figure = _figure(4.4 + 0.1 * len(named), "What a cut would have kept of each layer", caption)
+    figure = new_figure(4.4 + 0.1 * len(named), "What a cut would have kept of each layer", caption)
     ax = figure.add_subplot()
     epochs = [row["epoch"] for row in seen]
     for name in [*(name for name in by_end if name not in named), *named]:
@@ -116,19 +116,19 @@ def draw_history(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path 
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     ax.set_ylabel("weights kept (% of the layer" + (", logarithmic)" if is_log else ")"))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8.5, borderaxespad=0)
-    _quiet(ax)
+    quiet_axes(ax)
     return _save(figure, path)
 
 
 def draw_training(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path | None:
-    """Draw the accuracy of the network and of the network cut now, which meet where pruning succeeds.
+    """Draw the accuracy of the network and of the network if it were cut now; they meet where pruning succeeds.
 
     Below them, whichever of learning rate, decay exponent and active weights changes during the run.
     """
     epochs = _epochs(rows)
     curves = [
-        ("as it is", _BLUE, _series(rows, epochs, "test_accuracy")),
-        ("if cut to its budget now", _VERMILLION, _series(rows, epochs, "accuracy_if_cut")),
+        ("as it is", BLUE, _series(rows, epochs, "test_accuracy")),
+        ("if cut to its budget now", VERMILLION, _series(rows, epochs, "accuracy_if_cut")),
     ]
     panels = [
         ("learning\nrate", "log", _series(rows, epochs, "lr")),
@@ -142,19 +142,19 @@ def draw_training(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path
         return None
 
     title = "Accuracy of the network, and what a cut would leave of it" if curves else "Course of the run"
-    figure = _figure(1.3 + sum(heights), title, caption)
+    figure = new_figure(1.3 + sum(heights), title, caption)
     axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if curves:
         _draw_accuracies(axes[0], curves)
     for ax, (name, scale, (x, y)) in zip(axes[bool(curves) :], panels, strict=True):
-        ax.plot(x, y, color=_INK, linewidth=1.4, drawstyle="steps-mid" if scale == "log" else "default")
+        ax.plot(x, y, color=INK, linewidth=1.4, drawstyle="steps-mid" if scale == "log" else "default")
         ax.set_yscale(scale if min(y) > 0 else "linear")
         ax.set_ylabel(name)
         if scale == "linear":
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
             ax.locator_params(axis="y", nbins=3)
     for ax in axes:
-        _quiet(ax)
+        quiet_axes(ax)
     _mark_stages(axes, rows)
     axes[-1].set_xlabel("epoch")
     axes[-1].set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
@@ -166,7 +166,7 @@ def draw_training(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path
 def draw_comparison(entries: Sequence[Result], path: Path, *, caption: str = "") -> Path:
     """Draw accuracy over compression for each method: the mean over seeds, with one standard deviation."""
     names = list(dict.fromkeys(entry["name"] for entry in entries))
-    figure = _figure(5.2, "Accuracy at equal cost", caption)
+    figure = new_figure(5.2, "Accuracy at equal cost", caption)
     ax = figure.add_subplot()
     for name, (marker, colour) in zip(names, cycle(product("osD", _COLOURS)), strict=False):
         points = []
@@ -182,12 +182,12 @@ def draw_comparison(entries: Sequence[Result], path: Path, *, caption: str = "")
     _scale_by_error(ax, [entry["accuracy"] for entry in entries])
     ax.set_xlabel("compression: weights over non-zero weights (logarithmic)")
     ax.legend(frameon=False, fontsize=8.5, ncols=2, loc="lower left")
-    _quiet(ax)
+    quiet_axes(ax)
     return _save(figure, path)
 
 
 def draw_magnitudes(rows: Sequence[Row], path: Path, *, caption: str = "") -> Path | None:
-    """Draw how the histogram of log10 |w| parts in two humps during pruning, and the cut between them."""
+    """Draw how the histogram of log10 |w| separates into two humps during pruning, and the cut between them."""
     from matplotlib.colors import LogNorm
 
     rows = [row for row in rows if row.get("stage") == "prune"]
@@ -203,7 +203,7 @@ def draw_magnitudes(rows: Sequence[Row], path: Path, *, caption: str = "") -> Pa
     most = max(10, *(count for _, _, count in bins))
     cuts = [(row["epoch"], math.log10(row["largest_cut"])) for row in rows if (row.get("largest_cut") or 0) > 0]
 
-    figure = _figure(4.9, "Magnitudes of the weights during pruning", caption)
+    figure = new_figure(4.9, "Magnitudes of the weights during pruning", caption)
     heat, outline = figure.subplots(1, 2, sharey=True, width_ratios=[2.3, 1])
     norm = LogNorm(1, most)
     borders = _borders([row["epoch"] for row in seen])
@@ -213,7 +213,7 @@ def draw_magnitudes(rows: Sequence[Row], path: Path, *, caption: str = "") -> Pa
     if cuts:
         mark = "o" if len(cuts) == 1 else ""
         label = "largest |w| that a cut now would remove"
-        heat.plot(*zip(*cuts, strict=True), color=_VERMILLION, linewidth=2, marker=mark, label=label)
+        heat.plot(*zip(*cuts, strict=True), color=VERMILLION, linewidth=2, marker=mark, label=label)
     heat.set_xlim(borders[0], borders[-1])
     heat.set_ylim(min(low for low, _, _ in bins), max(high for _, high, _ in bins))
     heat.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -225,22 +225,22 @@ def draw_magnitudes(rows: Sequence[Row], path: Path, *, caption: str = "") -> Pa
 
     _draw_outlines(outline, seen)
     if cuts:
-        outline.axhline(cuts[-1][1], color=_VERMILLION, linewidth=2)
+        outline.axhline(cuts[-1][1], color=VERMILLION, linewidth=2)
     outline.set_xlim(0.7, 2 * most)
     for ax in (heat, outline):
-        _quiet(ax)
+        quiet_axes(ax)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8.5, borderaxespad=0)
     return _save(figure, path)
 
 
 def caption_of(result: Result) -> str:
-    """One line for the foot of a picture: the title of the recipe, and the data behind the numbers."""
+    """One line below a picture: the title of the recipe, and the data that the numbers come from."""
     return ". ".join(str(result[key]).rstrip(".") for key in ("title", "data") if result.get(key))
 
 
 def times(total: int, kept: int) -> str:
-    """The compression `total / kept` as it is written everywhere: `60.0x`."""
+    """The compression `total / kept`, written as everywhere: `60.0x`."""
     if not kept:
         return "all cut"
     ratio = total / kept
@@ -252,13 +252,13 @@ def _layers_of(rows: Sequence[Row]) -> list[str]:
 
 
 def _epochs(rows: Sequence[Row]) -> list[int]:
-    """The epochs of all rows on one axis, on which each stage follows the one before."""
+    """The epochs of all rows on one axis, on which the stages follow one another."""
     begins = _begins(rows)
     return [row["epoch"] + begins[row.get("stage")] for row in rows]
 
 
 def _begins(rows: Sequence[Row]) -> dict[Any, int]:
-    """Stage -> how many epochs the stages before it have."""
+    """Stage -> number of epochs before it."""
     lengths: dict[Any, int] = {}
     for row in rows:
         lengths[row.get("stage")] = max(row["epoch"], lengths.get(row.get("stage"), 0))
@@ -271,7 +271,7 @@ def _series(rows: Sequence[Row], epochs: list[int], key: str) -> tuple[list[int]
 
 
 def _borders(epochs: list[int]) -> list[float]:
-    """The vertical borders of a heat map whose columns stand at `epochs`, some of which may be missing."""
+    """The vertical borders of a heat map with columns at `epochs`, some of which may be missing."""
     middles = [(a + b) / 2 for a, b in pairwise(epochs)]
     return [epochs[0] - 0.5, *middles, epochs[-1] + 0.5]
 
@@ -286,7 +286,7 @@ def _draw_accuracies(ax: Any, curves: list[tuple[str, str, tuple[list[int], list
 
 
 def _scale_by_error(ax: Any, accuracies: list[float]) -> None:
-    """Give 98 to 99 % the room of 80 to 90 %: an axis logarithmic in the error, if the errors lie far apart."""
+    """Give 98 to 99 % as much room as 80 to 90 %: an axis logarithmic in the error, if the errors are far apart."""
     import numpy as np
 
     errors = [max(100 - accuracy, _LEAST_ERROR) for accuracy in accuracies]
@@ -307,7 +307,7 @@ def _scale_by_error(ax: Any, accuracies: list[float]) -> None:
 
 def _draw_outlines(ax: Any, seen: list[Row]) -> None:
     """Draw the first and the last histogram, sideways."""
-    ends = [(seen[0], _GREY), (seen[-1], _INK)] if len(seen) > 1 else [(seen[0], _INK)]
+    ends = [(seen[0], GREY), (seen[-1], INK)] if len(seen) > 1 else [(seen[0], INK)]
     ax.set_xscale("log")
     for row, colour in ends:
         edges, zeros = row["histogram"]["edges"], row["histogram"].get("zeros")
@@ -322,24 +322,25 @@ def _mark_stages(axes: Any, rows: Sequence[Row]) -> None:
     for stage, begin in begins.items() if len(begins) > 1 else ():
         if begin:
             for ax in axes:
-                ax.axvline(begin + 0.5, color=_GREY, linewidth=0.8, linestyle=":")
+                ax.axvline(begin + 0.5, color=GREY, linewidth=0.8, linestyle=":")
         at, coords = (begin + 0.5, 1), ("data", "axes fraction")
-        _note(axes[0], str(stage), at, (4, 7), coords=coords, side="left", colour=_GREY, size=9)
+        note(axes[0], str(stage), at, (4, 7), coords=coords, side="left", colour=GREY, size=9)
 
 
-def _figure(height: float, title: str, caption: str) -> Any:
+def new_figure(height: float, title: str, caption: str) -> Any:
+    """A figure with a title above and a caption below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", color=INK)
     foot = textwrap.fill(caption, 105)
     figure.supxlabel(foot, x=0.012, ha="left", fontsize=8, color="#555555", parse_math=False)
     return figure
 
 
-def _note(
+def note(
     ax: Any,
     text: str,
     at: tuple[float, float],
@@ -347,10 +348,10 @@ def _note(
     *,
     coords: tuple[str, str],
     side: str = "center",
-    colour: str = _INK,
+    colour: str = INK,
     size: float,
 ) -> None:
-    """Write `text` some points away from the place `at`; matplotlib knows what `coords` mean."""
+    """Write `text` at `at`, shifted by some points; `coords` are matplotlib's names of coordinates."""
     ax.annotate(
         text,
         at,
@@ -364,17 +365,17 @@ def _note(
     )
 
 
-def _quiet(ax: Any) -> None:
-    """Leave of the frame what helps to read the numbers."""
+def quiet_axes(ax: Any) -> None:
+    """Reduce the frame to what helps to read the numbers."""
     ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(_GREY)
-    ax.tick_params(which="both", color=_GREY, labelcolor=_INK, labelsize=9)
+    ax.spines[["left", "bottom"]].set_color(GREY)
+    ax.tick_params(which="both", color=GREY, labelcolor=INK, labelsize=9)
     ax.set_axisbelow(True)
-    ax.grid(color=_FAINT, linewidth=0.7)
+    ax.grid(color=FAINT, linewidth=0.7)
 
 
 def _shortened(name: str, length: int = 32) -> str:
-    """The name with its middle left out: its ends say the block and the layer."""
+    """The name with its middle left out: its ends name the block and the layer."""
     return name if len(name) <= length else f"{name[: length // 2 - 2]}...{name[-length // 2 + 1 :]}"
 
 

@@ -17,14 +17,15 @@ _ARROW = "\u2192"
 _NUM_LAST = 10  # epochs in the table of the last ones
 
 _CAPTIONS = {
-    "layers": "Each bar is the share of its weights that a layer keeps, the dashed line the share of all layers "
-    "together: a bar that ends to the right of it was spared, one that ends to the left gave more than its part.",
-    "history": "Had the network been cut at the end of an epoch, each layer would have kept this share of its weights. "
-    "Where lines still move, layers are still trading weights with each other.",
+    "layers": "Each bar is the share of its weights that a layer keeps. The dashed line is the share of all layers "
+    "together: a bar that ends to its right kept more than average, one that ends to its left kept less.",
+    "history": "If the network had been cut at the end of an epoch, each layer would have kept this share of its "
+    "weights. Where lines still move, layers are still trading weights with each other.",
     "training": "Where the two curves have met, the cut loses nothing: the weights it would remove no longer matter.",
-    "magnitudes": "Colour counts the weights of each magnitude, epoch by epoch. Those that no gradient feeds fade and "
-    "part from the others. Where the cut, the orange line, runs through the upper hump, more weights took turns in "
-    "being active than may stay, and it removes some that are not small: accuracy before and after tells the price.",
+    "magnitudes": "Colours show how many weights have each magnitude in each epoch. Weights that no gradient feeds "
+    "decay and separate from the others. If the cut (the orange line) runs through the upper hump, more weights took "
+    "turns in being active than may stay, and it removes some that are not small. Accuracy before and after shows "
+    "the price.",
 }
 
 
@@ -32,10 +33,10 @@ def write_page(rows: Sequence[Row], result: Result, pictures: Iterable[Path], pa
     """Write the page of a run to `path`, and return it.
 
     Args:
-        rows: The parsed lines of metrics.jsonl, one per epoch.
-        result: The parsed result.json. Of both, whatever is missing or null is left out or shown as a dash.
-        pictures: PNG files to embed, in this order; those that `draw_all` makes get a caption each.
-        path: Where to write the page.
+        rows: the parsed lines of metrics.jsonl, one per epoch.
+        result: the parsed result.json. Missing or null values of both are left out or shown as a dash.
+        pictures: PNG files to embed, in this order; those that `draw_all` makes have captions.
+        path: where to write the page.
     """
     sections = (
         _top(rows, result),
@@ -63,9 +64,9 @@ def _top(rows: Sequence[Row], result: Result) -> str:
         ("smallest weight kept", _number(report.get("smallest_kept"))),
         ("dead channels", _count(report.get("dead_channels"))),
     ]
-    told = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures if value != NONE]
-    if told:
-        lines += ['<dl class="figures">', *told, "</dl>"]
+    shown = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures if value != NONE]
+    if shown:
+        lines += ['<dl class="figures">', *shown, "</dl>"]
     return "<header>\n" + "\n".join(lines) + "\n</header>"
 
 
@@ -122,7 +123,7 @@ def _verdict(value: float | None, wanted: float | None, tolerance: float | None)
 
 
 def _tickets(result: Result) -> str:
-    """The initial weights under the masks that were found, trained like the base model."""
+    """The initial weights with the masks that were found, trained like the base model."""
     tickets, expected = result.get("tickets") or {}, result.get("expected") or {}
     if not tickets:
         return ""
@@ -209,7 +210,7 @@ def _recipe(result: Result) -> str:
 
 
 def _toml(table: dict[str, Any], prefix: str = "") -> str:
-    """The recipe as it reads in its file: JSON writes the plain values as TOML does."""
+    """The recipe as in its file: JSON writes plain values as TOML does."""
     plain = [f"{_key(key)} = {json.dumps(value)}\n" for key, value in table.items() if not isinstance(value, dict)]
     nested = [
         f"\n[{prefix}{_key(key)}]\n{_toml(value, f'{prefix}{_key(key)}.')}"
@@ -226,8 +227,8 @@ def _key(key: str) -> str:
 def _environment(result: Result) -> str:
     seconds = result.get("seconds")
     facts = {key: result.get(key) for key in ("seed", "pomona", "torch", "threads", "device", "commit")}
-    told = {key: str(value) for key, value in facts.items() if value is not None}
-    return pairs(told | ({"duration": _duration(seconds)} if seconds is not None else {}))
+    known = {key: str(value) for key, value in facts.items() if value is not None}
+    return pairs(known | ({"duration": _in_words(seconds)} if seconds is not None else {}))
 
 
 def _last_epochs(rows: Sequence[Row]) -> str:
@@ -258,7 +259,7 @@ def _last_epochs(rows: Sequence[Row]) -> str:
 
 
 def _at(tree: Any, *keys: str) -> Any:
-    """What stands under a path of keys; None where any of them is missing or null."""
+    """The value under a path of keys; None if any of them is missing or null."""
     for key in keys:
         tree = (tree or {}).get(key)
     return tree
@@ -277,7 +278,7 @@ def _percent(value: float | None, of: float = 100) -> str:
 
 
 def _share(density: float | None) -> str:
-    """A density as percent with three digits, for those of layers span orders of magnitude."""
+    """A density in percent with three digits, because layers differ by orders of magnitude."""
     return NONE if density is None else f"{100 * density:.3g}{PERCENT}"
 
 
@@ -290,7 +291,7 @@ def _difference(value: float | None, base: float | None) -> str:
     return NONE if value is None or base is None else f"{value - base:+.2f}"
 
 
-def _duration(seconds: float) -> str:
+def _in_words(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pomona.files import container
-from pomona.files.container import FLOATS, File, Stored, to_float32
+from pomona.files import unpack
 from pomona.files.sparse import Sparse
+from pomona.files.stored import FLOATS, File, Stored, to_float32
 from pomona.native import library
 from pomona.runtime import reference
 from pomona.runtime.engine import Engine, Precision, check_precision
@@ -35,17 +35,17 @@ def load(
     """The network of a file, ready to run.
 
     Args:
-        file: a path, or what :func:`pomona.files.container.read` returned.
+        file: a path, or what :func:`pomona.files.unpack.read` returned.
         threads: how many threads the network may use.
         max_bytes: the most that its tensors may take as dense ones, and the most that the engine's copy of them and
-            the activations may take. Default: that of :func:`pomona.files.container.read`, and 16 GiB.
+            the activations may take. Default: that of :func:`pomona.files.unpack.read`, and 16 GiB.
         precision: see :class:`Network`.
 
     Raises:
         FormatError: this is no such file, or it is damaged; a ValueError.
         ValueError: the file holds no graph, a graph that does not fit its tensors, or, for int16, no ranges.
     """
-    read = file if isinstance(file, File) else container.read(file, max_bytes=max_bytes)
+    read = file if isinstance(file, File) else unpack.read(file, max_bytes=max_bytes)
     where = "the file" if isinstance(file, File) else os.fspath(file)
     if read.graph is None:
         raise ValueError(

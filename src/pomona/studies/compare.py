@@ -1,7 +1,7 @@
 """Methods side by side: every recipe at every compression with every seed, from shared dense networks.
 
-Each run is a process of its own (``pomona train``), so that a comparison uses all cores, goes on where it was when it
-is started again, and one run that fails does not end the others.
+Each run is a separate process (``pomona train``). A comparison thus uses all cores, resumes when it is started again,
+and continues if one run fails.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import torch
 
 from pomona.pages.pictures import draw_comparison, times
 from pomona.train.checkpoint import write_atomically
+from pomona.train.folder import FolderError, base_of, differences
 from pomona.train.progress import Progress, duration
-from pomona.train.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
-from pomona.train.run import FolderError, base_of, differences
+from pomona.train.recipe import Recipe, load_recipe, recipe_from_dict
+from pomona.train.stage import RecipeError
 from pomona.zoo.models import MODELS, build_model
 
 _STOPPED = 130  # exit status of a run that was asked to stop
-_FOLDER = re.compile(r"(?P<name>.+)-(?P<asked>[^-]+)x-seed(?P<seed>\d+)")  # of a run
+_FOLDER = re.compile(r"(?P<name>.+)-(?P<asked>[^-]+)x-seed(?P<seed>\d+)")  # name of a run's folder
 _PLUS_MINUS = "\u00b1"
 
 
@@ -44,11 +45,11 @@ class Job:
     """One run.
 
     Attributes:
-        recipe: its file or name.
+        recipe: file or name of its recipe.
         overrides: ``key=value`` each.
-        folder: where it goes.
+        folder: its folder.
         base: folder of the dense network that it starts from, if its recipe has one.
-        start: file of the dense network that it starts from, in place of what its recipe says.
+        start: file of the dense network that it starts from, instead of what its recipe says.
     """
 
     recipe: str
@@ -57,13 +58,13 @@ class Job:
     base: Path | None
     start: Path | None = None
 
-    def load(self) -> Recipe:
-        """The recipe as the run has it."""
+    def read_recipe(self) -> Recipe:
+        """The recipe with the changes of this run."""
         recipe = load_recipe(self.recipe, self.overrides)
         return replace(recipe, base=None) if self.start else recipe
 
     def command(self, data_dir: str | None, threads: int, *, device: str = "cpu", compiled: bool = False) -> list[str]:
-        """What a user would type."""
+        """The command that a user would type."""
         words = [sys.executable, "-m", "pomona", "train", self.recipe, "--no-pictures"]
         words += ["--threads", str(threads), "--out", str(self.folder)]
         for override in self.overrides:
@@ -89,23 +90,25 @@ def plan(
     dense: str | None = None,
     narrow: bool = False,
 ) -> list[Job]:
-    """All runs, compression by compression, so that a comparison that was cut short compares equals.
+    """All runs, ordered by compression, so that a comparison that was stopped early still compares equals.
 
     Args:
         recipes: files or names.
-        compressions: each recipe is run at each.
-        seeds: and with each of these.
-        overrides: ``key=value`` each, of all recipes.
+        compressions: each recipe runs at each of them.
+        seeds: each recipe runs with each of them.
+        overrides: ``key=value`` each, for all recipes.
         out: folder of all runs.
-        start: file with the dense network that all start from, in place of what their recipes say.
-        dense: recipe that is run at compression 1.
-        narrow: run ``dense`` also with narrower models, for each compression the one nearest in weights.
+        start: file with the dense network that all runs start from, instead of that of their recipes.
+        dense: a recipe to run at compression 1.
+        narrow: also run ``dense`` with narrower models, for each compression with the one nearest in weights.
 
     Raises:
         RecipeError: a recipe cannot be read, two runs would share a folder, or there is no narrower model.
     """
     if narrow and (start or not dense):
-        raise RecipeError("--narrow is the recipe of --dense on narrower networks, which cannot begin with --start")
+        raise RecipeError(
+            "--narrow runs the recipe of --dense on narrower networks: it needs --dense, and excludes --start"
+        )
     for override in overrides:
         if override.partition("=")[0].strip() in ("seed", "method.compression", "method.sparsity"):
             raise RecipeError(f"--set {override}: seed and compression differ from run to run; leave it out")
@@ -118,7 +121,7 @@ def plan(
         if folder in jobs:
             raise RecipeError(
                 f"two runs would share the folder {folder}; name each recipe, compression and "
-                f"seed once, and files of recipes differently"
+                f"seed only once, and give recipe files different names"
             )
         base = out / f"base-{base_key(recipe)}" if recipe.base and not start else None
         jobs[folder] = Job(name, changes, folder, base, start)
@@ -136,7 +139,7 @@ def plan(
 
 
 def narrower(recipe: Recipe, compression: float) -> str:
-    """The zoo's narrower form of the recipe's model whose weights are nearest to those of the pruned model."""
+    """The zoo's narrower form of the recipe's model with the number of weights nearest to the pruned model's."""
     names = [name for name in MODELS if _family(name) == recipe.model != name]
     if not names:
         known = ", ".join(dict.fromkeys(_family(name) for name in MODELS if _family(name) != name))
@@ -146,28 +149,28 @@ def narrower(recipe: Recipe, compression: float) -> str:
 
 
 def num_weights(recipe: Recipe, model: str) -> int:
-    """In the recipe's scope, of a model."""
+    """The number of a model's weights in the recipe's scope."""
     return sum(p.numel() for p in recipe.make_scope().select(build_model(model, seed=0)).inside.values())
 
 
 def _family(model: str) -> str:
-    """The model that a narrower one is a form of."""
+    """The model of which this one is a narrower form, or itself."""
     return re.sub(r"-w\d+$", "", model)
 
 
 def base_key(recipe: Recipe) -> str:
-    """Equal for recipes whose dense networks are equal."""
+    """A key that is equal for recipes with the same dense network."""
     text = json.dumps(base_of(recipe), sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{recipe.seed}"
 
 
 def check_equal_cost(jobs: Sequence[Job], out: Path) -> None:
-    """Refuse runs that a table would put side by side, finished ones in ``out`` too, although one was given more.
+    """Check that all runs of a table, including finished ones in ``out``, were given the same.
 
     Raises:
         RecipeError: they differ in model, data, validation, scope or total epochs.
     """
-    recipes = {job.folder.name: job.load() for job in jobs}
+    recipes = {job.folder.name: job.read_recipe() for job in jobs}
     for folder, result in _finished(out):
         recipes.setdefault(folder.string, recipe_from_dict(result["recipe"]))
     for what in ("model", "data", "validation", "epochs", "scope"):
@@ -176,9 +179,9 @@ def check_equal_cost(jobs: Sequence[Job], out: Path) -> None:
             value = _family(recipe.model) if what == "model" else getattr(recipe, what)
             name_of.setdefault(json.dumps(value, sort_keys=True), name)
         if len(name_of) > 1:
-            told = ", ".join(f"{value} in {name}" for value, name in name_of.items())
+            values = ", ".join(f"{value} in {name}" for value, name in name_of.items())
             total = " in all stages together" if what == "epochs" else ""
-            raise RecipeError(f"runs that are compared must have the same {what}{total}, got {told}")
+            raise RecipeError(f"runs that are compared must have the same {what}{total}, got {values}")
 
 
 def run_jobs(
@@ -191,18 +194,18 @@ def run_jobs(
     devices: Sequence[str] = ("cpu",),
     compiled: bool = False,
 ) -> dict[Path, str]:
-    """Run all that has no result yet; the dense networks first, each once. Runs at once take the devices in turn.
+    """Do all runs that have no result yet, the dense networks first. Parallel runs take turns on the devices.
 
     Returns:
-        folder -> what went wrong, for those that failed; their output is in ``logs`` beside their folders.
+        folder -> what went wrong, for runs that failed; their output is in ``logs`` next to their folders.
 
     Raises:
-        KeyboardInterrupt: after every run under way has saved where it is.
+        KeyboardInterrupt: after every active run has saved its state.
     """
     failed: dict[Path, str] = {}
     started, stop = time.monotonic(), Event()
     running: set[subprocess.Popen[bytes]] = set()
-    starting = Lock()  # so that a stop either comes before a start or reaches what was started
+    starting = Lock()  # so that a stop comes either before a start or after it, and then reaches the process
     free: SimpleQueue[str] = SimpleQueue()
     for device in islice(cycle(devices), at_once):
         free.put(device)
@@ -225,7 +228,7 @@ def run_jobs(
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                start_new_session=True,  # so that Ctrl-C reaches it once, through us
+                start_new_session=True,  # so that Ctrl-C reaches it only once, through this process
             )
             running.add(process)
         status = process.wait()
@@ -246,13 +249,13 @@ def run_jobs(
                         raise KeyboardInterrupt
                     job = job_of[future]
                     ahead = (time.monotonic() - started) / num_done * (len(some) - num_done)
-                    told = f"FAILED, {failed[job.folder]}" if job.folder in failed else _outcome(job.folder)
-                    progress.line(f"{num_done}/{len(some)}, {duration(ahead)} left: {job.folder.name}: {told}")
+                    outcome = f"FAILED, {failed[job.folder]}" if job.folder in failed else _outcome(job.folder)
+                    progress.line(f"{num_done}/{len(some)}, {duration(ahead)} left: {job.folder.name}: {outcome}")
             except KeyboardInterrupt:
                 with starting:
                     stop.set()
                     for process in list(running):
-                        process.send_signal(signal.SIGTERM)  # each saves a checkpoint and ends
+                        process.send_signal(signal.SIGTERM)  # each one saves a checkpoint and ends
                 raise
 
     left = [job for job in jobs if not _is_done(job)]
@@ -268,10 +271,10 @@ def _is_done(job: Job) -> bool:
     if not all((job.folder / name).exists() for name in ("result.json", "model.pt")):  # written in this order
         return False
     manifest = json.loads((job.folder / "run.json").read_text())
-    different = differences(manifest["recipe"], job.load().to_dict())
+    different = differences(manifest["recipe"], job.read_recipe().to_dict())
     begun, begins = (manifest.get("base") or {}).get("name"), job.start or job.base
     if not different and begun != (begins and begins.name):
-        different = f"it began with {begun} there and begins with {begins and begins.name} here"
+        different = f"it started from {begun} there and starts from {begins and begins.name} here"
     if different:
         raise FolderError(
             f"{job.folder} belongs to another run: {different}. Name another folder with --out, or delete it"
@@ -292,12 +295,12 @@ def _finished(out: Path) -> Iterator[tuple[re.Match[str], dict[str, Any]]]:
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
-    """What the finished runs in ``out`` came to, one entry each; ``name`` is that of the recipe.
+    """The results of the finished runs in ``out``, one entry per run; ``name`` is the name of the recipe.
 
-    Zeros are counted in the files of the weights.
+    Zeros are counted in the weight files.
 
     Raises:
-        ValueError: a file has others than its run had.
+        ValueError: a file does not have as many zeros as its run reported.
     """
     found = []
     for folder, result in _finished(out):
@@ -306,7 +309,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         nonzero = sum(int(weights[layer["name"]].count_nonzero()) for layer in report["layers"])
         if nonzero != report["nonzero"]:
-            raise ValueError(f"{path} has {nonzero:,} non-zero weights, its run ended with {report['nonzero']:,}")
+            raise ValueError(f"{path} has {nonzero:,} non-zero weights, but its run ended with {report['nonzero']:,}")
         reached = report["compression"]
         if _family(recipe.model) != recipe.model and reached is not None:
             reached *= num_weights(recipe, _family(recipe.model)) / report["total"]
@@ -332,9 +335,9 @@ def collect(out: Path) -> list[dict[str, Any]]:
 
 
 def tabulate(entries: Sequence[dict[str, Any]]) -> str:
-    """A table in Markdown: a row for each recipe, a column for each compression, best mean first.
+    """A table in Markdown: one row per recipe, one column per compression, best mean first.
 
-    Where a run fell short of the compression that was asked for, the cell tells the least.
+    If a run did not reach the requested compression, the cell names the lowest one reached.
     """
     compressions = sorted({entry["asked"] for entry in entries})
     names = list(dict.fromkeys(entry["name"] for entry in entries))
@@ -350,7 +353,7 @@ def tabulate(entries: Sequence[dict[str, Any]]) -> str:
         short = [c for c in reached if falls_short(c, compression)]
         return spread(accuracies(name, compression)) + (f" at {min(short):.3g}x" if short else "")
 
-    head = ["method", *(f"{c:g}x" for c in compressions), "seconds a run"]
+    head = ["method", *(f"{c:g}x" for c in compressions), "seconds per run"]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for name in sorted(names, key=worth, reverse=True):
         seconds = statistics.median(e["seconds"] for e in entries if e["name"] == name)
@@ -359,7 +362,7 @@ def tabulate(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def falls_short(reached: float | None, asked: float) -> bool:
-    """Whether a run has clearly more weights left than it was to have; ``reached`` is None where nothing is left."""
+    """Whether a run has clearly more weights left than requested; ``reached`` is None if none is left."""
     return reached is not None and reached < 0.99 * asked
 
 
@@ -374,7 +377,7 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
 
 
 def conclude(out: Path) -> str:
-    """Write ``compare.json``, ``compare.md`` and ``compare.png`` of all finished runs in ``out``; returns the table."""
+    """Write ``compare.json``, ``compare.md`` and ``compare.png`` for the runs in ``out``; returns the table."""
     entries = collect(out)
     if not entries:
         raise ValueError(f"no run in {out} has finished; see {out / 'logs'}")
@@ -386,8 +389,8 @@ def conclude(out: Path) -> str:
 
 
 def _caption(entries: Sequence[dict[str, Any]]) -> str:
-    def told(key: str) -> str:
+    def values(key: str) -> str:
         return ", ".join(sorted({str(entry[key]) for entry in entries}))
 
-    what = f"{told('model')} on {told('data')}; {told('epochs')} epochs in all"
+    what = f"{values('model')} on {values('data')}; {values('epochs')} epochs in all"
     return f"{what}; final accuracy, mean {_PLUS_MINUS} sd (seeds)"

@@ -1,7 +1,7 @@
-"""Progressive pruning by a recipe: every candidate of every round is a run in a folder of its own.
+"""Progressive pruning by a recipe: every candidate of every round is a run in its own folder.
 
-The search asks for its candidates in the same order each time, and a finished one answers at once, so that a search
-that was killed goes on in the middle of the candidate it was at.
+The search visits its candidates in the same order each time, and a finished one takes no time, so that a search that
+was killed resumes in the middle of its current candidate.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import torch
 
 from pomona.methods.rounds import Candidate, progressive
 from pomona.train.checkpoint import write_atomically
+from pomona.train.evaluate import Tested, evaluate
+from pomona.train.finished import read_run
+from pomona.train.folder import claim, identity_of
 from pomona.train.progress import Progress
 from pomona.train.recipe import Recipe
-from pomona.train.run import Tested, claim, evaluate, identity_of
-from pomona.train.stages import Base, make_base, read_run, train, train_base
+from pomona.train.stages import Base, make_base, train, train_base
 from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A network of the search: what it is worth, and where it lies."""
+    """A network of the search."""
 
     base: Base
     accuracy: float
@@ -46,15 +48,15 @@ def train_progressive(
     device: str = "cpu",
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Train a recipe with ``[progressive]``; arguments, files and errors as of ``train``.
+    """Train a recipe with ``[progressive]``; arguments, files and errors as in ``train``.
 
     Args:
         base: folder of the dense network; default: in ``folder``.
 
     Returns:
-        The content of ``result.json``: that of the last round's best candidate, and ``rounds``, all that was tried. If
-        candidates were chosen by held out examples, ``rounds`` and the table have accuracies on these, and
-        ``accuracy`` has those of the dense and the last network on the test set.
+        The content of ``result.json``: that of the last round's best candidate, and in ``rounds`` all candidates. If
+        held out examples chose between them, ``rounds`` and the table have accuracies on these, and ``accuracy``
+        has those of the dense and the last network on the test set.
     """
     plan = recipe.progressive
     assert plan is not None
@@ -78,7 +80,7 @@ def train_progressive(
         tried = progressive(dense, [*plan.compressions, recipe.method["compression"]], prune, width=plan.width)
         best = [candidate for candidate in tried if candidate.kept][-1]
         result = _conclude(recipe, data, folder, dense, tried, best)
-        if plan.width > 1:  # else the last table that was told is the one
+        if plan.width > 1:  # otherwise the last table shown is this one
             progress.line(result["table"])
         return result
 
@@ -102,7 +104,7 @@ def _conclude(
     else:
         worth = {key: result[key] | {"base": getattr(dense.base, key)} for key in ("accuracy", "loss")}
         table = result["table"]
-    told = {
+    overall = {
         "title": recipe.title,
         "recipe": plain,
         "data": data.description,
@@ -122,7 +124,7 @@ def _conclude(
         ],
         "seconds": sum(candidate.node.result["seconds"] for candidate in tried),
     }
-    write_atomically(folder / "result.json", json.dumps(result | told, indent=2).encode())
+    write_atomically(folder / "result.json", json.dumps(result | overall, indent=2).encode())
     weights = io.BytesIO()
     torch.save(dict(best.node.base.model), weights)
     write_atomically(folder / "model.pt", weights.getvalue())

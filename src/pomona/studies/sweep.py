@@ -17,8 +17,8 @@ class Sweep:
 
     Attributes:
         tried: compression -> mean accuracy lost against the dense networks, in percentage points.
-        best: the highest compression within the allowed loss; None if even the lowest is not.
-        limit: the lowest that lost too much; None if even the highest did not.
+        best: the highest compression within the allowed loss; None if even the lowest loses too much.
+        limit: the lowest compression that lost too much; None if even the highest did not.
     """
 
     tried: dict[float, float]
@@ -27,15 +27,15 @@ class Sweep:
 
 
 def sweep(lost: Callable[[float], float], *, allowed: float, low: float, high: float, resolution: float = 1.1) -> Sweep:
-    """Bisect the logarithm of the compression for the highest at which no more than ``allowed`` is lost.
+    """Bisect the logarithm of the compression for the highest one that loses no more than ``allowed``.
 
     Args:
-        lost: compression -> accuracy lost; taken to rise with it (seeds blur this near the answer).
-        allowed: percentage points.
-        low: where to start, and what to fall back on.
-        high: where to end; 1 <= low < high.
-        resolution: stop when the lowest bad compression is at most this times the highest good one; >= 1.02, for
-            compressions are tried in three digits.
+        lost: compression -> accuracy lost; assumed to rise with the compression (seeds blur this near the answer).
+        allowed: the allowed loss in percentage points.
+        low: the lowest compression.
+        high: the highest compression; 1 <= low < high.
+        resolution: stop when the lowest bad compression is at most this times the highest good one; >= 1.02, because
+            compressions are rounded to three digits.
 
     Example:
         >>> found = sweep(lambda c: c / 100, allowed=0.5, low=1, high=1000)
@@ -63,10 +63,10 @@ def sweep(lost: Callable[[float], float], *, allowed: float, low: float, high: f
 
 
 def lost_by(jobs: Sequence[Job], compression: float) -> float:
-    """Mean accuracy that these finished runs lost, each against the dense network it started from.
+    """The mean accuracy that these finished runs lost, each against the dense network it started from.
 
     Raises:
-        ValueError: a run did not come to the compression that was asked for.
+        ValueError: a run did not reach the requested compression.
     """
     lost = []
     for job in jobs:
@@ -74,7 +74,7 @@ def lost_by(jobs: Sequence[Job], compression: float) -> float:
         reached, accuracy = result["report"]["compression"], result["accuracy"]
         if falls_short(reached, compression):
             raise ValueError(
-                f"{job.folder.name} came to {reached:.3g}x only; let the method reach its sparsity earlier"
+                f"{job.folder.name} reached only {reached:.3g}x; let the method reach its sparsity earlier"
             )
         lost.append(accuracy["base"] - accuracy["final"])
     return float(statistics.mean(lost))

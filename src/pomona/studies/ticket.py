@@ -1,7 +1,7 @@
 """Winning tickets: is a mask good enough to train from the initial weights? (arXiv 1803.03635; GSM's section 4.4)
 
-The dense network is trained; one mask is what its largest weights are, another what the recipe's method leaves of it.
-Each is put on the *initial* weights, and what is left is trained like the dense network was, zeros held.
+The dense network is trained. One mask keeps its largest weights, the other keeps the weights that the recipe's method
+keeps. Each mask is applied to the *initial* weights, which are then trained like the dense network, with zeros held.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _finish_prune(prune: Phase) -> Callable[[Run, Learner], None]:
         base = build_model(run.recipe.model, seed=run.recipe.seed)
         base.load_state_dict(run.memory["model"])
         prune.finish(run, learner)
-        found = {name: p.detach() != 0 for name, p in _kernels(learner.model).items()}
-        scores = [magnitude(p) for p in _kernels(base).values()]
+        found = {name: p.detach() != 0 for name, p in _weights(learner.model).items()}
+        scores = [magnitude(p) for p in _weights(base).values()]
         largest = global_top_k(scores, sum(int(mask.sum()) for mask in found.values()))
         run.memory["masks"] = {"method": found, "magnitude": dict(zip(found, largest, strict=True))}
         run.memory["tickets"] = {}
@@ -59,7 +59,7 @@ def _initial(mask: str) -> Callable[[Recipe, Memory], nn.Module]:
         model = build_model(recipe.model, seed=recipe.seed)
         masks: dict[str, Tensor] = memory["masks"][mask]
         with torch.no_grad():
-            for name, p in _kernels(model).items():
+            for name, p in _weights(model).items():
                 p.mul_(masks[name])
         return model
 
@@ -80,7 +80,7 @@ def _finish_ticket(mask: str) -> Callable[[Run, Learner], None]:
     return finish
 
 
-def _kernels(model: nn.Module) -> dict[str, nn.Parameter]:
+def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return Scope().select(model).inside
 
 
@@ -99,7 +99,7 @@ def train_tickets(
     Returns:
         The content of ``result.json``; ``tickets`` in it has accuracy, count and per-layer counts for each mask.
     """
-    total = sum(p.numel() for p in _kernels(build_model(recipe.model, seed=recipe.seed)).values())
+    total = sum(p.numel() for p in _weights(build_model(recipe.model, seed=recipe.seed)).values())
     if recipe.make_method(num_steps_per_epoch(recipe, data)).budget.num_kept(total, 0) == total:
         raise ValueError("method.compression must leave out at least one weight, or there is no ticket to train")
     how: dict[str, Any] = {"threads": threads, "progress": progress, "device": device, "compiled": compiled}

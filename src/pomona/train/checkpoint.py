@@ -28,11 +28,11 @@ _LEFTOVER = re.compile(rf"\.{_NAME.pattern}\.tmp")
 class Checkpoints:
     """Atomic, checksummed checkpoints of one run; keeps the newest two.
 
-    An older checkpoint is deleted only once the new one is durable and the others to be kept have been read
-    back and found whole, so the folder holds `keep + 1` of them for a moment. One process at a time may save.
+    An older checkpoint is deleted only when the new one is durable and the others to be kept have been read back
+    and are whole, so the folder holds `keep + 1` of them for a moment. Only one process at a time may save.
 
     Args:
-        folder: where the run lives; made by the first `save`. Files named otherwise are left alone.
+        folder: the folder of the run; created by the first `save`. Files with other names are left alone.
         keep: how many whole checkpoints to keep, at least 1.
 
     Example:
@@ -46,7 +46,7 @@ class Checkpoints:
     """
 
     damaged: list[str]
-    """What the last `load` had to pass over, as sentences naming the file and why."""
+    """What the last `load` had to skip: one sentence per file, with the reason."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         if keep < 1:
@@ -61,12 +61,12 @@ class Checkpoints:
 
         Args:
             state: tensors, numbers, str, bool and None, in dicts, lists and tuples to any depth.
-            step: at least 0, and not behind a whole checkpoint in the folder; the same step is replaced.
+            step: at least 0, and not before that of a whole checkpoint in the folder; the same step is replaced.
 
         Raises:
-            TypeError: something in `state` would not load under `weights_only=True`; names where it is.
-            OSError: it could not be written, say because the disk is full. Nothing earlier is lost; the
-                message names the last good checkpoint.
+            TypeError: something in `state` would not load with `weights_only=True`; the message says where it is.
+            OSError: the file could not be written, for example because the disk is full. Earlier checkpoints
+                are not lost; the message names the last good one.
         """
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
@@ -75,7 +75,7 @@ class Checkpoints:
             if _step(path) > step and self._is_whole(path):
                 raise ValueError(
                     f"step {step} is behind {path.name} in {self.folder}: "
-                    "load() it to go on from there, or use another folder"
+                    "load() it and continue from there, or use another folder"
                 )
 
         buffer = io.BytesIO()
@@ -97,10 +97,10 @@ class Checkpoints:
     def load(self) -> tuple[dict[str, Any], int] | None:
         """The newest whole checkpoint as `(state, step)`, on the CPU, or None where there is none.
 
-        What is passed over on the way is told in `damaged`, and stays until `save` reaches its step.
+        Damaged files are skipped and listed in `damaged`; they stay until `save` reaches their step.
 
         Raises:
-            ValueError: there are checkpoints, but none is whole. Starting over silently would hide lost work.
+            ValueError: there are checkpoints, but none is whole. Silently starting over would hide lost work.
         """
         self.damaged = []
         for path in self._newest_first():
@@ -121,14 +121,14 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        # A kill between writing a step anew and deleting its old file leaves both: the later one counts.
+        # A kill after a step is rewritten and before its old file is deleted leaves both: the later one counts.
         return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
 
     def _is_whole(self, path: Path) -> bool:
         return path not in self._passed_over and not _damage(path)
 
     def _delete_leftovers(self) -> None:
-        """Delete the temporaries of a killed process, before the write because they take space."""
+        """Delete the temporary files of a killed process; before the write, because they take space."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 with contextlib.suppress(OSError):  # in a read-only folder the write itself says why
@@ -149,7 +149,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path` so that a kill or a power cut leaves the old file or the new one, never a part.
 
     Raises:
-        OSError: of the errno met, naming the path, the size and the reason; the old file is untouched.
+        OSError: with the original errno; names the path, the size and the reason. The old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -186,7 +186,7 @@ def _digest(content: bytes | memoryview) -> str:
 
 
 def _damage(path: Path) -> str:
-    """Why the file is not what its name promises; empty if it is."""
+    """Why the file does not match its name; empty if it does."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Telling how a run goes: lines for a log, and on a terminal one live line below them."""
+"""Shows the progress of a run: lines of a log, and on a terminal one live line below them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Progress:
         self._shown_at = 0.0
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         if self._quiet:
             return
         self.clear()
@@ -34,7 +34,7 @@ class Progress:
 
     @property
     def is_due(self) -> bool:
-        """Whether the live line is to be shown again; never where there is none."""
+        """Whether it is time to show the live line again; always False if there is none."""
         return self._is_live and time.monotonic() - self._shown_at > _REFRESH_SECONDS
 
     def status(self, text: str) -> None:
@@ -45,7 +45,7 @@ class Progress:
         self._shown_at = time.monotonic()
 
     def clear(self) -> None:
-        """Take the live line away, before anything else writes to the terminal."""
+        """Remove the live line, before anything else writes to the terminal."""
         if self._is_live:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

@@ -1,15 +1,13 @@
 """Recipes: one TOML file reproduces one row of a published table.
 
-A recipe names a model, a data set and a method, and describes the stages of training: dense, then pruning, then
-perhaps retraining with the zeros held. Its keys are the fields of `Recipe`, `Stage`, `Expected` and of the method;
-their types and ranges stand beside the fields and nowhere else.
+A recipe names a model, a data set and a method, and describes the stages of training: dense training, pruning, and
+optionally retraining with the zeros held. Its keys are the fields of `Recipe`, `Stage`, `Expected` and of the method.
+Their types and ranges are given with the fields and nowhere else.
 """
 
 from __future__ import annotations
 
 import collections.abc
-import json
-import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +15,26 @@ from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pomona.method import Method
+from pomona.methods import METHODS
 from pomona.schedule import Cosine, Cubic, Geometric, Linear, Schedule
 from pomona.scope import Scope
+from pomona.train.stage import (
+    Expected,
+    Interval,
+    Progressive,
+    RecipeError,
+    Stage,
+    check_interval,
+    check_intervals,
+    written,
+)
+from pomona.zoo.data import DATA
+from pomona.zoo.models import MODELS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,186 +46,36 @@ T = TypeVar("T")
 _STAGES = {"base", "prune", "retrain"}
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message says where, which key, what it was and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """The numbers from ``low`` to ``high``; ``ends`` tells whether these two belong to it, as in ``[0, 1)``."""
-
-    low: float
-    high: float = math.inf
-    ends: str = "[)"
-
-    def __contains__(self, number: float) -> bool:
-        above = number >= self.low if self.ends[0] == "[" else number > self.low
-        below = number <= self.high if self.ends[1] == "]" else number < self.high
-        return above and below
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"{'>=' if self.ends[0] == '[' else '>'} {self.low}"
-        return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
-
-
 _BUILTIN = files("pomona.zoo") / "recipes"
 _COMPRESSION = Interval(1)
-_PERCENT = Interval(0, 100, "[]")
-_NOMINAL = 1000  # steps an epoch, for a look at the method before the data are known
-
-OPTIMIZERS = ("sgd", "adam", "adamw")
+_NOMINAL = 1000  # steps per epoch, to check the method before the data are known
 _TIMES = ("every", "begin", "end", "steps")  # fields of methods that count optimizer steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One training run: a fresh optimizer, a linear warm-up from 0, then a rate that falls in steps.
-
-    Args:
-        epochs: length.
-        lr: learning rate after the warm-up.
-        lr_drops: epochs after which the rate is multiplied by ``lr_drop``; increasing, in [1, epochs - 1].
-        lr_drop: the factor.
-        lr_fall: first and last epoch of a straight fall from ``lr`` to ``lr * lr_drop``, epoch by epoch, in place of
-            ``lr_drops``; two numbers in [0, epochs], the first below the second.
-        lr_restart: epochs after which the rate starts again at ``lr``, over and over, ``lr_drops`` counting from
-            each start (ADMM's authors do so at each of its iterations); in [0, epochs], 0: never.
-        warmup_epochs: length of the warm-up; in [0, epochs].
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"`` (both with torch's default betas).
-        momentum: of SGD, as PyTorch defines it (no dampening).
-        nesterov: Nesterov's form of it; needs momentum > 0.
-        weight_decay: coupled L2 (decoupled for AdamW), of weights only: biases and norms never decay.
-        bias_lr: learning rate of biases, as a multiple of ``lr``.
-    """
-
-    epochs: Annotated[int, Interval(1)]
-    lr: Annotated[float, Interval(0, ends="()")]
-    lr_drops: tuple[int, ...] = ()
-    lr_drop: Annotated[float, Interval(0, 1, "(]")] = 0.1
-    lr_fall: tuple[int, ...] | None = None
-    lr_restart: int = 0
-    warmup_epochs: int = 0
-    optimizer: str = "sgd"
-    momentum: Annotated[float, Interval(0, 1)] = 0.0
-    nesterov: bool = False
-    weight_decay: Annotated[float, Interval(0)] = 0.0
-    bias_lr: Annotated[float, Interval(0)] = 1.0
-
-    def __post_init__(self) -> None:
-        _check_intervals(self)
-        _check("warmup_epochs", self.warmup_epochs, Interval(0, self.epochs, "[]"))
-        _check("lr_restart", self.lr_restart, Interval(0, self.epochs, "[]"))
-        if self.optimizer not in OPTIMIZERS:
-            raise RecipeError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {_written(self.optimizer)}")
-        end = self.lr_restart or self.epochs
-        if any(epoch >= later for epoch, later in pairwise((0, *self.lr_drops, end))):
-            allowed, together = f"strictly increasing, in [1, {end - 1}]", "lr_restart" if self.lr_restart else "epochs"
-            raise RecipeError(f"lr_drops must be {allowed}, got {list(self.lr_drops)}; set it together with {together}")
-        if self.lr_fall is not None:
-            if self.lr_drops or self.lr_restart:
-                raise RecipeError("lr_fall takes the place of lr_drops and lr_restart; leave these out")
-            if len(self.lr_fall) != 2 or not 0 <= self.lr_fall[0] < self.lr_fall[1] <= self.epochs:
-                allowed = f"two epochs in [0, {self.epochs}], the first below the second"
-                raise RecipeError(f"lr_fall must be {allowed}, got {list(self.lr_fall)}; set it together with epochs")
-        if self.momentum > 0 and self.optimizer != "sgd":
-            raise RecipeError(f"momentum must be 0 with {self.optimizer}, which has its own, got {self.momentum:g}")
-        if self.nesterov and self.momentum == 0:
-            raise RecipeError("nesterov must be false where momentum is 0, got true")
-
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The rate of ``step``, counted from 0.
-
-        Example:
-            >>> Stage(epochs=4, lr=0.5, lr_drops=(2,), warmup_epochs=1).learning_rates(2)
-            [0.0, 0.25, 0.5, 0.5, 0.05, 0.05, 0.05, 0.05]
-        """
-        warmup = self.warmup_epochs * steps_per_epoch
-        lr = self.lr * step / warmup if step < warmup else self.lr
-        if self.lr_fall:
-            first, last = self.lr_fall
-            fallen = min(1.0, max(0.0, (step // steps_per_epoch - first) / (last - first)))
-            return lr * (1 - fallen * (1 - self.lr_drop))
-        since = step % (self.lr_restart * steps_per_epoch) if self.lr_restart else step
-        num_drops = sum(since >= epoch * steps_per_epoch for epoch in self.lr_drops)
-        return lr * self.lr_drop**num_drops
-
-    def learning_rates(self, steps_per_epoch: int) -> list[float]:
-        """The rates of all steps of the stage."""
-        return [self.learning_rate(step, steps_per_epoch) for step in range(self.epochs * steps_per_epoch)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """The published row: test accuracies in percent, of the last step of each training.
-
-    Args:
-        tolerance: how far below these a run may end, in percentage points.
-        base_accuracy: of the dense network.
-        accuracy: of the pruned one, after the cut.
-        ticket_accuracy: of the initial weights trained with the mask that the method found (``pomona ticket``).
-        magnitude_ticket_accuracy: the same with the largest weights of the dense network as the mask.
-    """
-
-    tolerance: Annotated[float, Interval(0, ends="()")]
-    base_accuracy: Annotated[float | None, _PERCENT] = None
-    accuracy: Annotated[float | None, _PERCENT] = None
-    ticket_accuracy: Annotated[float | None, _PERCENT] = None
-    magnitude_ticket_accuracy: Annotated[float | None, _PERCENT] = None
-
-    def __post_init__(self) -> None:
-        _check_intervals(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progressive:
-    """Rounds of partial prunings at rising rates, each a pruning and a retraining (arXiv 1810.07378, section 2.4).
-
-    Args:
-        compressions: of the rounds before the last, whose own is the method's; strictly increasing, each above 1.
-        width: how many partial models are held; each round tries all of them as its start.
-        validation: how many of the last training examples choose between the candidates; with a width above 1.
-    """
-
-    compressions: tuple[float, ...]
-    width: Annotated[int, Interval(1)] = 1
-    validation: Annotated[int, Interval(0)] = 0
-
-    def __post_init__(self) -> None:
-        _check_intervals(self)
-        if not self.compressions or any(a >= b for a, b in pairwise((1, *self.compressions))):
-            raise RecipeError(f"compressions must be strictly increasing, above 1, got {list(self.compressions)}")
-        if (self.width > 1) != (self.validation > 0):
-            raise RecipeError(
-                f"validation must be > 0 with a width above 1, which chooses between models, and 0 with a width of 1, "
-                f"got validation {self.validation} and width {self.width}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All that one run needs.
+    """Everything that one run needs.
 
     Args:
         title: what the run shows.
-        source: paper and table it is taken from.
+        source: the paper and table that it reproduces.
         model: a key of ``pomona.zoo.models.MODELS``.
         data: a key of ``pomona.zoo.data.DATA``.
-        batch_size: of both stages.
-        seed: of the initial weights and the order of the data.
-        eval_every: epochs between two tests.
-        validation: how many of the last training examples are kept from training and tested on in place of the test
-            set, which is how hyper-parameters are chosen; 0: none.
-        precision: of forward and backward passes in training, ``"float32"`` or ``"bfloat16"`` (autocast); weights,
-            optimizer, selection and tests are float32 in any case.
-        base: dense training, which is where pruning starts; without it pruning starts from the initial weights.
-        prune: training with the method, with a fresh optimizer; ends with the cut.
-        retrain: training of what is left, zeros held, with a fresh optimizer.
-        scope: fields of ``pomona.Scope`` but ``types``; what is pruned and counted.
-        method: ``name``, a key of ``pomona.methods.METHODS``, and its fields; ``make_method`` tells how they are
-            written.
+        batch_size: batch size of all stages.
+        seed: seed of the initial weights and of the order of the data.
+        eval_every: number of epochs between two tests.
+        validation: how many of the last training examples are held out and used instead of the test set, which is
+            how hyper-parameters are chosen; 0: none.
+        precision: precision of forward and backward passes in training, ``"float32"`` or ``"bfloat16"`` (autocast);
+            weights, optimizer, selection and tests are always float32.
+        base: dense training, from which pruning starts; without it pruning starts from the initial weights.
+        prune: training with the method, with a new optimizer; ends with the cut.
+        retrain: training of the remaining weights with the zeros held and a new optimizer.
+        scope: fields of ``pomona.Scope`` except ``types``; what is pruned and counted.
+        method: ``name``, a key of ``pomona.methods.METHODS``, and the method's fields; ``make_method`` describes how
+            they are written.
         progressive: rounds of ``prune`` and ``retrain``, for methods that can hold zeros (``admm``).
-        expected: the published numbers; None where there are none.
+        expected: the published numbers; None if there are none.
     """
 
     title: str
@@ -236,10 +96,7 @@ class Recipe:
     expected: Expected | None = None
 
     def __post_init__(self) -> None:
-        from pomona.zoo.data import DATA
-        from pomona.zoo.models import MODELS
-
-        _check_intervals(self)
+        check_intervals(self)
         _check_name("model", self.model, MODELS)
         _check_name("data", self.data, DATA)
         _check_name("precision", self.precision, ("float32", "bfloat16"))
@@ -252,7 +109,7 @@ class Recipe:
                 raise RecipeError("progressive needs method.compression, and a method that can hold zeros (admm)")
             if "hold_zeros" in self.method:
                 raise RecipeError(
-                    "progressive sets method.hold_zeros itself, true from the second round on; leave it out"
+                    "progressive itself sets method.hold_zeros (true from the second round on); leave it out"
                 )
             if self.progressive.compressions[-1] >= self.method["compression"]:
                 most = f"below method.compression, {self.method['compression']}"
@@ -260,7 +117,7 @@ class Recipe:
 
     @property
     def epochs(self) -> int:
-        """Of all stages together, and of all candidates if the recipe is progressive."""
+        """The epochs of all stages together; if the recipe is progressive, of all its candidates."""
         base, again = self.base.epochs if self.base else 0, self.retrain.epochs if self.retrain else 0
         if self.progressive is None:
             return base + self.prune.epochs + again
@@ -268,7 +125,7 @@ class Recipe:
         return base + (min(rounds, width) + max(0, rounds - width) * width) * (self.prune.epochs + again)
 
     def make_scope(self) -> Scope:
-        """What is pruned."""
+        """The scope: what is pruned."""
         _check_keys(self.scope, ("include", "exclude", "min_ndim"), prefix="scope.")
         try:
             return Scope(**self.scope)
@@ -276,33 +133,33 @@ class Recipe:
             raise RecipeError(f"scope: {error}") from None
 
     def make_method(self, steps_per_epoch: int) -> Method:
-        """The method, its times in optimizer steps.
+        """The method, with its times in optimizer steps.
 
         In the recipe a time is a number of steps, or text such as ``"2 epochs"`` or ``"75 %"`` (of the pruning
-        stage). ``compression = c`` stands for ``sparsity = 1 - 1 / c``. Where a schedule is accepted, a table gives
-        it, ``{shape = "geometric", start = 1e-3, end = 1e-2, steps = "100 %"}``; ``ramp`` is such a table for the
+        stage). ``compression = c`` means ``sparsity = 1 - 1 / c``. A schedule is written as a table, such as
+        ``{shape = "geometric", start = 1e-3, end = 1e-2, steps = "100 %"}``. ``ramp`` is such a table for the
         sparsity, without ``end``.
         """
         return _build_method(self.method, _Clock(steps_per_epoch, self.prune.epochs))
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe in plain values, as JSON has them; ``recipe_from_dict`` gives the same recipe back."""
+        """The recipe in plain JSON values; ``recipe_from_dict`` is the inverse."""
         table = asdict(self, dict_factory=_plain)
         return {key: value for key, value in table.items() if value != {}}
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, or a built-in one by name.
+    """Load the recipe in a TOML file, or a built-in one by name.
 
     Args:
         path_or_name: the file, or one of ``builtin_recipes()``.
-        overrides: ``"key=value"`` each, as in ``prune.lr=0.01``; the value is TOML, or else a plain string.
-            ``method.sparsity`` displaces the file's ``method.compression``, and the other way round. ``length=0.4``
-            shortens every stage to 0.4 of its epochs, rounded, with its drops, restarts and warm-up; what the method
-            counts in epochs or steps stays as it is, what it counts in per cent follows.
+        overrides: ``"key=value"`` each, as in ``prune.lr=0.01``; a value that is not TOML is a plain string.
+            ``method.sparsity`` replaces the file's ``method.compression``, and the other way round. ``length=0.4``
+            shortens every stage to 0.4 of its epochs, rounded, together with its drops, restarts and warm-up. Times
+            of the method in epochs or steps do not change; those in per cent follow.
 
     Raises:
-        RecipeError: whatever is wrong with the file, or with the overrides.
+        RecipeError: the file or the overrides cannot be used.
 
     Example:
         >>> load_recipe("lenet300-gsm-60x", ["prune.lr=0.01"]).prune.lr
@@ -313,19 +170,19 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         recipe = recipe_from_dict(table)
     if not overrides:
         return recipe
-    # The file alone is sound, so whatever is wrong from here on, the overrides brought it.
+    # The file alone is valid, so any error from here on comes from the overrides.
     with _blaming(" ".join(f"--set {override}" for override in overrides) + ": "):
         return recipe_from_dict(_overridden(table, overrides))
 
 
 def builtin_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """The names of the recipes in the package."""
     paths = (Path(entry.name) for entry in _BUILTIN.iterdir())
     return sorted(path.stem for path in paths if path.suffix == ".toml")
 
 
 def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
-    """The recipe of a table as TOML or JSON gives it, or as ``Recipe.to_dict`` does."""
+    """The recipe in a table from TOML, from JSON or from ``Recipe.to_dict``."""
     return _build(Recipe, _table(table, "a recipe"), prefix="")
 
 
@@ -338,7 +195,7 @@ def _build(kind: type[T], table: Mapping[str, Any], *, prefix: str) -> T:
     for one in declared:
         if one.name not in table and one.default is MISSING and one.default_factory is MISSING:
             raise RecipeError(f"missing key {prefix}{one.name}")
-    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # Python 3.10 takes KW_ONLY for no type
+    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # in Python 3.10 KW_ONLY is not a type
     values = {name: _read(hints[name], value, prefix + name) for name, value in table.items()}
     with _blaming(prefix):
         return kind(**values)
@@ -346,7 +203,7 @@ def _build(kind: type[T], table: Mapping[str, Any], *, prefix: str) -> T:
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Times of a recipe in steps."""
+    """Converts the times of a recipe to steps."""
 
     steps_per_epoch: int
     epochs: int
@@ -360,21 +217,17 @@ class _Clock:
             return round(float(number) * units[unit] * self.steps_per_epoch)
         except (KeyError, ValueError, OverflowError):
             wanted = 'a number of steps, or text such as "2 epochs" or "75 %" (of the pruning stage)'
-            raise RecipeError(f"{key} must be {wanted}, got {_written(value)}") from None
+            raise RecipeError(f"{key} must be {wanted}, got {written(value)}") from None
 
 
 def _hints(name: str) -> dict[str, Any]:
-    """Field -> type, of a method."""
-    from pomona.methods import METHODS
-
+    """Field -> type, for a method."""
     kind = METHODS[name]
-    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # Python 3.10 takes KW_ONLY for no type
+    hints = get_type_hints(kind, localns={"KW_ONLY": object})  # in Python 3.10 KW_ONLY is not a type
     return {one.name: hints[one.name] for one in fields(kind)}  # type: ignore[arg-type]
 
 
 def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
-    from pomona.methods import METHODS
-
     if "name" not in table:
         raise RecipeError(f"missing key method.name{_closest('', METHODS)}")
     name = _read(str, table["name"], "method.name")
@@ -387,12 +240,12 @@ def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
     is_needed = any(one.name == "sparsity" and one.default is MISSING for one in fields(METHODS[name]))  # type: ignore[arg-type]
     if num_budgets > 1 or (is_needed and not num_budgets):
         both = "both" if num_budgets else "neither"
-        raise RecipeError(f"method.sparsity or method.compression must be given, one of the two, got {both}")
+        raise RecipeError(f"exactly one of method.sparsity and method.compression must be given, got {both}")
 
     given = {key: value for key, value in table.items() if key not in ("name", "compression", "ramp")}
     if "compression" in table:
         compression = _read(float, table["compression"], "method.compression")
-        _check("method.compression", compression, _COMPRESSION)
+        check_interval("method.compression", compression, _COMPRESSION)
         given["sparsity"] = 1 - 1 / compression
     arguments = {key: _argument(key, hints[key], value, clock) for key, value in given.items()}
     if "ramp" in table:
@@ -403,7 +256,7 @@ def _build_method(table: Mapping[str, Any], clock: _Clock) -> Method:
     try:
         return METHODS[name](**arguments)
     except (TypeError, ValueError) as error:
-        # Messages of a constructor begin with the name of the field.
+        # The messages of a constructor begin with the name of the field.
         dot = "." if str(error).partition(" ")[0] in hints else ": "
         raise RecipeError(f"method{dot}{error}") from None
 
@@ -413,7 +266,7 @@ def _takes_schedule(hint: Any) -> bool:
 
 
 def _argument(name: str, hint: Any, value: object, clock: _Clock) -> Any:
-    """``value`` as a method's field of this name and type holds it."""
+    """``value`` converted for a method's field of this name and type."""
     key = f"method.{name}"
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if _takes_schedule(hint) and isinstance(value, Mapping):
@@ -444,7 +297,7 @@ def _schedule(table: Mapping[str, Any], key: str, clock: _Clock) -> Schedule:
 
 
 def _read(hint: Any, value: object, key: str) -> Any:
-    """``value`` as a field of type ``hint`` holds it."""
+    """``value`` converted for a field of type ``hint``."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if any(get_origin(kind) is collections.abc.Mapping for kind in kinds):
         return dict(_table(value, key))
@@ -453,9 +306,9 @@ def _read(hint: Any, value: object, key: str) -> Any:
             return _build(kind, _table(value, key), prefix=f"{key}.")
     allowed = [_PLAIN[kind] for kind in kinds if kind in _PLAIN]
     if not allowed:
-        raise RecipeError(f"{key} is of a type that recipes cannot write; it takes its default")
+        raise RecipeError(f"{key} has a type that a recipe cannot express; leave it out, so that it keeps its default")
     if not any(accepts(value) for _, accepts in allowed):
-        raise RecipeError(f"{key} must be {' or '.join(name for name, _ in allowed)}, got {_written(value)}")
+        raise RecipeError(f"{key} must be {' or '.join(name for name, _ in allowed)}, got {written(value)}")
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -475,7 +328,7 @@ def _are_numbers(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_number, value))
 
 
-# What TOML can write, by the type of the field that takes it.
+# What TOML can express, by the type of the field.
 _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
     int: ("an integer", _is_integer),
@@ -487,7 +340,7 @@ _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The inverse of ``_read`` for the fields of one table: absent for None, lists for tuples."""
+    """The inverse of ``_read`` for the fields of one table: None is left out, tuples become lists."""
     held = ((key, value) for key, value in items if value is not None)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in held}
 
@@ -507,7 +360,7 @@ def _text(path_or_name: str) -> str:
 
 
 def _overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``table`` with each ``key=value`` put in its place."""
+    """``table`` with each ``key=value`` applied."""
     settings = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -537,7 +390,7 @@ def _overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _shorten(stage: dict[str, Any], length: float) -> None:
-    """Every time of a stage times ``length``; a stage keeps one epoch, and drops that would coincide are one."""
+    """Multiply every time of a stage by ``length``; at least one epoch remains, and coinciding drops become one."""
     for key in ("epochs", "lr_restart", "warmup_epochs"):
         if stage.get(key):
             stage[key] = max(1, round(stage[key] * length))
@@ -557,34 +410,21 @@ def _value(text: str) -> object:
         return text
 
 
-# What is refused, and how it is said.
+# Checks and their messages.
 
 
 @contextmanager
 def _blaming(culprit: str) -> Iterator[None]:
-    """Put ``culprit`` before the message of what goes wrong inside."""
+    """Prefix the message of any error inside with ``culprit``."""
     try:
         yield
-    except (ValueError, RecursionError) as error:  # tomllib descends into nested arrays
+    except (ValueError, RecursionError) as error:  # tomllib recurses into nested arrays
         raise RecipeError(f"{culprit}{error}") from None
-
-
-def _check(name: str, number: float, allowed: Interval) -> None:
-    if number not in allowed:
-        raise RecipeError(f"{name} must be {allowed}, got {number}")
-
-
-def _check_intervals(table: Recipe | Stage | Expected | Progressive) -> None:
-    for name, hint in get_type_hints(type(table), include_extras=True).items():
-        value = getattr(table, name)
-        for allowed in getattr(hint, "__metadata__", ()):
-            if value is not None:
-                _check(name, value, allowed)
 
 
 def _check_name(key: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise RecipeError(f"unknown {key} {_written(name)}{_closest(name, known)}")
+        raise RecipeError(f"unknown {key} {written(name)}{_closest(name, known)}")
 
 
 def _check_keys(table: Mapping[str, Any], known: Collection[str], *, prefix: str) -> None:
@@ -601,9 +441,5 @@ def _closest(name: str, known: Collection[str]) -> str:
 
 def _table(value: object, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{key} must be a table, got {_written(value)}")
+        raise RecipeError(f"{key} must be a table, got {written(value)}")
     return value
-
-
-def _written(value: object) -> str:
-    return str(value) if isinstance(value, float) else json.dumps(value, default=str)

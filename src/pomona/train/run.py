@@ -1,8 +1,8 @@
-"""One run in one folder: phases one after another, from which a killed run goes on bit for bit.
+"""One run in one folder: a sequence of phases that a killed run resumes bit for bit.
 
-The data lie in memory, the order of an epoch follows from (seed, phase, epoch) alone, and a checkpoint holds all that
-the next step depends on, also in the middle of an epoch. On a CPU with the same number of threads a run that was
-killed and started again therefore ends with the same bits as one that was not.
+The data are in memory, the order of an epoch follows from (seed, phase, epoch) alone, and a checkpoint holds
+everything that the next step depends on, even in the middle of an epoch. On a CPU with the same number of threads, a
+run that was killed and resumed therefore ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -11,49 +11,42 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pomona.diagnosis import Diagnosed, Diagnosis
 from pomona.pruner import Pruner
 from pomona.train.checkpoint import Checkpoints, write_atomically
+from pomona.train.evaluate import Tested, count_right, cross_entropy, evaluate
+from pomona.train.folder import claim, commit_of_source, identity_of, read_rows
 from pomona.train.progress import Progress, duration
-from pomona.train.recipe import Recipe, Stage
+from pomona.train.recipe import Recipe
+from pomona.train.stage import Stage
 from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 
-_CHECKPOINT_SECONDS = 5.0  # at the end of an epoch, if the last checkpoint is older than this
-_LOCK_SECONDS = 0.3  # to wait for those who only ask whether a process is running
-_EVAL_BATCH = 1000  # labels at a time, or fewer where their inputs are
-_EVAL_VALUES = 800_000  # of inputs at a time: what is computed from more leaves the cache
-_HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, bins
+_CHECKPOINT_SECONDS = 5.0  # a checkpoint is written at the end of an epoch if the last one is older than this
+_HISTOGRAM = (-10.0, 1.0, 110)  # of log10 |w|: lowest edge, highest edge, number of bins
 
 Memory = dict[str, Any]  # what one phase leaves to the next: tensors and plain values
 
 
-class FolderError(ValueError):
-    """The output folder cannot be used for this run."""
-
-
 class Stopped(Exception):
-    """The run was asked to stop and has saved where it is."""
+    """The run was asked to stop and has saved its state."""
 
 
 @dataclass
 class Learner:
-    """A model in training, and how far it has come in its phase."""
+    """A model in training, and its progress in the phase."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -90,34 +83,34 @@ class Phase:
     """One training by a stage of the recipe.
 
     Attributes:
-        name: of the phase in metrics and messages.
+        name: its name in metrics and messages.
         stage: learning rates and length.
-        order: distinguishes the order of its data from that of other phases.
-        start: the model it starts with, from the recipe and what earlier phases left in memory.
-        attach: what prunes, or holds, during it.
-        finish: what it leaves in memory.
+        order: a number that gives the phase an order of the data of its own.
+        start: makes the model that it starts with, from the recipe and the memory of earlier phases.
+        attach: makes what prunes, or holds zeros, during the phase.
+        finish: stores the results in memory.
     """
 
     name: str
     stage: Stage
     order: int
     start: Callable[[Recipe, Memory], nn.Module]
-    attach: Callable[[Recipe, nn.Module, Optimizer, int], Pruner | None]  # the last: steps per epoch
+    attach: Callable[[Recipe, nn.Module, Optimizer, int], Pruner | None]  # the int: steps per epoch
     finish: Callable[[Run, Learner], None]
 
 
 @dataclass
 class Run:
-    """Where a run stands. ``go`` trains the phases that are left and returns the memory of the last.
+    """The state of a run. ``go`` trains the remaining phases and returns the memory of the last one.
 
     Args:
-        recipe: what to do.
-        data: with what; training is on the device that holds it.
-        folder: holds ``metrics.jsonl`` and the checkpoints; made if missing.
-        phases: in order.
-        progress: where to tell of it.
-        lock: what keeps other processes out of the folder as long as it is open.
-        compiled: whether forward and backward passes of training go through ``torch.compile``.
+        recipe: what to train.
+        data: the data; training runs on the device that holds them.
+        folder: holds ``metrics.jsonl`` and the checkpoints; created if missing.
+        phases: the phases in order.
+        progress: receives status messages.
+        lock: keeps other processes out of the folder while it is open.
+        compiled: whether forward and backward passes of training use ``torch.compile``.
     """
 
     recipe: Recipe
@@ -129,7 +122,7 @@ class Run:
     compiled: bool = False
     memory: Memory = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    was_finished: bool = False  # already when it was opened
+    was_finished: bool = False  # before this process opened it
     _stop: bool = False
 
     def __post_init__(self) -> None:
@@ -146,7 +139,7 @@ class Run:
         return self.data.train_labels.device
 
     def go(self) -> Memory:
-        """Train what is left."""
+        """Train the remaining phases."""
         with self.lock, self._stop_on_signal():
             resumed = self._load()
             first = resumed["phase"] if resumed else 0
@@ -208,7 +201,7 @@ class Run:
         return self.data.order(torch.Generator().manual_seed(self._seed(phase, epoch))).to(self.device)
 
     def _seed(self, phase: Phase, number: int) -> int:
-        """Of an epoch or a step of a phase."""
+        """The seed for an epoch or a step of a phase."""
         return (self.recipe.seed * 1_000 + phase.order) * 1_000_000 + number
 
     def _step(self, stage: Stage, learner: Learner, batch: Tensor) -> None:
@@ -227,10 +220,10 @@ class Run:
         learner.step += 1
 
     def evaluate(self, model: nn.Module) -> Tested:
-        """On the test set, in float32."""
+        """Test a model on the test set, in float32."""
         return evaluate(model, self.data)
 
-    # What is told and kept
+    # Metrics and checkpoints
 
     def _end_epoch(self, index: int, learner: Learner) -> None:
         phase = self.phases[index]
@@ -244,11 +237,11 @@ class Run:
             "loss": float(learner.loss_sum) / self.steps_per_epoch,
             "train_accuracy": 100.0 * int(learner.num_right) / (num_examples * self.data.train_labels[0].numel()),
         }
-        # With a pruner weights stay finite: it skips the steps that would change that.
+        # With a pruner the weights stay finite: it skips steps with gradients that are not.
         if not math.isfinite(row["loss"]) or not all(bool(p.isfinite().all()) for p in learner.model.parameters()):
             stage = phase.name if phase.name in ("prune", "retrain") else "base"
             raise ValueError(
-                f"{phase.name} diverged: loss or weights are not finite in epoch {epoch}; lower {stage}.lr"
+                f"{phase.name} diverged: the loss or a weight is not finite in epoch {epoch}; lower {stage}.lr"
             )
         is_tested = epoch % self.recipe.eval_every == 0 or epoch == phase.stage.epochs
         if is_tested:
@@ -295,7 +288,7 @@ class Run:
         return f"{learner.step / num_steps:.1%}  ETA {duration(left)}  {describe(row, phase.stage.epochs)}"
 
     def _save(self, index: int, learner: Learner | None) -> None:
-        """A checkpoint inside phase ``index``, or before its first step."""
+        """Write a checkpoint inside phase ``index``; without a learner, before its first step."""
         done = sum(phase.stage.epochs * self.steps_per_epoch + 1 for phase in self.phases[:index])
         state = {
             "phase": index,
@@ -319,7 +312,7 @@ class Run:
         if len(self.rows) < state["num_rows"]:
             self.progress.line(
                 f"WARNING: {self._metrics} has only {len(self.rows)} of {state['num_rows']} rows; the pictures and "
-                "the page will lack the others, the weights are not affected"
+                "the page will lack the others, but the weights are not affected"
             )
         write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         if state["phase"] < len(self.phases):
@@ -333,7 +326,7 @@ class Run:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
+        """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one ends it at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._stop = True
@@ -347,44 +340,11 @@ class Run:
                 signal.signal(number, handler)
 
 
-class Tested(NamedTuple):
-    """Of all labels of the test set: accuracy in percent, and mean cross-entropy in nats."""
-
-    accuracy: float
-    loss: float
-
-
-def evaluate(model: nn.Module, data: Dataset) -> Tested:
-    """On the test set, in float32; leaves the model in training mode."""
-    model.eval()
-    right, loss = 0, 0.0
-    most = _EVAL_BATCH // data.test_labels[0].numel(), _EVAL_VALUES // data.test_inputs[0].numel()
-    examples = max(1, min(most))
-    with torch.no_grad():
-        for start in range(0, len(data.test_labels), examples):
-            labels = data.test_labels[start : start + examples]
-            logits = model(data.test_inputs[start : start + examples])
-            right += int(count_right(logits, labels))
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-    model.train()
-    return Tested(100.0 * right / data.test_labels.numel(), loss / data.test_labels.numel())
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
-    """In nats; ``logits`` have a further, last dimension."""
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
-
-
-def count_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many labels have the largest logit."""
-    return (logits.argmax(-1) == labels).sum()
-
-
 def _make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
-    kernels = [p for p in model.parameters() if p.ndim > 1]
+    weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [
-        {"params": kernels, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
+        {"params": weights, "weight_decay": stage.weight_decay, "lr_factor": 1.0},
         {"params": others, "weight_decay": 0.0, "lr_factor": stage.bias_lr},
     ]
     if stage.optimizer == "sgd":
@@ -392,32 +352,7 @@ def _make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
     return (Adam if stage.optimizer == "adam" else AdamW)(groups, lr=stage.lr, fused=True)
 
 
-def commit_of_source() -> str | None:
-    """The commit of the source tree this package runs from; "+" when files differ from it."""
-    here = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", str(here)) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows that are whole: a full disk or a power cut may have cut off the last."""
-    rows = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-_COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
+_COLUMNS = {  # key of a row of metrics -> its name in a line, and its format
     "lr": ("lr", ".2g"),
     "loss": ("loss", ".4f"),
     "train_accuracy": ("train", ".2f"),
@@ -430,31 +365,30 @@ _COLUMNS = {  # of a row of metrics: what it is called in a line, and its format
     "decay_exponent": ("decay", ".2f"),
 }
 
-
-_UNTOLD = {"stage", "epoch", "step", "seconds", "density_if_cut", "histogram"}
+_NOT_IN_A_LINE = {"stage", "epoch", "step", "seconds", "density_if_cut", "histogram"}
 
 
 def describe(row: Mapping[str, Any], epochs: int) -> str:
-    """A row of metrics as a line."""
+    """A row of metrics as one line."""
     known = [f"{label} {row[key]:{form}}" for key, (label, form) in _COLUMNS.items() if row.get(key) is not None]
-    known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_UNTOLD}]
+    known += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in row if key not in {*_COLUMNS, *_NOT_IN_A_LINE}]
     return f"{row['stage']} {row['epoch']}/{epochs}  {'  '.join(known)}"
 
 
 def _histogram(tensors: Sequence[Tensor]) -> dict[str, Any]:
     low, high, bins = _HISTOGRAM
     magnitudes = torch.cat([t.reshape(-1).abs() for t in tensors])
-    alive = magnitudes[magnitudes > 0].log10_().clamp_(low, high)
-    counts = torch.histc(alive, bins, low, high)
+    logarithms = magnitudes[magnitudes > 0].log10_().clamp_(low, high)
+    counts = torch.histc(logarithms, bins, low, high)
     return {
         "edges": [round(low + (high - low) * i / bins, 4) for i in range(bins + 1)],
         "counts": [int(c) for c in counts],
-        "zeros": magnitudes.numel() - alive.numel(),
+        "zeros": magnitudes.numel() - logarithms.numel(),
     }
 
 
 def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
-    """Full batches only, as in the papers."""
+    """The number of full batches; an incomplete last batch is dropped, as in the papers."""
     steps = len(data.train_labels) // recipe.batch_size
     if steps == 0:
         raise ValueError(
@@ -464,7 +398,7 @@ def num_steps_per_epoch(recipe: Recipe, data: Dataset) -> int:
 
 
 def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
-    """Whether the recipe's pruning stage can succeed, from its numbers alone."""
+    """Forecast from the recipe alone whether its pruning stage can succeed; None if the method has no forecast."""
     stage = recipe.prune
     settings = {"momentum": stage.momentum, "weight_decay": stage.weight_decay, "dampening": 0.0}
     method = recipe.make_method(steps_per_epoch)
@@ -474,7 +408,7 @@ def diagnose(recipe: Recipe, steps_per_epoch: int) -> Diagnosis | None:
 
 
 def check(recipe: Recipe, steps_per_epoch: int) -> None:
-    """Raise ValueError if the method cannot prune this model, scope and optimizer, before anything is trained."""
+    """Before any training, raise ValueError if the method cannot prune this model with this scope and optimizer."""
     model = build_model(recipe.model, seed=recipe.seed)
     optimizer = _make_optimizer(model, recipe.prune)
     Pruner(model, optimizer, recipe.make_method(steps_per_epoch), scope=recipe.make_scope())
@@ -493,13 +427,13 @@ def open_run(
     device: str = "cpu",
     compiled: bool = False,
 ) -> Run:
-    """Claim the folder for this run, or find that it is already its own; ``base`` names a network to start from."""
+    """Claim the folder for this run, unless it already belongs to it; ``base`` names a network to start from."""
     if recipe.validation:
         data = data.hold_out(recipe.validation)
     steps_per_epoch = num_steps_per_epoch(recipe, data)
     check(recipe, steps_per_epoch)
     torch.set_num_threads(threads)
-    data_there = data.to(usable(device))
+    moved = data.to(usable(device))
     more: dict[str, Any] = {"base": dict(base)} if base else {}
     lock = claim(folder, identity_of(command, recipe, data, threads, device, compiled) | more)
     title = f"dense {recipe.model}" if command == "base" else f"{recipe.title} ({recipe.source})"
@@ -509,14 +443,14 @@ def open_run(
     diagnosis = diagnose(recipe, steps_per_epoch) if command != "base" else None
     if diagnosis is not None:
         progress.line(f"{'' if diagnosis.is_enough else 'WARNING: '}{diagnosis}")
-    return Run(recipe, data_there, folder, phases, progress, lock, compiled)
+    return Run(recipe, moved, folder, phases, progress, lock, compiled)
 
 
 def usable(device: str) -> torch.device:
-    """The device of this name, made ready to give the same bits again.
+    """The device of this name, set up to give the same bits in every run.
 
     Raises:
-        ValueError: this torch has no such device here.
+        ValueError: torch has no such device here.
     """
     try:
         found = torch.zeros((), device=device).device
@@ -526,102 +460,3 @@ def usable(device: str) -> torch.device:
     if found.type == "cuda":
         torch.backends.cudnn.deterministic = True
     return found
-
-
-def identity_of(
-    command: str, recipe: Recipe, data: Dataset, threads: int, device: str = "cpu", compiled: bool = False
-) -> dict[str, Any]:
-    """What makes a run repeatable bit for bit, for its manifest; of a device its kind."""
-    kind = device.partition(":")[0]
-    special = {"device": kind if kind != "cpu" else None, "compiled": compiled or None}
-    return {
-        **{key: value for key, value in special.items() if value},
-        "command": command,
-        "recipe": base_of(recipe) if command == "base" else recipe.to_dict(),
-        "data": data.description,
-        "checksum": data.checksum,
-        "threads": threads,
-    }
-
-
-def base_of(recipe: Recipe) -> dict[str, Any]:
-    """What the dense network of a recipe depends on; recipes that agree in it can share one."""
-    told = recipe.to_dict()
-    keys = ("model", "data", "batch_size", "seed", "validation", "precision", "base")
-    held_out = recipe.progressive.validation if recipe.progressive else recipe.validation
-    return {key: told[key] for key in keys} | {"validation": held_out}
-
-
-def claim(folder: Path, identity: dict[str, Any]) -> TextIO:
-    """Make the folder this run's, or find that it is; returns the lock that is held on it."""
-    manifest, option = folder / "run.json", "--base" if identity["command"] == "base" else "--out"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not manifest.exists():
-            if any(path.name != f".{manifest.name}.tmp" for path in folder.iterdir()):  # left by a kill
-                raise FolderError(f"{folder} is not empty and holds no run; name another with {option}")
-            write_atomically(manifest, json.dumps(identity, indent=2).encode())
-    except OSError as error:
-        raise FolderError(f"cannot write to {folder}: {error}; name another with {option}") from None
-    if not os.access(folder, os.W_OK):
-        raise FolderError(f"cannot write to {folder}; name another with {option}")
-    try:
-        there = json.loads(manifest.read_text())
-        del there["data"]  # names a folder, which may have moved; the checksum tells whether the data are the same
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise FolderError(f"{manifest} cannot be read: {error!r}; delete {folder} to start again") from None
-    different = differences(there, {key: value for key, value in identity.items() if key != "data"})
-    if different:
-        raise FolderError(
-            f"{folder} belongs to another run: {different}. Name another folder with {option}, or delete it"
-        )
-    return _lock(manifest)
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How what a manifest holds differs from plain values here, the first four; empty if it does not."""
-    a, b = _flatten(there), _flatten(json.loads(json.dumps(here)))
-    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    return "; ".join(f"{key} is {a.get(key)!r} there and {b.get(key)!r} here" for key in keys[:4])
-
-
-def _lock(manifest: Path) -> TextIO:
-    """Held until closed or the process ends, however it ends; not on Windows, which has no such lock."""
-    lock = manifest.open()
-    if sys.platform != "win32":
-        import fcntl
-
-        until = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    lock.close()
-                    raise FolderError(
-                        f"another process is running in {manifest.parent}; wait for it or end it"
-                    ) from None
-            time.sleep(0.02)
-    return lock
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a process is training in the folder; on Windows always True, for that cannot be told there."""
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    with (folder / "run.json").open() as manifest:  # closing it gives the lock back
-        try:
-            fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -1,4 +1,4 @@
-"""What `pomona train` does: a dense network, then the method of the recipe, then what is left of the run to look at."""
+"""What `pomona train` does: train a dense network, prune it by the recipe's method, and write the results."""
 
 from __future__ import annotations
 
@@ -20,21 +20,12 @@ from pomona.pages.pictures import draw_all
 from pomona.pages.run import write_page
 from pomona.pruner import Pruner, hold
 from pomona.train.checkpoint import write_atomically
+from pomona.train.evaluate import Tested, evaluate
+from pomona.train.finished import read_run, title_of
+from pomona.train.folder import read_rows
 from pomona.train.progress import Progress
 from pomona.train.recipe import Recipe
-from pomona.train.run import (
-    FolderError,
-    Learner,
-    Memory,
-    Phase,
-    Run,
-    Tested,
-    diagnose,
-    evaluate,
-    open_run,
-    read_rows,
-    usable,
-)
+from pomona.train.run import Learner, Memory, Phase, Run, diagnose, open_run, usable
 from pomona.zoo.data import Dataset
 from pomona.zoo.models import build_model
 
@@ -45,9 +36,9 @@ class Base:
 
     Attributes:
         model: its state dict.
-        accuracy: on the test set, in percent.
-        loss: the same network's, in nats.
-        identity: what tells it from others, for the manifest of runs that start from it.
+        accuracy: its accuracy on the test set, in percent.
+        loss: its loss on the test set, in nats.
+        identity: its name and checksum, for the manifest of runs that start from it.
     """
 
     model: Mapping[str, Tensor]
@@ -57,34 +48,34 @@ class Base:
 
 
 def fresh(recipe: Recipe, memory: Memory) -> nn.Module:
-    """The initial weights."""
+    """The model with its initial weights."""
     return build_model(recipe.model, seed=recipe.seed)
 
 
 def trained(recipe: Recipe, memory: Memory) -> nn.Module:
-    """What the phases before left."""
+    """The model as earlier phases left it."""
     model = build_model(recipe.model, seed=recipe.seed)
     model.load_state_dict(memory["model"])
     return model
 
 
 def attach_nothing(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> None:
-    """Dense training."""
+    """Attach nothing: dense training."""
     return None
 
 
 def attach_method(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Pruner:
-    """Prune by the recipe's method."""
+    """Attach the recipe's method."""
     return Pruner(model, optimizer, recipe.make_method(steps_per_epoch), scope=recipe.make_scope())
 
 
 def hold_zeros(recipe: Recipe, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Pruner:
-    """Keep what is zero in the model."""
+    """Attach a pruner that keeps the zeros of the model."""
     return hold(model, optimizer, scope=recipe.make_scope())
 
 
 def weights_of(learner: Learner) -> dict[str, Tensor]:
-    """On the CPU."""
+    """The state dict, on the CPU."""
     return {name: tensor.cpu() for name, tensor in learner.model.state_dict().items()}
 
 
@@ -119,14 +110,14 @@ def _finish_retrain(run: Run, learner: Learner) -> None:
 
 
 def _remember(memory: Memory, **tested: Tested) -> None:
-    """What the network of a stage was worth."""
+    """Store accuracy and loss of the network after a stage."""
     for key in ("accuracy", "loss"):
         known = memory.setdefault(key, {"base": None})
-        known |= {stage: getattr(one, key) for stage, one in tested.items()}
+        known |= {stage: getattr(result, key) for stage, result in tested.items()}
 
 
 def train_phases(recipe: Recipe, base: Base | None = None) -> list[Phase]:
-    """Dense training, pruning, retraining: what the recipe has of them; with ``base`` without the first."""
+    """The phases of the recipe: dense training (unless ``base`` is given), pruning, retraining."""
     start = _from(base) if base else trained if recipe.base else fresh
     phases = [Phase("prune", recipe.prune, 1, start, attach_method, _finish_prune)]
     if recipe.base and not base:
@@ -154,9 +145,9 @@ def train_base(
     device: str = "cpu",
     compiled: bool = False,
 ) -> Base:
-    """Only the dense network of a recipe, for several runs to start from; arguments and errors as of ``train``.
+    """Train only the dense network of a recipe, for several runs to start from; arguments and errors as in ``train``.
 
-    A run from it ends with the same bits as one that trains its own.
+    A run that starts from it ends with the same bits as one that trains its own.
     """
     if recipe.base is None:
         raise ValueError(f"{recipe.title!r} has no [base] stage, it prunes from the initial weights")
@@ -168,14 +159,14 @@ def train_base(
 
 
 def read_base(path: Path, recipe: Recipe, data: Dataset, *, device: str = "cpu") -> Base:
-    """A network to start from, out of a file that ``torch.save`` wrote, tested on the data.
+    """Read a network to start from out of a file that ``torch.save`` wrote, and test it.
 
     Args:
-        path: a state dict, or a dict with one under ``state_dict``; names may begin with ``module.``. Weights only:
-            nothing that the file asks to run is run.
-        recipe: whose model it must fit.
-        data: with the test set, or what ``recipe.validation`` puts in its place.
-        device: where to test.
+        path: a state dict, or a dict with one under ``state_dict``; names may begin with ``module.``. Only weights
+            are read: no code in the file is run.
+        recipe: the recipe whose model it must fit.
+        data: the data to test it on; ``recipe.validation`` is applied.
+        device: the device to test on.
 
     Raises:
         ValueError: the file cannot be read, or does not fit.
@@ -186,7 +177,7 @@ def read_base(path: Path, recipe: Recipe, data: Dataset, *, device: str = "cpu")
         raise ValueError(f"{path} holds no weights that can be read safely: {type(error).__name__}: {error}") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} must hold a state dict, names and tensors, by itself or under 'state_dict'")
+        raise ValueError(f"{path} must hold a state dict (names and tensors), by itself or under 'state_dict'")
     model = build_model(recipe.model, seed=recipe.seed)
     try:
         model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
@@ -199,12 +190,12 @@ def read_base(path: Path, recipe: Recipe, data: Dataset, *, device: str = "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """Of a GPU what it calls itself."""
+    """The name of a GPU, or the type of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def make_base(model: Mapping[str, Tensor], accuracy: float | None, name: str, *, loss: float | None = None) -> Base:
-    """A network to start from, known by its name and the checksum of its weights."""
+    """A network to start from, identified by its name and the checksum of its weights."""
     digest = hashlib.sha256()
     for tensor in model.values():
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -223,26 +214,26 @@ def train(
     device: str = "cpu",
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Train and prune by a recipe; a folder with an unfinished run of it is resumed.
+    """Train and prune by a recipe; an unfinished run of it in the folder is resumed.
 
     Args:
-        recipe: what to do.
-        data: with what.
-        folder: gets ``run.json``, ``metrics.jsonl``, checkpoints, and at the end ``result.json``, ``model.pt`` (a plain
-            state dict), pictures and ``report.html``.
-        threads: of torch; part of what makes a run repeatable bit for bit.
-        progress: where to tell of it.
-        base: a network to start from in place of the recipe's ``base`` stage.
-        pictures: whether to draw them, and write the page.
-        device: where to train, as torch names it; the data lie there too.
-        compiled: whether forward and backward passes of training go through ``torch.compile``.
+        recipe: what to train.
+        data: the data of the recipe.
+        folder: receives ``run.json``, ``metrics.jsonl``, checkpoints, and at the end ``result.json``, ``model.pt`` (a
+            plain state dict), pictures and ``report.html``.
+        threads: number of torch's threads; a run repeats bit for bit only with the same number.
+        progress: receives status messages.
+        base: a network to start from, instead of the recipe's ``base`` stage.
+        pictures: whether to draw the pictures and write the page.
+        device: the device to train on, as torch names it; the data are moved there.
+        compiled: whether forward and backward passes of training use ``torch.compile``.
 
     Returns:
         The content of ``result.json``.
 
     Raises:
         FolderError: the folder cannot be written, or belongs to another run.
-        Stopped: by SIGINT or SIGTERM, after a checkpoint.
+        Stopped: SIGINT or SIGTERM stopped the run, after a checkpoint.
     """
     phases = train_phases(recipe, base)
     identity = base.identity if base else None
@@ -253,9 +244,9 @@ def train(
 
 
 def conclude(run: Run, threads: int, more: Mapping[str, Any], *, pictures: bool = True) -> dict[str, Any]:
-    """Write what a finished run leaves: ``result.json``, ``model.pt``, pictures and page."""
+    """Write the results of a finished run: ``result.json``, ``model.pt``, pictures and page."""
     if run.was_finished and (run.folder / "result.json").exists():
-        result = read_run(run.folder)  # by the commit that trained it
+        result = read_run(run.folder)  # it names the commit that trained it
     else:
         result = _result(run, threads) | dict(more)
         write_atomically(run.folder / "result.json", json.dumps(result, indent=2).encode())
@@ -278,7 +269,7 @@ def _result(run: Run, threads: int) -> dict[str, Any]:
     outside = [{"name": n, "total": sizes.get(n, 0), "reason": why} for n, why in report["outside"].items()]
     plain = recipe.to_dict()
     return {
-        **_title(plain, run.data.description),
+        **title_of(plain, run.data.description),
         "pomona": __version__,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
@@ -304,31 +295,8 @@ def _with_final(stages: Mapping[str, float | None]) -> dict[str, float | None]:
     return {**stages, "final": stages.get("retrained", stages.get("after_cut"))}
 
 
-def _title(recipe: Mapping[str, Any], data: str) -> dict[str, Any]:
-    """What is known of a run before it has finished."""
-    known = {key: recipe[key] for key in ("title", "source", "seed")}
-    return {**known, "recipe": dict(recipe), "data": data}
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The result of the run in ``folder``; of one that has not finished, what it was told to do."""
-    try:
-        finished = folder / "result.json"
-        if finished.exists():
-            result: dict[str, Any] = json.loads(finished.read_text())
-            return result | _title(result["recipe"], result["data"])
-        manifest = json.loads((folder / "run.json").read_text())
-        if manifest["command"] == "base":
-            raise FolderError(f"{folder} holds a dense network for other runs to start from, which has no report")
-        return _title(manifest["recipe"], manifest["data"])
-    except FileNotFoundError:
-        raise FolderError(f"{folder} holds no run of pomona (there is no run.json in it)") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FolderError(f"the run in {folder} cannot be read: {error!r}") from None
-
-
 def write_report(folder: Path) -> list[Path]:
-    """Draw the pictures and write ``report.html`` of the run in ``folder``, finished or not."""
+    """Draw the pictures and write ``report.html`` for the run in ``folder``, finished or not."""
     result = read_run(folder)
     rows = read_rows(folder / "metrics.jsonl")
     pictures = draw_all(rows, result, folder)

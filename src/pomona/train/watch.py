@@ -1,4 +1,4 @@
-"""Following a run from its folder, while another process trains it or when it is over."""
+"""Follow a run from its folder, while another process trains it or after it has ended."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from pomona.train.folder import FolderError, is_running, read_rows
 from pomona.train.progress import duration
-from pomona.train.run import FolderError, describe, is_running, read_rows
+from pomona.train.run import describe
 
-_SECONDS = 1.0  # between two looks
-_GRACE = 3.0  # a run without a process may be about to begin, or to write its result
+_SECONDS = 1.0  # between two reads
+_GRACE = 3.0  # a run without a process may be about to start, or about to write its result
 _RAMP, _PLAIN_RAMP = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", "_.-=+*%#"
-_WIDTH = 32  # of a curve, in characters
+_WIDTH = 32  # width of a curve, in characters
 
 
 @dataclass(frozen=True)
 class View:
-    """What the folder of a run says at one moment.
+    """The state of a run's folder at one moment.
 
     Attributes:
-        head: what is trained, and with what data.
-        rows: of the metrics, each with the name of the part of a progressive run that it is of, and its epochs.
+        head: what is trained, and on which data.
+        rows: rows of metrics, each with the part of a progressive run that it belongs to, and the epochs of its stage.
         is_running: whether a process is training.
-        is_finished: whether all is done that the recipe asks for.
+        is_finished: whether the recipe is completed.
     """
 
     head: list[str]
@@ -41,11 +42,11 @@ def look(folder: Path) -> View:
     """Read the folder of a run.
 
     Raises:
-        FolderError: it holds none, or its ``run.json`` is damaged.
+        FolderError: it holds no run, or its ``run.json`` is damaged.
     """
     manifest = _manifest(folder)
     recipe = manifest["recipe"]
-    running = is_running(folder)  # before the files are read: what has ended by now has written all
+    running = is_running(folder)  # before the files are read: a run that has ended by now has written all of them
     parts = [folder, *(sorted(folder.glob("*/"), key=_began) if manifest["command"] == "progressive" else [])]
     rows = [
         (part.name if part != folder else "", row, epochs_of(_manifest(part)["recipe"], row["stage"]))
@@ -63,32 +64,32 @@ def look(folder: Path) -> View:
 
 
 def epochs_of(recipe: Mapping[str, Any], stage: str) -> int:
-    """How many a stage has; tickets are trained like the dense network."""
+    """The number of epochs of a stage; tickets are trained like the dense network."""
     stages = {name: recipe[name]["epochs"] for name in ("base", "prune", "retrain") if recipe.get(name)}
     return int(stages.get(stage, stages.get("base", 0)))
 
 
 def watch(folder: Path, stream: TextIO) -> bool:
-    """Tell of a run until it ends: a line for each epoch, on a terminal a view that stays in place.
+    """Report on a run until it ends: one line per epoch, or on a terminal a view that stays in place.
 
     Returns:
-        Whether it has finished; False if it was stopped or killed, and can go on.
+        Whether the run has finished; False if it was stopped or killed and can be resumed.
 
     Raises:
         FolderError: the folder holds no run.
     """
     screen = _Screen(stream) if stream.isatty() else None
-    told, idle_since = 0, None
+    num_shown, idle_since = 0, None
     view = look(folder)
     if screen is None:
         stream.write("\n".join([*view.head, ""]))
     while True:
         if screen:
             screen.show(_picture(view, screen))
-        for row in view.rows[told:] if screen is None else ():
+        for row in view.rows[num_shown:] if screen is None else ():
             stream.write(_line(*row) + "\n")
         stream.flush()
-        told = max(told, len(view.rows))  # a resumed run repeats, bit for bit, what was not in its last checkpoint
+        num_shown = max(num_shown, len(view.rows))  # a resumed run repeats rows after its last checkpoint, bit for bit
         if view.is_finished:
             return True
         if view.is_running:
@@ -108,7 +109,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest["recipe"]["seed"], manifest["command"], manifest["data"]
     except (FileNotFoundError, NotADirectoryError):
         inside = sorted(found.parent.name for found in folder.glob("*/run.json"))[:3]
-        what = f"; in it are runs: name one of them, such as {', '.join(inside)}" if inside else ""
+        what = f"; it contains runs: name one of them, such as {', '.join(inside)}" if inside else ""
         raise FolderError(f"{folder} holds no run of pomona (there is no run.json in it){what}") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FolderError(f"{path} cannot be read: {error!r}") from None
@@ -125,7 +126,7 @@ def _line(part: str, row: Mapping[str, Any], epochs: int) -> str:
 
 
 class _Screen:
-    """A block of lines on a terminal that is written over by the next one."""
+    """A block of lines on a terminal that the next one overwrites."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -178,7 +179,7 @@ _CURVES = (
 
 
 def _layers(history: list[Mapping[str, float]], screen: _Screen, above: int) -> list[str]:
-    """What a cut would keep of each layer, with its course on a logarithmic scale; as many as there is room for."""
+    """The share of each layer that a cut would keep, with its history on a logarithmic scale; as many as fit."""
     if not history:
         return []
     names, room = list(history[-1]), screen.size[1] - above - 1
@@ -194,7 +195,7 @@ def _layers(history: list[Mapping[str, float]], screen: _Screen, above: int) -> 
 
 
 def _curve(values: list[float], ramp: str) -> str:
-    """The last of each of up to ``_WIDTH`` stretches, as high as they lie between the lowest and the highest."""
+    """Values as characters, taller for larger ones; of more than ``_WIDTH`` the last of each stretch."""
     ends = [values[math.ceil(len(values) * (i + 1) / _WIDTH) - 1] for i in range(_WIDTH)]
     points = values if len(values) <= _WIDTH else ends
     low, high = min(points), max(points)

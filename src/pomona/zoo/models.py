@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Network(nn.Module):
+class Model(nn.Module):
     """A model that can draw its own initial weights."""
 
     def reset(self, generator: torch.Generator) -> None:
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
-    """What has a kernel."""
+    """The convolutions and dense layers of a model."""
     return (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
 
 
@@ -63,7 +63,7 @@ def _stage(
     return nn.Sequential(first, *(block(planes, planes, 1) for _ in range(num_blocks - 1)))
 
 
-class LeNet300100(Network):
+class LeNet300100(Model):
     """Two hidden layers, 784-300-100-10: 266,200 kernel weights."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class LeNet300100(Network):
         return self.fc3(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class LeNet5(Network):
+class LeNet5(Model):
     """Two convolutions and two dense layers: 430,500 kernel weights.
 
     This is the 20-50-500-10 network which ships with Caffe and which pruning papers call LeNet-5, not
@@ -105,7 +105,7 @@ class LeNet5(Network):
         return self.fc2(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class VGG16(Network):
+class VGG16(Model):
     """Thirteen convolutions, a 512-512-10 head with dropout, no batch norm: 15,245,130 parameters.
 
     The form of gRDA's experiments on CIFAR-10.
@@ -126,7 +126,7 @@ class VGG16(Network):
         self.fc3 = nn.Linear(512, 10)
 
     def reset(self, generator: torch.Generator) -> None:
-        """Convolutions normal with variance ``2 / (9 out_channels)``, their biases zero; the head as torch does it."""
+        """Convolutions normal with variance ``2 / (9 out_channels)``, biases zero; the head by torch's default."""
         for layer in _layers(self):
             if isinstance(layer, nn.Conv2d):
                 _normal(layer, 9 * layer.out_channels, generator)
@@ -140,7 +140,7 @@ class VGG16(Network):
         return self.fc3(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class VGG16BN(Network):
+class VGG16BN(Model):
     """Thirteen convolutions with batch norms and without biases, one dense layer: 14,715,584 kernel weights.
 
     Args:
@@ -169,11 +169,11 @@ class VGG16BN(Network):
         return self.linear(self.features(x).flatten(1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class AlexNet(Network):
+class AlexNet(Model):
     """Five convolutions, a large one first, and one dense layer: 2,471,104 kernel weights.
 
-    The form for CIFAR that is common with PyTorch (github.com/bearpaw/pytorch-classification). Which one papers mean by
-    the name, they seldom tell.
+    The form for CIFAR that is common with PyTorch (github.com/bearpaw/pytorch-classification). Papers rarely say which
+    variant they mean by the name.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class AlexNet(Network):
         self.linear = nn.Linear(256, 10)
 
     def reset(self, generator: torch.Generator) -> None:
-        """As torch does it."""
+        """Torch's default."""
         for layer in _layers(self):
             _uniform(layer, generator)
 
@@ -199,7 +199,7 @@ class AlexNet(Network):
 
 
 class _DenseLayer(nn.Module):
-    """Norm, ReLU and a convolution; passes its input on together with what it makes of it."""
+    """Norm, ReLU and a convolution; returns its input with the new channels appended."""
 
     def __init__(self, width: int, growth: int) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class _DenseLayer(nn.Module):
 
 
 class _Transition(nn.Module):
-    """Norm, ReLU and a convolution of 1x1 that keeps the width, then half the pixels."""
+    """Norm, ReLU and a 1x1 convolution that keeps the width; then the size is halved."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class _Transition(nn.Module):
         return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
 
 
-class DenseNet40(Network):
+class DenseNet40(Model):
     """Three blocks of twelve layers that add 12 channels each, no bottlenecks: 1,001,616 kernel weights."""
 
     def __init__(self) -> None:
@@ -250,7 +250,7 @@ class DenseNet40(Network):
 
 
 class _WideBlock(nn.Module):
-    """Norm and ReLU come first; the shortcut takes the input as it is."""
+    """Norm and ReLU come first; the shortcut takes the unchanged input."""
 
     def __init__(self, width: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class _WideBlock(nn.Module):
         return out + self.shortcut(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class WideResNet(Network):
+class WideResNet(Model):
     """WRN-28-10, three stages of four wide blocks: 36,489,290 parameters.
 
     The form of gRDA's experiments on CIFAR-10: convolutions have biases, there is no dropout, a block strides in its
@@ -284,7 +284,7 @@ class WideResNet(Network):
         self.linear = nn.Linear(640, 10)
 
     def reset(self, generator: torch.Generator) -> None:
-        """As torch does it."""
+        """Torch's default."""
         for layer in _layers(self):
             _uniform(layer, generator)
 
@@ -297,8 +297,8 @@ class WideResNet(Network):
 class _Block(nn.Module):
     """Norm and ReLU come last.
 
-    Where the shape changes, the shortcut drops pixels and adds channels of zeros (option A of the paper), or is a
-    convolution of 1x1 with a norm (``projects``, option B).
+    Where the shape changes, the shortcut drops pixels and adds channels of zeros (option A of the paper), or it is a
+    1x1 convolution with a norm (``projects``, option B).
     """
 
     def __init__(self, width: int, planes: int, stride: int, *, projects: bool) -> None:
@@ -323,10 +323,10 @@ class _Block(nn.Module):
         return F.relu(out + x)
 
 
-class ResNet(Network):
+class ResNet(Model):
     """The CIFAR form of He et al. with shortcuts of option A, which have no parameters, or of option B.
 
-    Names of parameters are those of the pretrained models that are often used with it
+    Its parameters have the names of pretrained models that are often used
     (github.com/akamaster/pytorch_resnet_cifar10), so that their state dicts load.
 
     Args:
@@ -358,7 +358,7 @@ class ResNet(Network):
 
 
 class _TransformerBlock(nn.Module):
-    """Causal attention, then two dense layers with a GELU; each takes a norm of the stream and adds to it."""
+    """Causal attention, then two dense layers with a GELU; each normalises its input and adds its output to it."""
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -381,15 +381,15 @@ class _TransformerBlock(nn.Module):
         return heads.transpose(1, 2).flatten(2)
 
 
-class Transformer(Network):
-    """A decoder-only transformer: norms first, learned positions, the embedding of characters is also the head.
+class Transformer(Model):
+    """A decoder-only transformer: norms first, learned positions, the head tied to the embedding of characters.
 
     As ``gpt-tiny`` it has 442,368 kernel weights in its blocks, 6,240 in the embedding and 12,288 in the positions.
-    ``blocks`` is a list so that each can be sharded by itself; all else belongs to the root.
+    ``blocks`` is a list, so that each block can be sharded by itself; everything else belongs to the root.
 
     Args:
         vocabulary: number of different characters.
-        context: the most characters it takes at once.
+        context: the maximum number of characters at once.
         dropout: share of each branch's output that is dropped in training.
     """
 
@@ -412,8 +412,8 @@ class Transformer(Network):
         self.head.weight = self.token.weight
 
     def reset(self, generator: torch.Generator) -> None:
-        """Dense layers normal with variance ``1 / fan_in``, those that end a branch with less, so that depth does not
-        widen the stream; embeddings with deviation 0.05. Zero biases, norms of scale one.
+        """Dense layers normal with variance ``1 / fan_in``, less at the end of a branch, so that the variance does not
+        grow with depth; embeddings with deviation 0.05; zero biases, norms of scale one.
         """
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=0.05, generator=generator)
@@ -430,7 +430,7 @@ class Transformer(Network):
         return self.head(self.norm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-MODELS: dict[str, Callable[[], Network]] = {
+MODELS: dict[str, Callable[[], Model]] = {
     "lenet-300-100": LeNet300100,
     "lenet-5": LeNet5,
     "lenet-5-caffe": partial(LeNet5, relu=False),
@@ -442,16 +442,16 @@ MODELS: dict[str, Callable[[], Network]] = {
     "densenet-40": DenseNet40,
     "vgg16-bn": VGG16BN,
     "alexnet-cifar": AlexNet,
-    # "-w5" has a width of 5: dense networks of about as many weights as a pruned one.
+    # "-w5" has a width of 5: dense networks with about as many weights as a pruned one.
     **{f"resnet-{depth}-w{width}": partial(ResNet, depth, width=width) for depth in (20, 56) for width in (5, 4, 3, 2)},
     **{f"vgg16-bn-w{width}": partial(VGG16BN, width) for width in (20, 14, 9, 6)},
 }
 
 
-def build_model(name: str, *, seed: int) -> Network:
+def build_model(name: str, *, seed: int) -> Model:
     """Build a model of the zoo on the CPU, its weights a function of the seed alone.
 
-    The initialisation is the model's own, see `reset` there. The global random state is left as it was.
+    The initialisation is the model's own, see its `reset`. The global random state does not change.
 
     Args:
         name: a key of `MODELS`.
@@ -465,7 +465,7 @@ def build_model(name: str, *, seed: int) -> Network:
         closest = difflib.get_close_matches(name, MODELS, n=1)
         hint = f" (did you mean {closest[0]!r}?)" if closest else ""
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}{hint}")
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # constructors draw weights, here in vain
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # constructors draw weights too, which are not used
         model = MODELS[name]()
     model.reset(torch.Generator().manual_seed(seed))
     return model

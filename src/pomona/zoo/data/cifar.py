@@ -1,6 +1,6 @@
-"""CIFAR-10 in the forms it comes in: the two official archives, a folder of images, strips of images.
+"""CIFAR-10 in its usual forms: the two official archives, a folder of images, strips of images.
 
-Everything is decoded into memory when it is loaded, in a few seconds, and nothing is kept on disk.
+It is decoded into memory when it is loaded, which takes a few seconds; nothing is written to disk.
 
 References:
     Krizhevsky, Learning multiple layers of features from tiny images, 2009.
@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pomona.zoo.data import VARIABLE, Dataset, malformed
+from pomona.zoo.data.dataset import Dataset
+from pomona.zoo.data.files import VARIABLE, malformed
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
@@ -30,7 +31,7 @@ _FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py", "cifar10")
 _TRAIN, _TEST = tuple(f"data_batch_{number}" for number in range(1, 6)), ("test_batch",)
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
-# Of ImageNet's colours: pretrained networks for CIFAR-10 often expect these, and to others it is all the same.
+# Those of ImageNet: pretrained networks for CIFAR-10 often expect them, and to other networks it does not matter.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _Images = NDArray[np.uint8]  # [n, 32, 32, 3]
@@ -39,12 +40,12 @@ _Split = tuple[_Images, _Labels]
 
 
 def load_cifar10(data_dir: str | Path | None = None) -> Dataset:
-    """Load CIFAR-10 from the folder given, else from the folder POMONA_DATA names.
+    """Load CIFAR-10 from the given folder, or from the one that POMONA_DATA names.
 
     The folder itself, or cifar-10-batches-bin, cifar-10-batches-py or cifar10 in it, holds one of these:
 
     - the six files of the "binary version", ``data_batch_1.bin`` to ``_5.bin`` and ``test_batch.bin``;
-    - the six of the "python version", without the suffix; nothing that they ask to run is run;
+    - the six of the "python version", without the suffix; no code in them is run;
     - ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or jpg, bmp, webp), the classes by name or by number;
     - strips of images one below the other, ``train_000.webp``, ``train_001.webp``, ... with ``train_labels.npy``, and
       the same with ``test``.
@@ -115,7 +116,7 @@ def _read_python(folder: Path) -> tuple[_Split, _Split]:
 
 
 def _read_records(path: Path) -> _Split:
-    """A byte for the label, then 3,072 for the image: all red, all green, all blue, row by row."""
+    """One byte for the label, then 3,072 for the image: all red, all green, all blue, row by row."""
     content = np.fromfile(path, np.uint8)
     if not len(content) or len(content) % (1 + _PIXELS):
         raise malformed(path, f"a multiple of {1 + _PIXELS:,} bytes, a label and an image each", f"{len(content):,}")
@@ -124,7 +125,7 @@ def _read_records(path: Path) -> _Split:
 
 
 class _Arrays(pickle.Unpickler):
-    """Makes numpy's arrays and nothing else."""
+    """Builds numpy arrays and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
@@ -168,7 +169,7 @@ def _read_folder(folder: Path) -> tuple[_Split, _Split]:
 
 def _read_classes(folder: Path) -> _Split:
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; images of CIFAR-10 belong into train/CLASS and test/CLASS")
+        raise FileNotFoundError(f"no folder {folder}; images of CIFAR-10 belong in train/CLASS and test/CLASS")
     images, labels = [], []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         known = {**{name: index for index, name in enumerate(CLASSES)}, **{str(index): index for index in range(10)}}
@@ -210,11 +211,11 @@ def _read_strip(folder: Path, part: str) -> _Split:
 
 
 def _read_image(path: Path, height: int | None = None) -> _Images:
-    """Height x 32 x 3; without ``height`` any multiple of 32."""
+    """An image of height x 32 x 3; without ``height`` any multiple of 32 is accepted."""
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("images are read by Pillow, which is missing: `pip install pillow`") from error
+        raise ImportError("reading images needs Pillow, which is not installed: `pip install pillow`") from error
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
@@ -228,7 +229,7 @@ def _read_image(path: Path, height: int | None = None) -> _Images:
     return pixels
 
 
-_FORMS: dict[tuple[str, ...], Callable[[Path], tuple[_Split, _Split]]] = {  # by files that tell which one it is
+_FORMS: dict[tuple[str, ...], Callable[[Path], tuple[_Split, _Split]]] = {  # keyed by files that show which form it is
     (f"{_TRAIN[0]}.bin", f"{_TEST[0]}.bin"): _read_binary,
     (_TRAIN[0], _TEST[0]): _read_python,
     ("train_labels.npy", "train_000.webp"): _read_strips,

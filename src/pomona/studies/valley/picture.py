@@ -1,27 +1,27 @@
-"""The picture of a valley: loss and accuracy on the two paths, and the difference in the sharpest directions."""
+"""The picture of a valley: loss and accuracy on the two paths, and B - A in the sharpest directions."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, BinaryIO
 
-from pomona.pages.pictures import _BLUE, _GREY, _INK, _VERMILLION, _figure, _note, _quiet
+from pomona.pages.pictures import BLUE, GREY, INK, VERMILLION, new_figure, note, quiet_axes
 
 _LOOKS = {  # name of a direction -> label, colour, marker
-    "B": ("B - A", _VERMILLION, "o"),
-    "magnitude pruning of A": ("magnitude pruning of A", _BLUE, "s"),
-    "random pruning of A": ("random pruning of A", _GREY, "^"),
+    "B": ("B - A", VERMILLION, "o"),
+    "magnitude pruning of A": ("magnitude pruning of A", BLUE, "s"),
+    "random pruning of A": ("random pruning of A", GREY, "^"),
 }
 
 
 def draw_valley(result: dict[str, Any], file: BinaryIO) -> None:
-    """Draw valley.png of the content of valley.json."""
+    """Draw valley.png from the content of valley.json."""
     caption = f"A: {_name(result['A'])}. B: {_name(result['B'])}. Loss on {result['options']['examples']:,} training "
-    figure = _figure(5.0, "From A to B: what the loss does on the way", f"{caption}examples of {result['data']}")
+    figure = new_figure(5.0, "From A to B: what the loss does on the way", f"{caption}examples of {result['data']}")
     places = [["loss", "top"], ["accuracy", "top"]]
     axes = figure.subplot_mosaic(places, width_ratios=[1.25, 1], height_ratios=[1.5, 1])
     for ax in axes.values():
-        _quiet(ax)
+        quiet_axes(ax)
     _draw_paths(axes["loss"], axes["accuracy"], result)
     _draw_projections(axes["top"], result)
     figure.savefig(file, format="png")
@@ -33,7 +33,7 @@ def _name(run: dict[str, Any]) -> str:
 
 
 def _draw_paths(loss: Any, accuracy: Any, result: dict[str, Any]) -> None:
-    for name, colour in (("segment", _BLUE), ("curve", _VERMILLION)):
+    for name, colour in (("segment", BLUE), ("curve", VERMILLION)):
         path = result[name]
         label = f"{name} (barrier {path['barrier']:.3g})"
         loss.plot(path["t"], path["loss"], color=colour, marker="o", markersize=2.5, linewidth=1.5, label=label)
@@ -49,9 +49,9 @@ def _draw_paths(loss: Any, accuracy: Any, result: dict[str, Any]) -> None:
     for ax in (loss, accuracy):
         ax.set_xlim(result["segment"]["t"][0], result["segment"]["t"][-1])
         for t in (0, 1):
-            ax.axvline(t, color=_GREY, linewidth=0.8, linestyle=":")
+            ax.axvline(t, color=GREY, linewidth=0.8, linestyle=":")
     for t, name in ((0, "A"), (1, "B")):
-        _note(loss, name, (t, 1), (0, 6), coords=("data", "axes fraction"), size=9)
+        note(loss, name, (t, 1), (0, 6), coords=("data", "axes fraction"), size=9)
 
 
 def _draw_projections(ax: Any, result: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def _draw_projections(ax: Any, result: dict[str, Any]) -> None:
         values = [value or math.nan for value in direction["coordinates"]]
         ax.plot(places, values, color=colour, marker=mark, markersize=5, linestyle="", label=label)
         seen += [value for value in direction["coordinates"] if value]
-    ax.axhline(seen[0], color=_INK, linewidth=1.2, linestyle="--", label="random direction (r.m.s.)")
+    ax.axhline(seen[0], color=INK, linewidth=1.2, linestyle="--", label="random direction (r.m.s.)")
     ax.set_yscale("log")
     ax.set_ylim(10 ** math.floor(math.log10(min(seen))), 10 ** math.ceil(math.log10(max(seen))))
     ax.set_xlim(0.5, k + 0.5)
