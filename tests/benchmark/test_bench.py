@@ -89,6 +89,7 @@ class Tags(HTMLParser):
         self.tags.append(tag)
 
 
+@pytest.mark.check
 def test_all_paths_of_a_model_agree_and_are_timed(tiny: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     page = tmp_path / "page.html"
@@ -223,6 +224,7 @@ def test_errors_are_relative_to_the_largest_number() -> None:
     assert relative_error([np.array([[4.0, math.nan]])], right) == math.inf
 
 
+@pytest.mark.check
 def test_peak_memory_is_of_this_process() -> None:
     before = peak_memory()
     if before is None:

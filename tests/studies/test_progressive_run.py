@@ -162,7 +162,8 @@ def test_the_result_is_the_last_candidates_with_all_that_was_tried(in_chain: Fin
     assert in_chain.out.splitlines()[-1].endswith(f"{final:.2f} retrained, on {DESCRIPTION}")
 
 
-@pytest.mark.parametrize("batch", [35, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (7, 25, 59))])
+@pytest.mark.check
+@pytest.mark.parametrize("batch", [35, *(pytest.param(batch, marks=pytest.mark.check) for batch in (7, 25, 59))])
 def test_a_killed_run_goes_on_in_the_candidate_it_was_at(
     chain: Path, digits: Path, tmp_path: Path, in_chain: Finished, batch: int
 ) -> None:
@@ -308,7 +309,7 @@ def forked() -> Iterator[type[Forked]]:
     yield from forks()
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.usefixtures("forked")
 def test_rounds_stand_in_a_comparison_by_the_epochs_of_all_candidates(
     wide: Path, chain: Path, digits: Path, tmp_path: Path

@@ -169,13 +169,13 @@ def test_bfloat16_computes_in_half_and_keeps_all_state_in_float32(
 @pytest.mark.parametrize(
     ("batch", "resumed"),
     [
-        (1, None),
-        (8, None),
-        (15, "base after step 10"),
-        (21, "prune after step 0"),
-        (27, "prune after step 0"),
+        pytest.param(1, None, marks=pytest.mark.check),
+        pytest.param(8, None, marks=pytest.mark.check),
+        pytest.param(15, "base after step 10", marks=pytest.mark.check),
+        pytest.param(21, "prune after step 0", marks=pytest.mark.check),
+        pytest.param(27, "prune after step 0", marks=pytest.mark.check),
         (44, "prune after step 20"),
-        (60, "prune after step 30"),
+        pytest.param(60, "prune after step 30", marks=pytest.mark.check),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(
@@ -193,6 +193,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert_same_end(tmp_path / "run", finished.folder)
 
 
+@pytest.mark.check
 def test_a_killed_run_of_a_network_with_convolutions_ends_with_the_same_bits(
     digits: Path, tmp_path: Path, no_pictures: None
 ) -> None:
@@ -222,12 +223,13 @@ def end_after_kills(arguments: list[str], generator: random.Random, longest: flo
     return killed
 
 
+@pytest.mark.check
 def test_kills_at_random_moments_leave_no_trace(digits: Path, tmp_path: Path, finished: Finished) -> None:
     assert end_after_kills(run_of(digits, tmp_path / "run"), random.Random(0), 0.9, 4) >= 2
     assert_same_end(tmp_path / "run", finished.folder)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_many_kills_at_random_moments_leave_no_trace(
     digits: Path, tmp_path: Path, finished: Finished, seed: int
