@@ -61,7 +61,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if any(folder in item.path.parents for folder in _FRAMEWORKS):
+    if str(item.path).startswith(tuple(f"{folder}{os.sep}" for folder in _FRAMEWORKS)):
         item.add_marker(pytest.mark.check)
 
 

@@ -358,6 +358,7 @@ def test_a_scheduler_ends_where_learning_rates_set_by_hand_do(case: Case, first:
     assert run.end() == by_hand.end()
 
 
+@pytest.mark.check
 @each_method
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_step_ends_where_the_plain_one_does(case: Case) -> None:

@@ -117,6 +117,7 @@ def test_all_paths_of_a_model_agree_and_are_timed(tiny: str, tmp_path: Path) -> 
     assert tags.count("rect") == 4 + 2 * 3 and tags.count("table") == 2 and "script" not in tags
 
 
+@pytest.mark.check
 def test_a_file_is_run_without_its_model(tiny: str, tmp_path: Path) -> None:
     file = str(tmp_path / "net.pomona.safetensors")
     module = open_module(tiny).eval()

@@ -57,7 +57,7 @@ def arrays(draw: st.DrawFn) -> list[np.ndarray]:
 
 
 @given(st.data())
-@settings(max_examples=settings().max_examples // 6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings().max_examples // 7, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_ranks_select_as_a_full_sort(world: World, data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(sorted(checks.LAYOUTS)))
     ws = data.draw(arrays())
