@@ -220,6 +220,7 @@ def test_a_report_of_the_search_tells_its_result(in_chain: Finished) -> None:
 # Several partial models
 
 
+@pytest.mark.check
 def test_with_two_models_held_each_next_round_is_tried_from_both_and_the_best_is_kept(in_width: Finished) -> None:
     rounds = result_of(in_width.folder)["rounds"]
     assert [entry["round"] for entry in rounds] == [1, 2, 3, 3, 4, 4]

@@ -288,6 +288,7 @@ def test_a_second_sigterm_ends_the_run_at_once(digits: Path, tmp_path: Path) -> 
     assert status == -signal.SIGTERM
 
 
+@pytest.mark.check
 def test_control_c_in_a_shell_exits_with_130_and_says_how_to_go_on(digits: Path, tmp_path: Path) -> None:
     arguments = run_of(digits, tmp_path / "run", "prune.epochs=1000")
     process = subprocess.Popen(
@@ -550,6 +551,7 @@ def test_a_finished_run_keeps_the_commit_that_trained_it(
     assert result_of(folder) == result_of(finished.folder)
 
 
+@pytest.mark.check
 def test_a_resumed_run_names_both_commits(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for commit, batch in (("first", 36), ("second", 0)):
         monkeypatch.setattr("pomona.train.run.commit_of_source", lambda commit=commit: commit)

@@ -309,6 +309,7 @@ def test_says_what_is_wrong(change: dict[str, Any], options: dict[str, Any], mes
     assert re.match(message, found["message"]), found["message"]
 
 
+@pytest.mark.check
 @needs_node
 def test_hostile_files_are_errors_and_never_crashes(tmp_path: Path) -> None:
     graph, tensors = images()
