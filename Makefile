@@ -6,22 +6,45 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Tried only if torch's CPU build is not found where pip looks already.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# A process that may not keep what it has compiled compiles all of torch anew, for five seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-install test-oldest test-newest docs docs-serve bench fuzz web tables sanitize format clean
+.PHONY: demo test check tools test-slow test-install test-oldest test-newest docs docs-serve bench fuzz web tables sanitize \
+  format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
 	$(VENV)/bin/pomona train demo --threads 1 --out runs/demo
 
-test: $(VENV)/.test  ## all that CI runs
+test: $(VENV)/.test  ## two or three minutes, for every change: ruff, mypy, the walls between modules, pytest
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(RUN) pytest -n 2 --dist worksteal
+
+# With CI set, a test that is skipped fails, unless MAY_SKIP in conftest.py has its reason.
+check: tools $(VENV)/.test  ## a quarter of an hour, before a merge: all tests, with coverage and more examples; sanitizers
+	$(MAKE) sanitize
 	$(RUN) coverage erase
-	$(RUN) coverage run -m pytest -n 2
+	$(RUN) coverage run -m pytest -n 2 --dist worksteal -m 'not slow' --hypothesis-profile check $(if $(CI),--no-skips)
 	$(RUN) coverage combine --quiet
 	$(RUN) coverage report
 
-test-slow: $(VENV)/.test  ## minutes: outcomes on real MNIST (POMONA_DATA), kills at random moments
+# What tests need and pip does not install: a browser, and a compiler for WebAssembly. CMake and a C++ compiler stand in
+# docs/install.md too; node is to be newer than Debian's.
+PROGRAMS := chromium=chromium,chromium-browser,google-chrome clang=clang++ lld=wasm-ld cmake=cmake g++=c++
+tools:  ## programs that `make check` needs: installed where this may be done (root on Debian), else named
+	@for each in $(PROGRAMS); do \
+	  which $$(echo "$${each#*=}" | tr , ' ') 2>/dev/null | grep -q . || missing="$$missing $${each%%=*}"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
+	else \
+	  echo "make check: not installed here, so what needs it is skipped:$$missing"; \
+	fi
+
+test-slow: $(VENV)/.test  ## up to an hour: outcomes on real MNIST (POMONA_DATA), tutorials and examples as they stand
 	$(RUN) pytest -m slow
 
 test-install: $(VENV)/.test  ## minutes: sdist and wheels into clean environments, with a compiler, without, and a broken one
@@ -34,7 +57,7 @@ test-oldest test-newest: test-%:  ## make PYTHON=python3.10 test-oldest; make PY
 	$(PYTHON) -m venv build/$*
 	build/$*/bin/python -m pip install --quiet --upgrade --extra-index-url $(TORCH_INDEX) \
 	  $(PINS) -e '.[zoo,onnx,shrink]' safetensors pyyaml pytest hypothesis pytest-xdist
-	build/$*/bin/python -m pytest -n 2 --ignore=src/pomona/integrations \
+	build/$*/bin/python -m pytest -n 2 -m 'not slow' --ignore=src/pomona/integrations \
 	  --ignore=tests/integrations --ignore=tests/docs/test_examples.py
 
 docs: $(VENV)/.test  ## the site, into build/site; open build/site/index.html
@@ -59,7 +82,7 @@ tables: $(VENV)/.test  ## after a change of the runtime's operations: the tables
 sanitize:  ## random calls of the compiled core under the sanitizers, without Python
 	for kinds in address,undefined thread; do \
 	  cmake -S core -B build/$$kinds -DPOMONA_TESTS=ON -DPOMONA_SANITIZE=$$kinds && \
-	  cmake --build build/$$kinds --target fuzz fuzz_net && build/$$kinds/fuzz && build/$$kinds/fuzz_net || exit 1; \
+	  cmake --build build/$$kinds --parallel 2 --target fuzz fuzz_net && build/$$kinds/fuzz && build/$$kinds/fuzz_net || exit 1; \
 	done
 
 format: $(VENV)/.test

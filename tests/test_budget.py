@@ -24,7 +24,7 @@ from tests import oracles
 
 INF, NAN = math.inf, math.nan
 
-fast = settings(deadline=None, max_examples=150)
+fast = settings(deadline=None)
 
 # Few distinct values, most of them zero, so that nearly every example has ties at the threshold.
 TIED = st.sampled_from([0.0, 0.0, 0.0, 1e-45, 0.5, 0.5, 1.0, 1.0, 2.0, INF])
@@ -77,7 +77,7 @@ def test_a_broken_budget_is_rounded_down() -> None:
 
 
 @given(st.integers(1, 10**9).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total))))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 def test_sparsity_written_as_a_fraction_gives_its_numerator_back(fraction: tuple[int, int]) -> None:
     kept, total = fraction
     assert num_kept(1 - kept / total, total) == kept
@@ -314,7 +314,7 @@ def test_equals_the_oracle(layers: list[list[float]], data: st.DataObject) -> No
 
 
 @given(LAYERS, st.integers(1, 8), st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 def test_equals_the_oracle_with_a_floor(layers: list[list[float]], eighths: int, data: st.DataObject) -> None:
     min_density = eighths / 8  # a multiple of 1/8 times a small integer is exact
     floors = sum(math.ceil(min_density * len(layer)) for layer in layers)
@@ -446,7 +446,7 @@ each_rule = pytest.mark.parametrize("allocation", ["uniform", "erk"])
 
 @each_rule
 @given(SHAPES, st.data())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 def test_counts_add_up_and_fit_and_grow_with_the_budget(
     allocation: Literal["uniform", "erk"], shapes: list[tuple[int, ...]], data: st.DataObject
 ) -> None:
@@ -464,7 +464,7 @@ def test_counts_add_up_and_fit_and_grow_with_the_budget(
 
 @each_rule
 @given(SHAPES, st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 def test_counts_are_those_of_dealing_one_by_one(
     allocation: Literal["uniform", "erk"], shapes: list[tuple[int, ...]], data: st.DataObject
 ) -> None:

@@ -91,8 +91,26 @@ METHODS = [
 ]
 CASES = [replace(case, which=which) for case in METHODS for which in case.optimizers]
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}, {case.which}")
-each_method = pytest.mark.parametrize("case", [c for c in CASES if c.which == c.optimizers[0]], ids=lambda c: c.name)
+
+def _cases(more: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """All cases; those with ``more`` in `make check` only."""
+    marked = [
+        pytest.param(case, id=f"{case.name}, {case.which}", marks=[pytest.mark.check] * more(case)) for case in CASES
+    ]
+    return pytest.mark.parametrize("case", marked)
+
+
+# What depends on a method and on its optimizer together is asked of every pair, and all else of a method with the first
+# of its optimizers. `make check` asks everything of every pair.
+each_case = _cases(lambda case: False)
+each_method = _cases(lambda case: case.which != case.optimizers[0])
+
+
+def two_ways(name: str, first: object, second: object, ids: tuple[str, str]) -> pytest.MarkDecorator:
+    """Two ways to the same end that no method tells apart: the second in `make check` only."""
+    return pytest.mark.parametrize(
+        name, [pytest.param(first, id=ids[0]), pytest.param(second, id=ids[1], marks=pytest.mark.check)]
+    )
 
 
 @dataclass
@@ -166,7 +184,7 @@ def test_the_density_if_cut_is_that_of_harden_and_asking_changes_nothing(case: C
     assert densities == run.pruner.density_if_cut() == {layer.name: layer.density for layer in report.layers}
 
 
-@each_case
+@each_method
 def test_what_is_left_learns(case: Case) -> None:
     """Where nothing is learnt, the loss stays at the targets' mean square, or above."""
     data = batches(350)
@@ -193,8 +211,8 @@ def test_zeros_are_held_while_the_survivors_train_on(case: Case) -> None:
     assert_budget(case, run.pruner.verify())
 
 
-@each_case
-@pytest.mark.parametrize("keyword", [False, True], ids=["positional", "keyword"])
+@each_method
+@two_ways("keyword", True, False, ids=("keyword", "positional"))
 def test_a_closure_ends_where_the_plain_loop_does(case: Case, keyword: bool) -> None:
     run = start(case)
     for batch in batches(STEPS):
@@ -205,7 +223,7 @@ def test_a_closure_ends_where_the_plain_loop_does(case: Case, keyword: bool) -> 
     assert run.end() == plain(case, batches(STEPS)).end()
 
 
-@each_case
+@each_method
 def test_accumulated_gradients_end_where_the_large_batch_does(case: Case) -> None:
     data = [(x.double(), y.double()) for x, y in batches(STEPS)]
     run = start(case, dtype=torch.float64)
@@ -232,7 +250,7 @@ def train_scaled(run: Run, data: list[Batch], *, overflow_at: int | None = None)
     assert scaler.get_scale() == (512.0 if overflow_at is not None else 1024.0)
 
 
-@each_case
+@each_method
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
 def test_a_loss_scale_changes_nothing(case: Case, fused: bool) -> None:
     run = start(case, fused=fused)
@@ -240,7 +258,7 @@ def test_a_loss_scale_changes_nothing(case: Case, fused: bool) -> None:
     assert run.end() == plain(case, batches(STEPS), fused=fused).end()
 
 
-@each_case
+@each_method
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
 def test_an_overflowing_step_leaves_no_trace(case: Case, fused: bool) -> None:
     data = batches(STEPS)
@@ -255,7 +273,7 @@ def test_an_overflowing_step_leaves_no_trace(case: Case, fused: bool) -> None:
     assert run.end() == plain(case, data[:7] + data[8:], fused=fused).end()
 
 
-@each_case
+@each_method
 def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace(case: Case) -> None:
     data = batches(STEPS)
     run = start(case).train(data[:7])
@@ -268,8 +286,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace(case: Case) -
 
 
 @each_case
-@pytest.mark.parametrize(
-    "order", [("model", "optimizer", "pruner"), ("pruner", "optimizer", "model")], ids=["pruner last", "pruner first"]
+@two_ways(
+    "order", ("model", "optimizer", "pruner"), ("pruner", "optimizer", "model"), ids=("pruner last", "pruner first")
 )
 def test_a_resumed_run_ends_where_the_unbroken_one_does(case: Case, order: tuple[str, ...]) -> None:
     data = batches(STEPS)
@@ -295,7 +313,7 @@ def test_a_run_resumed_after_harden_keeps_its_zeros(case: Case) -> None:
     assert_budget(case, run.pruner.verify())
 
 
-@each_case
+@each_method
 def test_copies_of_model_optimizer_and_pruner_train_apart_from_the_originals(case: Case) -> None:
     data = batches(STEPS)
     run = plain(case, data[:7])
@@ -307,7 +325,7 @@ def test_copies_of_model_optimizer_and_pruner_train_apart_from_the_originals(cas
     assert_budget(case, twin.pruner.harden())
 
 
-@each_case
+@each_method
 def test_half_precision_keeps_its_dtype_and_the_exact_budget(case: Case) -> None:
     data = [(x.bfloat16(), y.bfloat16()) for x, y in batches(STEPS)]
     run = plain(case, data, dtype=torch.bfloat16)
@@ -319,8 +337,8 @@ def test_half_precision_keeps_its_dtype_and_the_exact_budget(case: Case) -> None
     assert {t.dtype for t in buffers} <= {torch.bfloat16}
 
 
-@each_case
-@pytest.mark.parametrize("first", ["pruner", "scheduler"])
+@each_method
+@two_ways("first", "pruner", "scheduler", ids=("pruner", "scheduler"))
 def test_a_scheduler_ends_where_learning_rates_set_by_hand_do(case: Case, first: str) -> None:
     if first == "pruner":
         run = start(case)
@@ -340,6 +358,7 @@ def test_a_scheduler_ends_where_learning_rates_set_by_hand_do(case: Case, first:
     assert run.end() == by_hand.end()
 
 
+@pytest.mark.check
 @each_method
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_step_ends_where_the_plain_one_does(case: Case) -> None:

@@ -81,7 +81,7 @@ def test_decoupled_decay_is_the_law_without_the_factor_of_momentum() -> None:
     st.just(0.0) | st.floats(1e-8, 4e-4),  # at most 0.004 a step: the law holds up to momentum 0.99
     st.floats(0.0, 0.9),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 def test_the_exponent_equals_the_oracle(
     lrs: list[float], momentum: float, weight_decay: float, dampening: float
 ) -> None:
@@ -209,7 +209,7 @@ RUNS = st.fixed_dictionaries(
 
 
 @given(RUNS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 def test_more_steps_or_decay_or_learning_rate_are_enough_as_suggested(run: dict[str, float]) -> None:
     found = remedies(run)
     assert "num_steps" in found
@@ -221,7 +221,7 @@ def test_more_steps_or_decay_or_learning_rate_are_enough_as_suggested(run: dict[
 
 
 @given(RUNS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 def test_the_remedies_are_not_much_more_than_enough(run: dict[str, float]) -> None:
     found = remedies(run)
     assert follow("num_steps", found["num_steps"], run).exponent <= ENOUGH + decay_per_step(run["lr"], run) * 1.000001

@@ -33,7 +33,7 @@ from pomona.weight import Weight
 from tests.oracles import granularity as oracle
 from tests.problems import bits
 
-fast = settings(deadline=None, max_examples=60)
+fast = settings(deadline=None)
 
 GROUPED = ["2:4", "1:4", "1:2", "3:4", "2:8", "1x4", "4x1", "2x2", "channel", "input channel"]
 # Few distinct values, many zero: ties everywhere; eighths, whose squares and sums are exact.

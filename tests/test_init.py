@@ -46,6 +46,7 @@ def test_importing_pomona_imports_no_torch() -> None:
     assert run(WITHOUT_TORCH + "import pomona; print(pomona.__version__)").strip() == pomona.__version__
 
 
+@pytest.mark.check
 def test_a_function_is_not_hidden_by_the_file_of_its_name() -> None:
     lines = ("from pomona.reporting import Report", "import pomona.pruner", "import pomona")
     code = """

@@ -30,7 +30,7 @@ from tests.problems import bits
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
 
-fast = settings(deadline=None, max_examples=100)
+fast = settings(deadline=None)
 
 
 def weight(value: Tensor, *buffers: Tensor) -> Weight:

@@ -33,7 +33,7 @@ from pomona.schedule import (
 
 RAMPS = [Linear, Cubic, Cosine]
 
-fast = settings(deadline=None, max_examples=100)
+fast = settings(deadline=None)
 
 
 # ramps

@@ -82,6 +82,7 @@ class Tags(HTMLParser):
         self.tags.append(tag)
 
 
+@pytest.mark.check
 def test_all_paths_of_a_model_agree_and_are_timed(tiny: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     page = tmp_path / "page.html"
@@ -109,6 +110,7 @@ def test_all_paths_of_a_model_agree_and_are_timed(tiny: str, tmp_path: Path) -> 
     assert tags.count("rect") == 4 + 2 * 3 and tags.count("table") == 2 and "script" not in tags
 
 
+@pytest.mark.check
 def test_a_file_is_run_without_its_model(tiny: str, tmp_path: Path) -> None:
     file = str(tmp_path / "net.pomona.safetensors")
     module = open_module(tiny).eval()
@@ -218,6 +220,7 @@ def test_errors_are_relative_to_the_largest_number() -> None:
     assert relative_error([np.array([[4.0, math.nan]])], right) == math.inf
 
 
+@pytest.mark.check
 def test_peak_memory_is_of_this_process() -> None:
     before = peak_memory()
     if before is None:

@@ -68,7 +68,7 @@ def test_peers_that_are_not_built_are_left_out_by_name(
     assert f"build --venvs {tmp_path} --peers mnn\n" in error
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_peer_whose_process_ends_does_not_stop_the_others(environments: ModuleType, tmp_path: Path) -> None:
     inference = importlib.import_module("inference")
     case = Case(inputs=str(tmp_path / "inputs.npz"))
@@ -86,7 +86,7 @@ def test_a_peer_whose_process_ends_does_not_stop_the_others(environments: Module
             assert paths["onnxruntime"]["error"] == 0 and paths["onnxruntime"]["median"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_pins_must_be_complete(environments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     wheel = tmp_path / "incomplete-1.0-py3-none-any.whl"
@@ -110,7 +110,7 @@ def test_pins_must_be_complete(environments: ModuleType, tmp_path: Path, monkeyp
         environments.install(python, environments.Peer("other-package", ()), pins)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_peer_that_cannot_be_had_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime").mkdir()
     printed = inference(
@@ -126,7 +126,7 @@ def test_a_peer_that_cannot_be_had_does_not_stop_the_others(tmp_path: Path) -> N
     assert not (tmp_path / "mnn").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_one_cell_from_nothing(tmp_path: Path) -> None:
     """Downloads 50 MB from the package index. Times only have to be there: this says nothing about speed."""
     venvs = ("--venvs", tmp_path / "venvs")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,32 @@ from tests.distributed.world import World
 from tests.selection.test_selection import DTYPES, VALUES
 from tests.test_contract import METHODS, Case
 
-each_layout = pytest.mark.parametrize("layout", checks.LAYOUTS)
+
+def by_default(names: Iterable[str], *chosen: str) -> list[Any]:
+    """All of them; those that are not chosen in `make check` only."""
+    return [pytest.param(name, marks=[pytest.mark.check] * (name not in chosen)) for name in names]
+
+
+def can_share(way: str, case: Case) -> bool:
+    if case.name == "admm by layer":  # its densities are for the layers of the contract's network
+        return checks.has_plain_layers(way)
+    if case.method.granularity in ("1:2", "1x2"):  # its groups would lie on two ranks, or there are none
+        return checks.keeps_pairs_of_inputs(way)
+    return True
+
+
+each_layout = pytest.mark.parametrize(
+    "layout", by_default(checks.LAYOUTS, "rows over 3", "columns and rows", "four copies")
+)
+# Of each method its first line in the table that prunes single weights; the other lines in `make check`.
+FIRST = {type(case.method): case.name for case in reversed(METHODS) if case.method.granularity == "weight"}
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.check] * (case.name not in FIRST.values()))
+        for case in METHODS
+    ],
+)
 
 
 @st.composite
@@ -30,7 +57,7 @@ def arrays(draw: st.DrawFn) -> list[np.ndarray]:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings().max_examples // 7, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_ranks_select_as_a_full_sort(world: World, data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(sorted(checks.LAYOUTS)))
     ws = data.draw(arrays())
@@ -51,7 +78,7 @@ def test_uneven_and_empty_blocks_and_mass_ties_are_chosen_as_by_a_full_sort(worl
         world.run(checks.selects_as_a_full_sort, layout, drawn, [None] * 3, k, torch.float32, changed)
 
 
-@pytest.mark.parametrize("granularity", ["2:4", "1x4", "2x1", "channel", "input channel"])
+@pytest.mark.parametrize("granularity", by_default(["2:4", "1x4", "2x1", "channel", "input channel"], "2:4"))
 def test_ranks_keep_the_groups_that_one_process_does_or_say_why_not(world: World, granularity: str) -> None:
     generator = np.random.default_rng(0)
     ws = [generator.standard_normal(shape) * scale for shape, scale in [((12, 8), 1), ((4, 16, 3), 2), ((2, 4), 0.1)]]
@@ -81,24 +108,27 @@ def test_ranks_keep_the_groups_that_one_process_does_or_say_why_not(world: World
     assert set(refused) == torn.get(granularity, set())
 
 
-@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+@each_case
 def test_every_method_prunes_as_on_one_process(world: World, case: Case) -> None:
     world.run(checks.prunes_as_on_one_process, "fsdp over 2", case.name, 14, case.budget)
 
 
-@pytest.mark.parametrize("way", list(checks.WAYS)[1:])
+@pytest.mark.parametrize("way", by_default(list(checks.WAYS)[1:], "fsdp over 3, uneven", "tensor parallel over 2"))
 def test_however_a_model_is_shared_it_is_pruned_as_on_one_process(world: World, way: str) -> None:
     world.run(checks.prunes_as_on_one_process, way, "gsm", 4, None)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", list(checks.WAYS)[1:])
-@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+@pytest.mark.check
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [
+        pytest.param(way, case, id=f"{case.name}-{way}")
+        for case in METHODS
+        for way in list(checks.WAYS)[1:]
+        if can_share(way, case)
+    ],
+)
 def test_however_a_model_is_shared_every_method_prunes_as_on_one_process(world: World, way: str, case: Case) -> None:
-    if case.name == "admm by layer" and not checks.has_plain_layers(way):
-        pytest.skip("its densities are for the layers of another network")
-    if case.method.granularity in ("1:2", "1x2") and not checks.keeps_pairs_of_inputs(way):
-        pytest.skip("its groups lie on two ranks, or the network has none")
     world.run(checks.prunes_as_on_one_process, way, case.name, 9, None)
 
 

@@ -28,7 +28,7 @@ def torchrun(num: int, *args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_job_whose_rank_was_killed_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     killed = torchrun(2, tmp_path, 12, 7)
     assert killed.returncode != 0

@@ -13,21 +13,24 @@ from pomona.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+WITH_CODE = [page for page in PAGES if page.parent.name != "tutorials" and "```python" in page.read_text("utf-8")]
 
 
-@each_page
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch.compile
 def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page.parent.name == "tutorials":
-        pytest.skip("in test_tutorials.py")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}  # shared by the whole page, which runs from top to bottom
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         exec(compile(code, page.name, "exec", dont_inherit=True), names)
 
 
-@each_page
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert [t for t in targets if not t.startswith("https://") and not (page.parent / t).exists()] == []

@@ -41,12 +41,14 @@ def test_transformers_trainer() -> None:
     assert Path("runs/sparse/model.safetensors").exists()
 
 
+@pytest.mark.check
 def test_transformers_hold(capsys: pytest.CaptureFixture[str]) -> None:
     callback = main_of("transformers_hold")(num_steps=4)
     assert callback.pruner.num_steps == 4
     assert capsys.readouterr().out.splitlines()[-1].startswith("0.599")
 
 
+@pytest.mark.check
 def test_accelerate_loop() -> None:
     main = main_of("accelerate_loop")
     with pytest.warns(UserWarning, match=r"have not decayed"):  # one epoch of eight
@@ -68,6 +70,7 @@ def test_ema() -> None:
     assert Path("ema.pt").exists()
 
 
+@pytest.mark.check
 def test_lora() -> None:
     merged, held = main_of("lora")()
     assert merged.sparsity == held.sparsity == pytest.approx(0.9, abs=2e-3)
@@ -75,7 +78,7 @@ def test_lora() -> None:
     assert merged.accuracy_before is not None and merged.accuracy_before > 95
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("options", [(), ("--shard",)], ids=["ddp", "fsdp2"])
 def test_distributed(options: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

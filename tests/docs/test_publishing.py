@@ -47,7 +47,7 @@ def test_the_workflows_run_existing_targets() -> None:
             assert "timeout-minutes" in job
             commands += [step["run"] for step in job["steps"] if "run" in step]
     made = {command.split()[-1] for command in commands if command.startswith("make ")}
-    assert {"test", "test-oldest", "test-newest", "test-install"} == made <= targets
+    assert {"test", "check", "test-oldest", "test-newest", "test-install"} == made <= targets
 
 
 def test_wheels_have_the_core_or_fail() -> None:

@@ -26,6 +26,8 @@ from tests.web.chromium import PROGRAM, opened, served
 ROOT = Path(__file__).parents[2]
 PHONE = 390  # CSS pixels
 
+pytestmark = pytest.mark.check  # the site takes ten seconds to build
+
 
 @dataclass
 class Seen(HTMLParser):

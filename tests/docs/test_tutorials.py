@@ -54,6 +54,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_data: None) -
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("page", PAGES)
 def test_it_runs_when_shortened(page: str) -> None:
     with warnings.catch_warnings():

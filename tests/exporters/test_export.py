@@ -343,6 +343,7 @@ class _Refuses:
         return onnxruntime.InferenceSession(content, *args, **options)
 
 
+@pytest.mark.check
 @converts_batch_norms
 @pytest.mark.filterwarnings("default")
 def test_onnx_stays_dense_where_the_runtime_refuses_and_says_so(
@@ -375,6 +376,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                     pomona.shrink(small(), IMAGES)
 
 
+@pytest.mark.check
 @converts_batch_norms
 @pytest.mark.filterwarnings("default")
 def test_mnn_calls_the_converter_and_tells_its_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from tests.fuzz import container as fuzz_container
 from tests.oracles import container as oracle
 
 ROOT = Path(__file__).parents[2]
-fast = settings(deadline=None, max_examples=60)
+fast = settings(deadline=None)
 
 
 def read(data: bytes, path: Path, **options: Any) -> File:

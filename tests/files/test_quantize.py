@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pomona.files.quantize import Quantization, k_means, quantize
 from pomona.files.stored import Codebook, Stored, from_float32, to_float32
 
-fast = settings(deadline=None, max_examples=50)
+fast = settings(deadline=None)
 
 
 def weights(count: int = 4000, keep: float = 1.0) -> np.ndarray:

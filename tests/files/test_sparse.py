@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from pomona.files.sparse import Sparse
 
-fast = settings(deadline=None, max_examples=50)
+fast = settings(deadline=None)
 
 
 @fast

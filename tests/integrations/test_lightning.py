@@ -381,7 +381,7 @@ def test_the_example_prunes_and_goes_on(tmp_path: Path) -> None:
 # Several ranks
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_two_ranks_keep_one_budget_and_resume_with_the_same_bits(tmp_path: Path) -> None:
     """DistributedDataParallel, and FSDP2 by ModelParallelStrategy: weights alike on both ranks, broken off or not."""
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

@@ -281,7 +281,6 @@ def test_training_again_begins_anew(tmp_path: Path) -> None:
     assert callback.pruner.num_steps == STEPS and callback.pruner.verify().nonzero == callback.report.nonzero
 
 
-@pytest.mark.slow  # torch.compile alone takes seconds
 def test_a_compiled_model_is_pruned_under_plain_names(tmp_path: Path) -> None:
     callback = PrunerCallback(MAGNITUDE)
     trainer = trainer_of(tmp_path, callback, torch_compile=True, torch_compile_backend="eager", save_strategy="no")
@@ -321,7 +320,6 @@ def on_ranks(folder: str) -> Any:
         return ends
 
 
-@pytest.mark.slow  # each rank imports the Trainer
 def test_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     world = World(2)
     try:

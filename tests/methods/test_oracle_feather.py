@@ -455,7 +455,7 @@ def check_operator(v: np.ndarray, sparsity: float, power: float) -> None:
     power=powers,
     exponent=st.sampled_from([-60, -20, 0, 20, 60]),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 def test_the_operator_on_any_scale(seed: int, sparsity: float, power: float, exponent: int) -> None:
     """Also where the cube of a float32 is none: 2^-60 and 2^60 are weights like any other."""
     v = (np.random.default_rng(seed).normal(size=(5, 6)) * 2.0**exponent).astype(np.float32)
@@ -466,14 +466,14 @@ def test_the_operator_on_any_scale(seed: int, sparsity: float, power: float, exp
 
 
 @given(seed=st.integers(0, 999), sparsity=st.floats(0.0, 0.99), power=powers, levels=st.integers(0, 5))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 def test_the_operator_with_ties(seed: int, sparsity: float, power: float, levels: int) -> None:
     v = (np.random.default_rng(seed).integers(-levels, levels + 1, size=(5, 6)) / 4).astype(np.float32)
     check_operator(v, sparsity, power)
 
 
 @given(seed=st.integers(0, 999), sparsity=st.floats(0.0, 0.99), power=powers)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 def test_the_operator_on_neighbours(seed: int, sparsity: float, power: float) -> None:
     """30 float32 in a row: what is one rounding above the threshold stays, though its power is hardly above T^p."""
     rng = np.random.default_rng(seed)

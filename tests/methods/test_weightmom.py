@@ -416,7 +416,7 @@ def test_survivors_with_a_gradient_train_on() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:harden.. in the middle of a schedule")
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(
     path=st.lists(st.lists(st.integers(-4, 4), min_size=17, max_size=17), min_size=3, max_size=12),
     target=st.one_of(

@@ -21,7 +21,7 @@ from pomona.score import Score
 
 needs_core = pytest.mark.skipif(not core.is_available(), reason=f"no compiled core: {core.why_not()}")
 
-fast = settings(deadline=None, max_examples=60)
+fast = settings(deadline=None)
 
 ISAS = core.isas() if core.is_available() else ("none",)
 INF, NAN = math.inf, math.nan

@@ -175,6 +175,7 @@ def test_a_finished_run_has_four_pictures_of_sane_size(tmp_path: Path) -> None:
         assert path.stat().st_size > 20_000  # a blank page of this size has some 5,000 bytes
 
 
+@pytest.mark.check
 def test_pictures_leave_no_global_state(tmp_path: Path) -> None:
     import matplotlib
 
@@ -217,6 +218,7 @@ def test_magnitudes_allow_gaps_zeros_and_no_cut(tmp_path: Path, epochs: list[int
     assert draw_magnitudes([*rows, empty], tmp_path / "magnitudes.png") == tmp_path / "magnitudes.png"
 
 
+@pytest.mark.check
 def test_layers_allow_empty_dense_many_and_oddly_named_layers(tmp_path: Path) -> None:
     layers = [
         {"name": f"encoder.blocks.{i}.attention.projection.weight$", "total": 1000, "nonzero": min(i, 1000)}
@@ -226,6 +228,7 @@ def test_layers_allow_empty_dense_many_and_oddly_named_layers(tmp_path: Path) ->
     assert path is not None and size_of(path)[1] < 4000
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("num_layers", [1, 8, 60])
 @pytest.mark.parametrize("shares", [(0.5, 0.4), (1.0, 0.001), (0.0, 0.0)])
 def test_the_history_allows_any_number_of_layers_and_empty_ones(

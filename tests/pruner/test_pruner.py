@@ -903,6 +903,7 @@ def test_the_optimizer_inside_a_wrapper_is_found() -> None:
     assert (pruner.num_steps, pruner.metrics()["active"]) == (4, KEPT)
 
 
+@pytest.mark.check
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_step_needs_no_more_graphs_than_without_a_pruner() -> None:
     from torch._dynamo.testing import CompileCounter

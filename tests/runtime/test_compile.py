@@ -175,6 +175,7 @@ def test_in_training_mode_layers_are_torchs_own(all_gain: None) -> None:
     assert torch.equal(compiled(X), model(X))
 
 
+@pytest.mark.check
 @needs_core
 def test_the_operations_pass_torchs_own_checks() -> None:
     weight = torch.randn(4, 2, 3, 3).mul_(torch.rand(4, 2, 3, 3) > 0.5)

@@ -217,7 +217,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(
     path=st.sampled_from([[], ["nodes", 0], ["nodes", 0, 2], ["nodes", 1, 1], ["outputs"], ["inputs", 0]]), value=JSON
 )

@@ -170,7 +170,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.fl
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_products_of_any_dtypes_are_ranked_as_their_float32_products(data: st.DataObject) -> None:
     pairs = []
     for size in data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=4)):

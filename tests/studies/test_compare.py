@@ -421,6 +421,7 @@ def test_given_again_it_runs_nothing_and_says_the_same(compared: Compared, digit
     assert (compared.out_folder / "compare.md").read_bytes() == before
 
 
+@pytest.mark.check
 def test_given_more_recipes_and_compressions_it_adds_to_the_table(
     compared: Compared, digits: Path, tmp_path: Path, forked: type[Forked]
 ) -> None:
@@ -453,6 +454,7 @@ def test_the_folder_of_another_recipe_is_refused_before_anything_is_run(
 # Failures
 
 
+@pytest.mark.check
 def test_a_run_that_fails_is_reported_and_the_others_go_on(
     recipes: Path, digits: Path, tmp_path: Path, forked: type[Forked]
 ) -> None:
@@ -467,6 +469,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
     assert why.partition("error: ")[2] in (tmp_path / "out" / "logs" / "bad-5x-seed0.log").read_text()
 
 
+@pytest.mark.check
 def test_if_all_runs_fail_there_is_no_table(recipes: Path, digits: Path, tmp_path: Path, forked: type[Forked]) -> None:
     forked.trip = Trip("grow-5x-seed0", 1, kill_myself, os.getpid())
     done = compare(digits, tmp_path / "out", recipes / "grow.toml")
@@ -474,7 +477,7 @@ def test_if_all_runs_fail_there_is_no_table(recipes: Path, digits: Path, tmp_pat
     assert f"no run in {tmp_path / 'out'} has finished; see {tmp_path / 'out' / 'logs'}" in refusal(done)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_killed_run_goes_on_where_it_was_when_the_command_is_given_again(
     compared: Compared, digits: Path, tmp_path: Path, forked: type[Forked]
 ) -> None:
@@ -493,13 +496,13 @@ def test_a_killed_run_goes_on_where_it_was_when_the_command_is_given_again(
 # Stops
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("action", "folder", "batch", "resumed"),
     [
         (interrupt_parent, "cut-5x-seed0", 17, "prune after step 7"),  # while dense networks are trained
-        pytest.param(terminate_parent, "grow-200x-seed0", 13, "prune after step 13", marks=pytest.mark.slow),
-        # Somebody stops one run.
-        pytest.param(stop_myself, "grow-5x-seed0", 25, "prune after step 25", marks=pytest.mark.slow),
+        (terminate_parent, "grow-200x-seed0", 13, "prune after step 13"),
+        (stop_myself, "grow-5x-seed0", 25, "prune after step 25"),  # somebody stops one run
     ],
 )
 def test_a_stop_saves_what_is_under_way_and_the_same_command_goes_on_to_the_same_table(
@@ -534,6 +537,7 @@ def test_a_stop_saves_what_is_under_way_and_the_same_command_goes_on_to_the_same
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.check
 def test_a_stop_reaches_all_runs_under_way(recipes: Path, digits: Path, tmp_path: Path, forked: type[Forked]) -> None:
     (recipes / "long.toml").write_text(RECIPES["grow"].replace("epochs = 3", "epochs = 3_000"))
     (recipes / "also.toml").write_text((recipes / "long.toml").read_text())
@@ -546,6 +550,7 @@ def test_a_stop_reaches_all_runs_under_way(recipes: Path, digits: Path, tmp_path
     assert list((tmp_path / "out" / "also-5x-seed0").glob("checkpoint-00000100-*"))
 
 
+@pytest.mark.check
 def test_real_processes_do_the_same(compared: Compared, digits: Path, tmp_path: Path) -> None:
     """As installed: ``python -m pomona train`` for each run."""
     done = compare(digits, tmp_path / "out", compared.recipes / "grow.toml")
@@ -558,7 +563,7 @@ def test_real_processes_do_the_same(compared: Compared, digits: Path, tmp_path: 
     assert "prune 3/3" in (tmp_path / "out" / "logs" / f"{name}.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_control_c_in_a_shell_stops_a_comparison_and_the_same_command_goes_on(
     compared: Compared, digits: Path, tmp_path: Path
 ) -> None:
@@ -648,6 +653,7 @@ compression = 10
 """
 
 
+@pytest.mark.check
 def test_a_league_has_the_dense_network_and_a_narrow_one_in_its_table(tmp_path: Path, forked: type[Forked]) -> None:
     for name in ("cut", "dense"):
         (tmp_path / f"{name}.toml").write_text(LEAGUE)

@@ -162,7 +162,8 @@ def test_the_result_is_the_last_candidates_with_all_that_was_tried(in_chain: Fin
     assert in_chain.out.splitlines()[-1].endswith(f"{final:.2f} retrained, on {DESCRIPTION}")
 
 
-@pytest.mark.parametrize("batch", [35, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (7, 25, 59))])
+@pytest.mark.check
+@pytest.mark.parametrize("batch", [35, *(pytest.param(batch, marks=pytest.mark.check) for batch in (7, 25, 59))])
 def test_a_killed_run_goes_on_in_the_candidate_it_was_at(
     chain: Path, digits: Path, tmp_path: Path, in_chain: Finished, batch: int
 ) -> None:
@@ -219,6 +220,7 @@ def test_a_report_of_the_search_tells_its_result(in_chain: Finished) -> None:
 # Several partial models
 
 
+@pytest.mark.check
 def test_with_two_models_held_each_next_round_is_tried_from_both_and_the_best_is_kept(in_width: Finished) -> None:
     rounds = result_of(in_width.folder)["rounds"]
     assert [entry["round"] for entry in rounds] == [1, 2, 3, 3, 4, 4]
@@ -308,7 +310,7 @@ def forked() -> Iterator[type[Forked]]:
     yield from forks()
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.usefixtures("forked")
 def test_rounds_stand_in_a_comparison_by_the_epochs_of_all_candidates(
     wide: Path, chain: Path, digits: Path, tmp_path: Path

@@ -173,6 +173,7 @@ def test_the_search_is_on_held_out_examples_and_the_test_set_is_used_once_at_the
     assert "cut-10x-seed0 belongs to another run: validation is 40 there and 30 here" in message
 
 
+@pytest.mark.check
 def test_held_out_examples_of_the_recipe_are_those_of_the_search_and_not_of_the_test(
     recipe: Path, digits: Path, tmp_path: Path, forked: type[Forked]
 ) -> None:

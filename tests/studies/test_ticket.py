@@ -147,6 +147,7 @@ def test_the_accuracy_of_a_ticket_is_that_of_its_weights(
     assert accuracy == pytest.approx(100 * right.double().mean().item(), abs=1e-9)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("batch", "resumed"),
     [

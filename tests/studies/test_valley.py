@@ -422,6 +422,7 @@ def test_the_words_say_the_numbers_of_the_file(runs: Path, seen: tuple[Done, dic
     assert (runs / "valley-a-b" / "valley.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.check
 def test_the_same_command_gives_the_same_numbers(
     digits: Path, runs: Path, tmp_path: Path, seen: tuple[Done, dict[str, Any]]
 ) -> None:
@@ -453,6 +454,7 @@ def copied(folder: Path, to: Path, **changes: Any) -> Path:
     return to
 
 
+@pytest.mark.check
 def test_runs_with_a_validation_set_are_tested_on_it(digits: Path, runs: Path, tmp_path: Path) -> None:
     a, b = (copied(runs / name, tmp_path / name, validation=40) for name in "ab")
     held_out = load_mnist(digits).hold_out(40)
@@ -464,6 +466,7 @@ def test_runs_with_a_validation_set_are_tested_on_it(digits: Path, runs: Path, t
     assert result["options"]["examples"] == 160 and result["data"] == held_out.description
 
 
+@pytest.mark.check
 def test_other_seeds_are_warned_of(digits: Path, runs: Path, tmp_path: Path) -> None:
     other = copied(runs / "b", tmp_path / "b", seed=7)
     done = look(digits, runs / "a", other, "--examples", "16", "--points", "3")

@@ -376,6 +376,7 @@ print(num_kills, num_leftovers)
 """
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("moment", ["each line", "random"])
 def test_a_kill_at_any_moment_loses_no_step_that_was_saved(tmp_path: Path, moment: str) -> None:
     """Killed before each line that a load and a save execute, and at random moments of large saves."""

@@ -187,10 +187,11 @@ def test_retraining_starts_from_the_cut_weights_holds_their_zeros_and_moves_the_
 # Killed and started again
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("batch", "resumed"),
     [
-        pytest.param(25, "prune after step 10", marks=pytest.mark.slow),
+        (25, "prune after step 10"),
         (31, "retrain after step 0"),
         (45, "retrain after step 10"),
     ],
@@ -258,11 +259,12 @@ def test_the_dense_network_is_trained_once_for_recipes_that_agree_in_it(
     assert {path: path.read_bytes() for path in dense.iterdir()} == before
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("batch", "place", "resumed"),
     [
         (6, "dense", None),
-        pytest.param(21, "run", "prune after step 10", marks=pytest.mark.slow),
+        (21, "run", "prune after step 10"),
         (41, "run", "retrain after step 10"),
     ],
 )

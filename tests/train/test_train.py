@@ -169,13 +169,13 @@ def test_bfloat16_computes_in_half_and_keeps_all_state_in_float32(
 @pytest.mark.parametrize(
     ("batch", "resumed"),
     [
-        (1, None),
-        (8, None),
-        (15, "base after step 10"),
-        (21, "prune after step 0"),
-        (27, "prune after step 0"),
+        pytest.param(1, None, marks=pytest.mark.check),
+        pytest.param(8, None, marks=pytest.mark.check),
+        pytest.param(15, "base after step 10", marks=pytest.mark.check),
+        pytest.param(21, "prune after step 0", marks=pytest.mark.check),
+        pytest.param(27, "prune after step 0", marks=pytest.mark.check),
         (44, "prune after step 20"),
-        (60, "prune after step 30"),
+        pytest.param(60, "prune after step 30", marks=pytest.mark.check),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(
@@ -193,6 +193,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert_same_end(tmp_path / "run", finished.folder)
 
 
+@pytest.mark.check
 def test_a_killed_run_of_a_network_with_convolutions_ends_with_the_same_bits(
     digits: Path, tmp_path: Path, no_pictures: None
 ) -> None:
@@ -222,12 +223,13 @@ def end_after_kills(arguments: list[str], generator: random.Random, longest: flo
     return killed
 
 
+@pytest.mark.check
 def test_kills_at_random_moments_leave_no_trace(digits: Path, tmp_path: Path, finished: Finished) -> None:
     assert end_after_kills(run_of(digits, tmp_path / "run"), random.Random(0), 0.9, 4) >= 2
     assert_same_end(tmp_path / "run", finished.folder)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_many_kills_at_random_moments_leave_no_trace(
     digits: Path, tmp_path: Path, finished: Finished, seed: int
@@ -286,6 +288,7 @@ def test_a_second_sigterm_ends_the_run_at_once(digits: Path, tmp_path: Path) -> 
     assert status == -signal.SIGTERM
 
 
+@pytest.mark.check
 def test_control_c_in_a_shell_exits_with_130_and_says_how_to_go_on(digits: Path, tmp_path: Path) -> None:
     arguments = run_of(digits, tmp_path / "run", "prune.epochs=1000")
     process = subprocess.Popen(
@@ -548,6 +551,7 @@ def test_a_finished_run_keeps_the_commit_that_trained_it(
     assert result_of(folder) == result_of(finished.folder)
 
 
+@pytest.mark.check
 def test_a_resumed_run_names_both_commits(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for commit, batch in (("first", 36), ("second", 0)):
         monkeypatch.setattr("pomona.train.run.commit_of_source", lambda commit=commit: commit)

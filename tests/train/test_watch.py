@@ -92,6 +92,7 @@ def test_epochs_are_told_while_they_happen_and_the_end_ends_it(digits: Path, tmp
     assert process.exitcode == 0
 
 
+@pytest.mark.check
 def test_a_killed_run_is_told_and_what_a_resumed_one_repeats_is_told_once(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +215,7 @@ def test_a_small_terminal_gets_what_fits(
     assert [line.split("  ")[0] for line in shown[7:]] == layers
 
 
+@pytest.mark.check
 def test_control_c_ends_it_without_a_trace(finished: Finished, tmp_path: Path) -> None:
     """On a pseudo terminal, with the command as it is installed; letters that it cannot show are replaced."""
     folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
@@ -243,6 +245,7 @@ def test_control_c_ends_it_without_a_trace(finished: Finished, tmp_path: Path) -
 # Other folders
 
 
+@pytest.mark.check
 def test_a_dense_network_tickets_and_rounds_are_watched_too(digits: Path, tmp_path: Path) -> None:
     finish(digits, tmp_path / "ticket", command="ticket")
     done = command_line(["watch", str(tmp_path / "ticket")])

@@ -70,6 +70,7 @@ def test_the_module_is_of_these_sources() -> None:
     assert build.remembered(build.OUT.read_bytes()) == build.digest(), "the core has changed: run `make web`"
 
 
+@pytest.mark.check
 @pytest.mark.skipif(not build.has_compiler("clang++"), reason="needs clang and wasm-ld")
 def test_it_builds(tmp_path: Path) -> None:
     build.build("clang++", tmp_path / "pomona.wasm")
@@ -338,6 +339,7 @@ def test_says_what_is_wrong(change: dict[str, Any], options: dict[str, Any], mes
     assert re.match(message, found["message"]), found["message"]
 
 
+@pytest.mark.check
 @needs_node
 def test_hostile_files_are_errors_and_never_crashes(tmp_path: Path) -> None:
     graph, tensors = images()
@@ -402,6 +404,7 @@ def draw(page: chromium.Page, digit: int, *, by: str) -> None:
         page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
 
+@pytest.mark.check
 @needs_chromium
 @pytest.mark.parametrize(("digit", "by"), [*((digit, "mouse") for digit in DIGITS), (4, "finger")])
 def test_a_drawn_digit_is_read(page: chromium.Page, digit: int, by: str) -> None:
@@ -411,6 +414,7 @@ def test_a_drawn_digit_is_read(page: chromium.Page, digit: int, by: str) -> None
     assert page.errors == []
 
 
+@pytest.mark.check
 @needs_chromium
 def test_the_page_is_whole(page: chromium.Page) -> None:
     assert page.evaluate("document.body.dataset.state") == "ready", page.errors
@@ -426,6 +430,7 @@ def test_the_page_is_whole(page: chromium.Page) -> None:
     page.wait_for("document.getElementById('digit').textContent.trim() === ''", timeout=10)
 
 
+@pytest.mark.check
 @needs_chromium
 def test_it_draws_examples_that_it_can_read(page: chromium.Page) -> None:
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
@@ -450,6 +455,7 @@ def with_stream(data: bytes, change: Any) -> bytes:
     return start + hashlib.sha256(start + stream).digest() + stream
 
 
+@pytest.mark.check
 @needs_chromium
 @pytest.mark.parametrize(
     ("change", "message"),
