@@ -120,51 +120,6 @@ POMONA_API int pomona_multiply(const pomona_score* scores, int64_t num_scores, c
                                const int64_t* num_ties, void* const* targets, const int32_t* target_types,
                                int num_threads, int64_t* kept);
 
-/* torch.optim.SGD on a gradient that is masked by the scores |w g|, in one pass. Per element, in float32:
- *
- *   g' = g * mask           (all of g where threshold is 0)
- *   d  = g' + weight_decay w   (weight_decay != 0)
- *   z  = momentum z + (1 - dampening) d, on the first step z = d
- *   u  = z, with nesterov d + momentum z; without momentum u = d, and z is not touched
- *   w  = w - lr u
- *
- * Scalars are rounded to float32 where torch does. How products and sums are rounded depends in torch on the path: */
-enum {
-  /* One rounding each: fma(weight_decay, w, g'), fma(1 - dampening, d, round(momentum z)), fma(momentum, z, d),
-   * fma(-lr, u, w). As SGD's loop and foreach do with AVX2 and above. */
-  POMONA_ROUND_LOOP = 0,
-  /* The same, but fma(momentum, z, round((1 - dampening) d)) in the last n mod 8. As SGD(fused=True) does there. */
-  POMONA_ROUND_FUSED = 1,
-  /* Every product is rounded before it is added. As all of torch does without AVX2. */
-  POMONA_ROUND_SEPARATE = 2,
-};
-
-typedef struct {
-  double lr, momentum, dampening, weight_decay;
-  int32_t nesterov; /* 0 or 1 */
-  int32_t rounding; /* POMONA_ROUND_... */
-} pomona_sgd;
-
-enum {
-  POMONA_STEP_FIRST = 1, /* z is not yet set */
-  POMONA_STEP_MASK = 2,  /* also write g' to g, which stays as it was otherwise */
-};
-
-typedef struct {
-  float* w;
-  float* g;
-  float* z; /* may be NULL where momentum is 0; no two of w, g, z overlap */
-  int64_t n;
-  int64_t num_ties;  /* as of a mask; ignored where threshold is 0 */
-  int32_t threshold; /* as of a mask; or 0: the gradient is not masked */
-  int32_t group;     /* index into groups */
-  int32_t flags;     /* POMONA_STEP_... */
-  int32_t reserved;
-} pomona_step;
-
-POMONA_API int pomona_gsm_step(const pomona_step* steps, int64_t num_steps, const pomona_sgd* groups,
-                               int64_t num_groups, int num_threads, int64_t* kept);
-
 /* How many values are infinite or NaN; `types` as of the elements. */
 POMONA_API int pomona_finite(const void* const* tensors, const int64_t* sizes, const int32_t* types,
                              int64_t num_tensors, int num_threads, int64_t* num_bad);

@@ -1,4 +1,4 @@
-// Masks, what is multiplied, stepped or zeroed under them, and what is left afterwards.
+// Masks, what is multiplied or zeroed under them, and what is left afterwards.
 
 #include <algorithm>
 #include <cstring>
@@ -134,47 +134,6 @@ int check_keeps(int64_t num, const int32_t* thresholds, const int64_t* num_ties)
   return POMONA_OK;
 }
 
-int check_step(const pomona_step& s, const pomona_sgd* groups, int64_t num_groups) {
-  if (s.group < 0 || s.group >= num_groups) return POMONA_BAD_VALUE;
-  const bool has_momentum = groups[s.group].momentum != 0.0;
-  for (const float* values : {s.w, s.g, has_momentum ? s.z : s.w}) {
-    if (const int error = check_array(values, s.n, POMONA_F32)) return error;
-  }
-  if (s.flags & ~(POMONA_STEP_FIRST | POMONA_STEP_MASK)) return POMONA_BAD_VALUE;
-  return s.threshold == 0 ? POMONA_OK : check_keep(s.threshold, s.num_ties);
-}
-
-struct StepPlan {
-  StepScalars scalars;
-  int form;
-  int64_t swapped_from;  // elements from here on are of kStepSwapped
-};
-
-StepPlan plan_step(const pomona_step& s, const pomona_sgd& group) {
-  StepPlan plan{};
-  plan.scalars = {static_cast<float>(-group.lr), static_cast<float>(group.momentum),
-                  static_cast<float>(1.0 - group.dampening), static_cast<float>(group.weight_decay)};
-  plan.form = (group.weight_decay != 0.0 ? kStepDecay : 0) | (s.flags & POMONA_STEP_MASK ? kStepMask : 0) |
-              (group.rounding == POMONA_ROUND_SEPARATE ? kStepSeparate : 0);
-  if (group.momentum != 0.0) {
-    plan.form |= kStepMomentum | (group.nesterov ? kStepNesterov : 0) | (s.flags & POMONA_STEP_FIRST ? kStepFirst : 0);
-  }
-  plan.swapped_from = group.rounding == POMONA_ROUND_FUSED ? s.n - s.n % 8 : s.n;
-  return plan;
-}
-
-int64_t step_part(const pomona_step& s, const StepPlan& plan, int64_t begin, int64_t n, int32_t above) {
-  const Kernels& kernel = kernels();
-  const int64_t end = begin + n, middle = std::clamp(plan.swapped_from, begin, end);
-  const auto run = [&](int64_t from, int64_t to, int form) -> int64_t {
-    if (from == to) return 0;
-    float* z = form & kStepMomentum ? s.z + from : nullptr;
-    return kernel.step(s.w + from, s.g + from, z, to - from, above, plan.scalars, form);
-  };
-  const int64_t kept = run(begin, middle, plan.form);
-  return kept + run(middle, end, plan.form | kStepSwapped);
-}
-
 int check_arrays(const void* const* values, const int64_t* sizes, const int32_t* types, int64_t num, int num_threads) {
   if (num < 0) return POMONA_BAD_SIZE;
   if (num_threads < 1) return POMONA_BAD_VALUE;
@@ -284,43 +243,6 @@ int pomona_multiply(const pomona_score* scores, int64_t num_scores, const int32_
                            drop_any(values, type, mask, m);
                          }
                          return part_kept;
-                       });
-    });
-    return POMONA_OK;
-  });
-}
-
-int pomona_gsm_step(const pomona_step* steps, int64_t num_steps, const pomona_sgd* groups, int64_t num_groups,
-                    int num_threads, int64_t* kept) {
-  return guarded([&]() -> int {
-    Work work;
-    if (num_steps < 0 || num_groups < 0) return POMONA_BAD_SIZE;
-    if ((num_steps > 0 && steps == nullptr) || (num_groups > 0 && groups == nullptr)) return POMONA_BAD_POINTER;
-    if (num_threads < 1) return POMONA_BAD_VALUE;
-    for (int64_t i = 0; i < num_groups; ++i) {
-      if (groups[i].rounding < POMONA_ROUND_LOOP || groups[i].rounding > POMONA_ROUND_SEPARATE) return POMONA_BAD_VALUE;
-    }
-    std::vector<StepPlan> plans;
-    plans.reserve(static_cast<size_t>(num_steps));
-    for (int64_t i = 0; i < num_steps; ++i) {
-      if (const int error = check_step(steps[i], groups, num_groups)) return error;
-      if (work.total > kMaxTotal / 8 - steps[i].n) return POMONA_BAD_SIZE;
-      work.add(i, steps[i].n);
-      plans.push_back(plan_step(steps[i], groups[steps[i].group]));
-    }
-    work.use_threads(num_threads);
-    const auto score_of = [&](int64_t i) {
-      return pomona_score{steps[i].w, steps[i].g, steps[i].n, POMONA_F32, POMONA_F32, nullptr};
-    };
-    const auto keep_of = [&](int64_t i) {
-      return Keep{steps[i].threshold, steps[i].threshold == 0 ? -1 : steps[i].num_ties};
-    };
-    run_masked(work, num_steps, kept, score_of, keep_of, [&](const Chunk& chunk, int64_t left) {
-      const pomona_step& s = steps[chunk.tensor];
-      const StepPlan& plan = plans[static_cast<size_t>(chunk.tensor)];
-      return for_parts(score_of(chunk.tensor), chunk, s.threshold, left,
-                       [&](const float*, const float*, int64_t begin, int64_t n, int32_t above) {
-                         return step_part(s, plan, begin, n, above);
                        });
     });
     return POMONA_OK;

@@ -21,22 +21,6 @@ struct Tally {
   int64_t num_nan = 0;
 };
 
-// torch.optim.SGD's scalars as float32.
-struct StepScalars {
-  float minus_lr, momentum, one_minus_dampening, weight_decay;
-};
-
-// Which of the branches of one step are taken; all are the same for a whole tensor.
-enum StepForm : int {
-  kStepDecay = 1,      // weight_decay != 0
-  kStepMomentum = 2,   // momentum != 0
-  kStepFirst = 4,      // z = d
-  kStepNesterov = 8,   //
-  kStepSeparate = 16,  // no fma
-  kStepSwapped = 32,   // fma(momentum, z, round((1 - dampening) d)), as torch's fused kernel in its last n mod 8
-  kStepMask = 64,      // write the masked gradient
-};
-
 // `b` is NULL where the score is |a|. All kernels take any n in [0, 2^20].
 struct Kernels {
   // Appends the keys in [low, high] to `out`, which has room for n + kGatherSlack; returns how many. Adds to the tally,
@@ -46,10 +30,9 @@ struct Kernels {
   void (*histogram)(const float* a, const float* b, int64_t n, int32_t low, int32_t high, int shift, int64_t num_bins,
                     uint32_t* lanes, Tally* tally);
   void (*count)(const float* a, const float* b, int64_t n, int32_t threshold, int64_t* greater, int64_t* equal);
-  // These three keep the keys > above, -1 <= above, and return how many.
+  // These two keep the keys > above, -1 <= above, and return how many.
   int64_t (*mask)(const float* a, const float* b, int64_t n, int32_t above, uint8_t* out);
   int64_t (*multiply)(const float* a, const float* b, int64_t n, int32_t above, float* target);
-  int64_t (*step)(float* w, float* g, float* z, int64_t n, int32_t above, const StepScalars& scalars, int form);
   int64_t (*nonfinite)(const void* values, int64_t n, int type);
   // The magnitudes of scores inside a mask, at least the smallest normal number each; zero outside.
   void (*among)(const float* a, const float* b, const uint8_t* inside, int64_t n, float* out);

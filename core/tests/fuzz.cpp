@@ -253,37 +253,6 @@ void check_zeros(Case& c, Random& random, int threads) {
   }
 }
 
-// All instruction sets and numbers of threads step alike.
-void check_step(Random& random, int64_t largest) {
-  const int64_t n = below(random, largest);
-  std::vector<float> w, g, z;
-  for (int64_t i = 0; i < n; ++i) {
-    w.push_back(draw(random, 1));
-    g.push_back(draw(random, 0));
-    z.push_back(draw(random, 0));
-  }
-  const pomona_sgd group = {0.1, below(random, 4) ? 0.9 : 0.0, 0.3 * static_cast<double>(below(random, 2)),
-                            1e-3 * static_cast<double>(below(random, 2)), static_cast<int32_t>(below(random, 2)),
-                            static_cast<int32_t>(below(random, 3))};
-  const int32_t flags = static_cast<int32_t>(below(random, 4));
-  const int32_t threshold = bits_of(0.5f) * static_cast<int32_t>(below(random, 2));
-  std::vector<float> first;
-  for (int isa = 0; isa <= pomona_max_isa(); ++isa) {
-    CHECK(pomona_set_isa(isa) == POMONA_OK);
-    for (const int threads : {1, 3}) {
-      std::vector<float> w1 = w, g1 = g, z1 = z;
-      const pomona_step step = {w1.data(), g1.data(), z1.data(), n, 5, threshold, 0, flags, 0};
-      int64_t kept = 0;
-      CHECK(pomona_gsm_step(&step, 1, &group, 1, threads, &kept) == POMONA_OK);
-      w1.insert(w1.end(), g1.begin(), g1.end());
-      w1.insert(w1.end(), z1.begin(), z1.end());
-      w1.push_back(static_cast<float>(kept));
-      if (first.empty()) first = w1;
-      CHECK(std::memcmp(first.data(), w1.data(), first.size() * sizeof(float)) == 0);
-    }
-  }
-}
-
 void check_refusals() {
   alignas(8) float x[4] = {};
   pomona_kth_largest s;
@@ -312,10 +281,6 @@ void check_refusals() {
   const int64_t ties = -1;
   uint8_t* mask = nullptr;
   CHECK(pomona_mask(&score, 1, &threshold, &ties, &mask, 1, nullptr) == POMONA_BAD_VALUE);
-  const pomona_sgd group = {0.1, 0.9, 0.0, 0.0, 0, 3};
-  pomona_step step = {x, x, x, 4, -1, 0, 0, 0, 0};
-  CHECK(pomona_gsm_step(&step, 1, &group, 1, 1, nullptr) == POMONA_BAD_VALUE);
-  CHECK(pomona_gsm_step(&step, 1, nullptr, 0, 1, nullptr) == POMONA_BAD_VALUE);
   void* values = x;
   const void* constant = x;
   const int64_t size = 4, row = 3;
@@ -353,8 +318,6 @@ int main(int argc, char** argv) {
     fuzz(static_cast<uint64_t>(isa), rounds);
     other.join();
   }
-  Random random(1);
-  for (int round = 0; round < rounds; ++round) check_step(random, round % 4 == 0 ? 300000 : 300);
   std::printf("pomona %s: %d rounds on %d instruction sets\n", pomona_version(), rounds, pomona_max_isa() + 1);
   return 0;
 }

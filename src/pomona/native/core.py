@@ -33,7 +33,6 @@ from pomona.native.library import why_not as why_not
 KEY_INFINITE = 0x7F800000  # the key of an infinity; those of NaNs are larger
 KEY_MAX = 0x7FFFFFFF
 
-ROUND_LOOP, ROUND_FUSED, ROUND_SEPARATE = range(3)  # see `sgd_rounding`
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ERRORS = {
@@ -44,7 +43,6 @@ _ERRORS = {
     -5: "out of memory",
     -6: "an internal error",
 }
-_FIRST, _MASK = 1, 2
 
 
 class _KthLargest(ctypes.Structure):
@@ -74,7 +72,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pomona_count.argtypes = (pointer, int64, int32, pointer, pointer, integer)
     library.pomona_mask.argtypes = (pointer, int64, pointer, pointer, pointer, integer, pointer)
     library.pomona_multiply.argtypes = (pointer, int64, pointer, pointer, pointer, pointer, integer, pointer)
-    library.pomona_gsm_step.argtypes = (pointer, int64, pointer, int64, integer, pointer)
     library.pomona_finite.argtypes = (pointer, pointer, pointer, int64, integer, pointer)
     library.pomona_zero.argtypes = (pointer, pointer, pointer, pointer, int64, integer, pointer)
     library.pomona_survey.argtypes = (pointer, pointer, pointer, pointer, int64, integer, pointer, pointer)
@@ -377,131 +374,3 @@ def _packed(tensors: Sequence[Tensor]) -> tuple[bytes, bytes, bytes]:
         _pack("q", [t.numel() for t in tensors]),
         _pack("i", [_TYPES[t.dtype] for t in tensors]),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class SGD:
-    """The scalars of one group of ``torch.optim.SGD``, ``maximize=False``."""
-
-    lr: float
-    momentum: float = 0.0
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-
-
-def gsm_step_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor | None],
-    *,
-    groups: Sequence[SGD],
-    group_of: Sequence[int],
-    thresholds: Sequence[int],
-    num_ties: Sequence[int],
-    is_first: Sequence[bool],
-    rounding: int,
-    mask_grads: bool = False,
-) -> list[int]:
-    """Take a step of ``torch.optim.SGD`` on gradients masked by the scores ``|w g|``, in one pass.
-
-    The result is bit for bit that of ``multiply_`` followed by the optimizer, if ``rounding`` is what
-    :func:`sgd_rounding` returns.
-
-    Args:
-        weights: float32, changed in place.
-        grads: float32; only with ``mask_grads`` are they left masked.
-        buffers: float32, the optimizer's momentum, changed in place; None where the momentum is 0.
-        groups: the scalars.
-        group_of: for each weight the index of its group.
-        thresholds: as in ``mask``, or 0 for a weight whose gradient is not masked.
-        num_ties: as in ``mask``.
-        is_first: for each weight whether its buffer is not yet set.
-        rounding: how torch rounds on this machine.
-        mask_grads: whether to write the masked gradients too.
-
-    Returns:
-        How many gradients of each weight were kept.
-    """
-    values: list[int] = []
-    always = _MASK if mask_grads else 0
-    columns = zip(weights, grads, buffers, num_ties, thresholds, group_of, is_first, strict=True)
-    for w, g, z, ties, threshold, group, first in columns:
-        address = 0 if z is None else z.data_ptr()
-        flags = always | _FIRST if first else always
-        values += (w.data_ptr(), g.data_ptr(), address, w.numel(), ties, threshold, group, flags, 0)
-    scalars: list[float] = []
-    for s in groups:
-        scalars += (s.lr, s.momentum, s.dampening, s.weight_decay, s.nesterov, rounding)
-    kept = (ctypes.c_int64 * len(weights))()
-    _check(
-        _library().pomona_gsm_step(
-            _packer("PPPqqiiii", len(weights)).pack(*values),
-            len(weights),
-            _packer("ddddii", len(groups)).pack(*scalars),
-            len(groups),
-            torch.get_num_threads(),
-            kept,
-        )
-    )
-    return list(kept)
-
-
-@functools.cache
-def sgd_rounding(*, fused: bool) -> int | None:
-    """Which rounding makes ``gsm_step_`` equal to ``torch.optim.SGD`` bit for bit, with this torch on this machine.
-
-    It is found by trying, once, in a few milliseconds. With AVX2 or better torch rounds as ``ROUND_LOOP`` or, with
-    ``fused``, as ``ROUND_FUSED``; without, as ``ROUND_SEPARATE``. None if it does none of these: then leave the step
-    to torch.
-    """
-    for rounding in (ROUND_FUSED, ROUND_LOOP, ROUND_SEPARATE) if fused else (ROUND_LOOP, ROUND_SEPARATE):
-        if all(_agrees(scalars, rounding, fused=fused) for scalars in _TRIALS):
-            return rounding
-    return None
-
-
-_TRIALS = (
-    SGD(lr=0.1, momentum=0.9, weight_decay=1e-3),
-    SGD(lr=0.03, momentum=0.97, dampening=0.3),
-    SGD(lr=0.07, momentum=0.9, weight_decay=5e-2, nesterov=True),
-)
-
-
-def _agrees(s: SGD, rounding: int, *, fused: bool) -> bool:
-    """Whether four steps on a few hundred numbers, in tensors with and without a rest of 8, come out the same."""
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def random(n: int) -> Tensor:
-        return torch.randn(n, generator=generator, dtype=torch.float32, device="cpu")
-
-    theirs = [random(n).requires_grad_() for n in (512, 7, 15, 64, 103)]
-    ours = [w.detach().clone() for w in theirs]
-    buffers = [torch.zeros_like(w) for w in ours]
-    optimizer = torch.optim.SGD(
-        theirs,
-        lr=s.lr,
-        momentum=s.momentum,
-        dampening=s.dampening,
-        weight_decay=s.weight_decay,
-        nesterov=s.nesterov,
-        fused=fused,
-    )
-    num = len(ours)
-    for step in range(4):
-        grads = [random(w.numel()) for w in ours]
-        for w, g in zip(theirs, grads, strict=True):
-            w.grad = g.clone()
-        optimizer.step()
-        gsm_step_(
-            ours,
-            grads,
-            buffers,
-            groups=[s],
-            group_of=[0] * num,
-            thresholds=[0] * num,
-            num_ties=[-1] * num,
-            is_first=[step == 0] * num,
-            rounding=rounding,
-        )
-    return all(torch.equal(a, b.detach()) for a, b in zip(ours, theirs, strict=True))
