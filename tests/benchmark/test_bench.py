@@ -162,7 +162,7 @@ def test_what_cannot_be_used_is_told(tiny: str, tmp_path: Path) -> None:
     assert "got [2, 3, 8, 8] and [3]" in failing(tiny, *shape, "--data", str(data))
     np.savez(data, x=np.zeros((2, 3, 8, 8)))
     assert "must hold arrays x and y, got x" in failing(tiny, *shape, "--data", str(data))
-    assert "understood for a run of pomona only" in failing(tiny, *shape, "--data", str(tmp_path))
+    assert "which works only if the model is a run's folder" in failing(tiny, *shape, "--data", str(tmp_path))
     file = tmp_path / "weights.pomona.safetensors"
     write(file, {"w": Stored("F32", np.ones((2, 2), np.float32))})
     assert "not what is computed with them" in failing(str(file))

@@ -87,7 +87,7 @@ def test_weights_become_a_file_and_the_other_way(finished: Finished, tmp_path: P
         (["{model}", "-o", "x.pomona.safetensors", "--shrink"], "give a run's folder"),
         (["{model}", "-o", "x.pomona.safetensors", "--calibrate", "9"], "give a run's folder"),
         (["{folder}", "-o", "x.csr.safetensors", "--calibrate", "9"], "give example= too"),
-        (["{folder}", "-o", "x.pomona.safetensors", "--calibrate", "9", "--no-graph"], "give one of them"),
+        (["{folder}", "-o", "x.pomona.safetensors", "--calibrate", "9", "--no-graph"], "give only one of them"),
         (["{model}", "-o", "x.pomona.safetensors", "--quantize", "k-means"], "quantize must be"),
         (["{folder}", "-o", "x.csr.safetensors", "--quantize", "k-means:4"], "is for format 'pomona'"),
     ],

@@ -300,7 +300,7 @@ def test_the_dense_network_and_narrow_ones_are_planned_beside_the_pruned(tmp_pat
     [
         ({"narrow": True}, r"^--narrow runs the recipe of --dense on narrower networks"),
         ({"narrow": True, "dense": "compare-set"}, r"no narrower form of lenet-300-100, only of resnet-20, "),
-        ({"narrow": True, "dense": "league-dense", "start": Path("x")}, r"and --start is not possible$"),
+        ({"narrow": True, "dense": "league-dense", "start": Path("x")}, r"and excludes --start$"),
     ],
 )
 def test_narrow_networks_that_cannot_be_had_are_refused(tmp_path: Path, more: Any, message: str) -> None:
