@@ -20,6 +20,7 @@ test: $(VENV)/.test  ## two or three minutes, for every change: ruff, mypy, the 
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports
 	$(RUN) pytest -n 2 --dist worksteal
 
 # With CI set, a test that is skipped fails, unless MAY_SKIP in conftest.py has its reason.

@@ -33,7 +33,7 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     """One cheap pass; a finite sum has finite terms, and only a sum that is not needs a second look."""
     if not grads:
         return True
-    if core.is_available() and all(core.fits(g) for g in grads):
+    if core.is_available() and all(map(core.fits, grads)):
         return core.num_nonfinite(grads) == 0
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
     dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: one is made for each tensor at each step, and freezing triples the cost
 class Score:
     """``|w|`` or ``|w g|`` of one tensor: a description, evaluated on demand, one piece at a time.
 

@@ -61,15 +61,13 @@ class Weight:
         """Learning rate of the group now."""
         return float(self.group["lr"])
 
-    def renew(
-        self, grad: Tensor, *, has_grad: bool, state: dict[str, Tensor], optimizer_state: Mapping[str, Any]
-    ) -> None:
-        """For the Pruner: what another step brings. To make each Weight anew would cost more than the step itself."""
-        write = object.__setattr__
-        write(self, "grad", grad)
-        write(self, "has_grad", has_grad)
-        write(self, "state", state)
-        write(self, "optimizer_state", optimizer_state)
+    def renew(self, grad: Tensor, has_grad: bool) -> None:
+        """For the Pruner: what another step brings."""
+        _write(self, "grad", grad)
+        _write(self, "has_grad", has_grad)
+
+
+_write = object.__setattr__
 
 
 class Weights(tuple[Weight, ...]):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from pomona.method import Method
 from pomona.ops import soft_threshold, sparsity_of
@@ -25,6 +24,9 @@ _REFUSED = {
     "weight_decay": "it would act on w, while v, which decides, does not see it",
     "maximize": "its accumulators descend; negate the loss instead",
 }
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)

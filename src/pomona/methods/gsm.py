@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.granularity import Granularity
@@ -18,6 +17,9 @@ from pomona.ops import check_finite, drop_gradients_, sum_of
 from pomona.schedule import Value
 from pomona.score import magnitude, saliency
 from pomona.weight import Weight, Weights
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,8 @@ def fits(first: Tensor, *others: Tensor) -> bool:
     if not first.is_cpu or first.dtype not in _TYPES or first.layout is not torch.strided:
         return False
     is_plain = first.is_contiguous()
+    if not others:
+        return is_plain or _is_permuted(first)
     for t in others:
         if not t.is_cpu or t.dtype not in _TYPES or t.layout is not torch.strided:
             return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pomona.distributed import local
 from pomona.ops import all_finite
 from pomona.pruner.placement import Placement
 from pomona.selection import NonFiniteError
+from pomona.weight import Weights
 
 
 class StepHooks:
@@ -27,8 +28,9 @@ class StepHooks:
     Args:
         optimizer: whose steps are meant.
         placement: tells which parameters are in scope, and asks the other ranks.
-        before: called with the step's number when gradients are final and finite. If ``checks_gradients()`` is True,
-            it checks those of the weights in scope itself and raises NonFiniteError before it has changed anything.
+        before: called with the weights and the step's number when gradients are final and finite. If
+            ``checks_gradients()`` is True, it checks those of the weights in scope itself and raises NonFiniteError
+            before it has changed anything.
         after: called after each step, with True if it was a real one.
         checks_gradients: see ``before``.
 
@@ -43,7 +45,7 @@ class StepHooks:
         optimizer: Optimizer,
         placement: Placement,
         *,
-        before: Callable[[int], None],
+        before: Callable[[Weights, int], None],
         after: Callable[[bool], None],
         checks_gradients: Callable[[], bool],
     ) -> None:
@@ -129,55 +131,53 @@ class StepHooks:
         """Look at the gradients, then call ``before``, or skip the step."""
         if self.refusal:
             raise RuntimeError(self.refusal)
-        grads = {id(p): p.grad for p in self._all_parameters() if p.grad is not None}
-        if self._in_step and self._prepared == _version_of(grads.values()):
+        pairs = [(p, grad) for p in self._all_parameters() if (grad := p.grad) is not None]
+        grads = [grad for _, grad in pairs]
+        if self._in_step and self._prepared == _version_of(grads):
             return
         self._in_step = False
         if self._is_phantom(grads):
             return
+        weights = self._placement.weights_in_step()
         # Over ranks the gradients are checked here, because all ranks have to go the same way.
         is_left = self._checks_gradients() and not self._placement.shards
-        inside = {id(p) for p in self._placement.parameters().values() if p.is_cpu} if is_left else set()
-        if not self._are_usable(grads, but_for=inside):
+        inside = self._placement.ids_on_cpu if is_left else ()
+        checked = [grad for p, grad in pairs if id(p) not in inside] if inside else grads
+        if not self._are_usable(grads, checked):
             self._skip()
             return
         try:
-            self._before(self.num_steps + 1)
+            self._before(weights, self.num_steps + 1)
         except NonFiniteError:
-            if not is_left or all_finite(list(grads.values())):
+            if not is_left or all_finite(grads):
                 raise
             self._skip()
             return
         self.num_steps += 1
         self._in_step = True
-        self._prepared = _version_of(grads.values())
+        self._prepared = _version_of(grads)
 
     def _all_parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _is_phantom(self, grads: Mapping[int, Tensor]) -> bool:
+    def _is_phantom(self, grads: Sequence[Tensor]) -> bool:
         if not grads:
             return True
         if any(group["lr"] != 0.0 for group in self._optimizer.param_groups):
             return False
-        return not self._placement.on_any_rank(any(bool(local(g).any()) for g in grads.values()))
+        return not self._placement.on_any_rank(any(bool(local(g).any()) for g in grads))
 
-    def _are_usable(self, grads: Mapping[int, Tensor], *, but_for: set[int]) -> bool:
-        """Undo a loss scale that the optimizer itself would undo; True if all gradients are finite.
-
-        Args:
-            grads: id of the parameter -> its gradient.
-            but_for: parameters whose gradients are left to ``before``.
-        """
+    def _are_usable(self, grads: Sequence[Tensor], checked: Sequence[Tensor]) -> bool:
+        """Undo a loss scale that the optimizer itself would undo; True if the checked gradients are finite."""
         found_inf = getattr(self._optimizer, "found_inf", None)
         if found_inf is not None and self._placement.on_any_rank(bool(local(found_inf))):
             return False
         scale = getattr(self._optimizer, "grad_scale", None)
         if scale is not None:
-            for grad in map(local, grads.values()):
+            for grad in map(local, grads):
                 grad.div_(local(scale).to(grad.device))
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
-        checked = [local(grad) for key, grad in grads.items() if key not in but_for]
+        checked = [local(grad) for grad in checked] if self._placement.shards else checked
         return not self._placement.on_any_rank(not all_finite(checked))
 
     def _skip(self) -> None:
@@ -225,7 +225,6 @@ def _hooks(handle: RemovableHandle) -> Mapping[int, Any]:
     return hooks if hooks is not None else {}
 
 
-def _version_of(grads: Iterable[Tensor]) -> tuple[int, int]:
+def _version_of(grads: Sequence[Tensor]) -> tuple[int, int]:
     """Identity and version of the first gradient; a change means that backward() has run since."""
-    grad = next(iter(grads), None)
-    return (0, 0) if grad is None else (id(grad), grad._version)
+    return (id(grads[0]), grads[0]._version) if grads else (0, 0)

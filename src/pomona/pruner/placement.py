@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ class Placement:
     Attributes:
         shards: name -> this rank's block; empty if nothing is sharded.
         group_of: name -> index of its parameter group.
-        state: name -> what the method remembers of the weight.
-        shared: what the method remembers of the network.
+        state: name -> what the method remembers about the weight.
+        shared: what the method remembers about the network.
+        ids_on_cpu: ids of the parameters of the latest ``weights_in_step()`` that are on a CPU.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, inside: Mapping[str, nn.Parameter]) -> None:
@@ -47,6 +48,7 @@ class Placement:
         self._owners = {name: _owner(model, name) for name in inside}
         self._is_sharded = [is_sharded(p) for p in inside.values()]
         self._known: list[nn.Parameter] = []  # what `_weights` was made of
+        self.ids_on_cpu: frozenset[int] = frozenset()
         self._weights: Weights | None = None
 
     @property
@@ -87,8 +89,14 @@ class Placement:
 
     def first(self) -> Tensor:
         """The first weight of which this rank has a part; every step of an optimizer moves it."""
-        found = self._look_up()
-        return next((p for p in found if local(p).numel()), found[0])
+        first: Tensor | None = None
+        for module, leaf in self._owners.values():
+            parameter: Tensor = getattr(module, leaf)
+            if local(parameter).numel():
+                return parameter
+            first = parameter if first is None else first
+        assert first is not None  # a scope is never empty
+        return first
 
     def replaced(self) -> str | None:
         """The first name under which the model now has another parameter than when this was made."""
@@ -98,39 +106,55 @@ class Placement:
                 return name
         return None
 
-    def weights(self, *, with_grad: bool) -> Weights:
-        """The weights as a method sees them, with the gradients of this step or without."""
-        parameters = self._known if self._is_known() else list(self.parameters().values())
-        if self._weights is None or parameters is not self._known:
-            self._known = parameters
-            self._weights = Weights([self._weight(name, p) for name, p in zip(self._owners, parameters, strict=True)])
-        weights = self._weights
-        weights.shared = self.shared
-        remembered = self.optimizer.state
-        for w, p in zip(weights, parameters, strict=True):
-            grad = p.grad
-            w.renew(
-                gradient(w.name, p) if with_grad else w.value.new_empty(0),
-                has_grad=grad is not None,
-                state=self.state[w.name],
-                optimizer_state=remembered.get(p, _NOTHING),
-            )
-        return weights
+    def weights(self) -> Weights:
+        """The weights as a method sees them, without gradients."""
+        return self._make(list(self.parameters().values()))
 
-    def _weight(self, name: str, parameter: nn.Parameter) -> Weight:
-        value = local(parameter)
-        group = self.optimizer.param_groups[self.group_of[name]]
-        return Weight(name, value, value.new_empty(0), group, self.state[name], shard=self.shards.get(name))
+    def weights_in_step(self) -> Weights:
+        """The weights with the gradients of this step; the same objects as at the step before, if nothing was replaced.
+
+        To make each of them anew would cost more than the optimizer's own step.
+        """
+        if self._weights is None or not self._is_known():
+            self._known = list(self.parameters().values())
+            self.ids_on_cpu = frozenset(id(p) for p in self._known if p.is_cpu)
+            self._weights = self._make(self._known)
+        for w, p in zip(self._weights, self._known, strict=True):
+            grad = p.grad
+            w.renew(gradient(w.name, p, grad), grad is not None)
+        return self._weights
+
+    def remember(self, state: dict[str, dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
+        """From now on this is what the method remembers."""
+        self.state, self.shared = state, shared
+        self._weights = None
+
+    def _make(self, parameters: Sequence[nn.Parameter]) -> Weights:
+        weights = []
+        for name, p in zip(self._owners, parameters, strict=True):
+            value, group = local(p), self.optimizer.param_groups[self.group_of[name]]
+            weight = Weight(
+                name=name,
+                value=value,
+                grad=value.new_empty(0),
+                group=group,
+                state=self.state[name],
+                has_grad=p.grad is not None,
+                optimizer_state=Remembered(self.optimizer, p),
+                shard=self.shards.get(name),
+            )
+            weights.append(weight)
+        return Weights(weights, self.shared)
 
     def _is_known(self) -> bool:
-        """Whether parameters, their memory and their groups are those of the last time: a quick yes for most steps."""
+        """Whether parameters, memory and groups are those of the step before: a quick yes for most steps."""
         if self._weights is None or self.shards:
             return False
         groups = self.optimizer.param_groups
-        for (module, leaf), p, w in zip(self._owners.values(), self._known, self._weights, strict=True):
-            if module._parameters.get(leaf) is not p or not w.value.is_set_to(p):
-                return False
-            if groups[self.group_of[w.name]] is not w.group:
+        for (module, leaf), i, p, w in zip(
+            self._owners.values(), self.group_of.values(), self._known, self._weights, strict=True
+        ):
+            if module._parameters.get(leaf) is not p or groups[i] is not w.group or not w.value.is_set_to(p):
                 return False
         return True
 
@@ -183,14 +207,31 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be copied; shards are found anew.
-        return {**self.__dict__, "shards": {}, "_known": [], "_weights": None}
+        return {**self.__dict__, "shards": {}, "_known": [], "ids_on_cpu": frozenset(), "_weights": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.shards = shards_of(dict(zip(self._owners, self._look_up(), strict=True)))
 
 
-_NOTHING: Mapping[str, Any] = {}
+class Remembered(Mapping[str, Any]):
+    """What an optimizer remembers about a parameter, looked up when it is asked for."""
+
+    def __init__(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        self._optimizer, self._parameter = optimizer, parameter
+
+    def _now(self) -> Mapping[str, Any]:
+        now: Mapping[str, Any] = self._optimizer.state.get(self._parameter, {})
+        return now
+
+    def __getitem__(self, key: str) -> Any:
+        return self._now()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
 
 
 def _find_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
@@ -212,9 +253,11 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def gradient(name: str, parameter: nn.Parameter) -> Tensor:
+def gradient(name: str, parameter: nn.Parameter, grad: Tensor | None) -> Tensor:
     """The gradient, or this rank's block of it; zeros for a weight that took no part in this step."""
-    grad = parameter.grad
+    if type(grad) is Tensor and grad.layout is torch.strided and not grad.requires_grad:
+        if type(parameter) is nn.Parameter:
+            return grad
     if grad is None:
         return torch.zeros_like(local(parameter))
     if grad.layout is not torch.strided:

@@ -129,7 +129,7 @@ class Pruner:
         with working_on(self._placement.shards):
             self.method.check_weights(weights)
             state = {w.name: self.method.init(w) for w in weights}
-            self._placement.state, self._placement.shared = state, self.method.init_shared(weights)
+            self._placement.remember(state, self.method.init_shared(weights))
         check_method_state(self.method, self._weights())
 
     @property
@@ -162,14 +162,13 @@ class Pruner:
 
     # Around optimizer.step()
 
-    def _weights(self, *, with_grad: bool = False) -> Weights:
-        return self._placement.weights(with_grad=with_grad)
+    def _weights(self) -> Weights:
+        return self._placement.weights()
 
     def _checks_gradients(self) -> bool:
         return self.method.checks_gradients and not self.is_hardened
 
-    def _before(self, step: int) -> None:
-        weights = self._weights(with_grad=True)
+    def _before(self, weights: Weights, step: int) -> None:
         if self.is_hardened:
             self._zeros.drop_gradients_(weights)
         else:

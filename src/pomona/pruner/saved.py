@@ -57,7 +57,7 @@ def load(state: Mapping[str, Any], method: Method, placement: Placement) -> Zero
     Raises:
         ValueError: the state is of another method, or of other weights; nothing has been changed then.
     """
-    weights = placement.weights(with_grad=False)
+    weights = placement.weights()
     check_state(state, method, placement.shapes(), weights)
     parameters = placement.parameters()
     for w in weights:

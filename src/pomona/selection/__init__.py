@@ -53,7 +53,7 @@ def select_largest(scores: Sequence[Score], k: int) -> CPUSelection | DeviceSele
         NonFiniteError: a score is NaN. On other devices than a CPU NaNs are kept instead, because looking for them
             would make the host wait.
     """
-    if any(score.device.type != "cpu" for score in scores):
+    if not all(score.w.is_cpu for score in scores):
         return select_on_device(scores, k)
     return resolve(scores, find_threshold(scores, k), k)
 

@@ -54,6 +54,8 @@ def select(
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must be in [0, {sum(sizes)}], the number of scores, got {k}")
     check_min_density(min_density)
+    if min_density == 0.0 and shards is None:
+        return select_largest(asked, k)
     floors = check_floors(sizes, k, min_density)
 
     def choose(places: Sequence[int], k: int) -> Selection:
