@@ -269,7 +269,7 @@ def test_an_overflowing_step_leaves_no_trace(case: Case, fused: bool) -> None:
     else:
         train_scaled(run, data, overflow_at=7)
     assert run.pruner.num_skipped == int(fused)
-    run.pruner.num_skipped = 0
+    run.pruner._hooks.num_skipped = 0
     assert run.end() == plain(case, data[:7] + data[8:], fused=fused).end()
 
 
@@ -281,7 +281,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace(case: Case) -
         run.train([(data[0][0], data[0][1] * torch.nan)])
     run.train(data[7:])
     assert run.pruner.num_skipped == 1
-    run.pruner.num_skipped = 0
+    run.pruner._hooks.num_skipped = 0
     assert run.end() == plain(case, data).end()
 
 

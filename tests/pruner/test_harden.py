@@ -672,6 +672,20 @@ def test_a_state_that_lacks_a_part_changes_nothing() -> None:
     assert bits(pruner.state_dict()) == before
 
 
+def test_a_state_of_the_first_format_loads_where_the_method_has_no_state_of_the_network() -> None:
+    model = net()
+    pruner = Pruner(model, SGD(model.parameters(), lr=0.1), pomona.Magnitude(0.75))
+    old = pruner.state_dict() | {"format": 1, "num_steps": 7}
+    del old["shared"]
+    pruner.load_state_dict(old)
+    assert pruner.num_steps == 7
+    _, _, of_gsm = pruned()
+    old = of_gsm.state_dict() | {"format": 1}
+    del old["shared"]
+    with pytest.raises(ValueError, match=r"the state of the network has \[\], expected \['active', 'exponent'\]"):
+        of_gsm.load_state_dict(old)
+
+
 def test_a_state_with_a_tensor_of_another_shape_changes_nothing() -> None:
     model = net()
     pruner = Pruner(model, SGD(model.parameters(), lr=0.1), pomona.Magnitude(0.75))

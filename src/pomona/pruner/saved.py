@@ -58,6 +58,8 @@ def load(state: Mapping[str, Any], method: Method, placement: Placement) -> Zero
         ValueError: the state is of another method, or of other weights; nothing has been changed then.
     """
     weights = placement.weights()
+    if isinstance(state, Mapping) and state.get("format") == 1 and "shared" not in state:
+        state = {**state, "format": FORMAT, "shared": {}}  # before methods had state of the whole network
     check_state(state, method, placement.shapes(), weights)
     parameters = placement.parameters()
     for w in weights:
