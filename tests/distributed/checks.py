@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import pomona
-from pomona import distributed, selection
+from pomona import distributed
 from pomona.distributed import local, shards_of
 from pomona.score import Score
 from pomona.selection import NonFiniteError, kth_largest
@@ -101,7 +101,7 @@ def selects_as_a_full_sort(
         return
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
-            patch.setattr(selection, name, value)
+            patch.setattr(f"pomona.selection.{name}", value)
         _select(mesh, placements, arrays, factors, k, dtype)
 
 
@@ -136,10 +136,10 @@ def on_a_device(scores: Sequence[Score]) -> bool:
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"_GATHERED": 0},
-    {"_GATHERED": 16, "_CHUNK": 8},
-    {"_are_on_cpu": on_a_device},
-    {"_are_on_cpu": on_a_device, "_GATHERED": 0, "_DEVICE_CHUNK": 8},
+    {"ranks._GATHERED": 0},
+    {"ranks._GATHERED": 16, "keys.CHUNK": 8, "cpu.CHUNK": 8, "ranks.CHUNK": 8},
+    {"ranks.are_on_cpu": on_a_device},
+    {"ranks.are_on_cpu": on_a_device, "ranks._GATHERED": 0, "device._DEVICE_CHUNK": 8},
 ]
 
 

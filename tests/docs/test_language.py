@@ -52,7 +52,7 @@ def test_the_recipes_prune_four_fifths_of_the_blocks(name: str) -> None:
     recipe = load_recipe(name)
     inside = recipe.make_scope().select(build_model(recipe.model, seed=0)).inside
     assert sum(p.numel() for p in inside.values()) == 442_368 and len(inside) == 16
-    assert recipe.make_method(100).budget(442_368, 10**6) == 88_473
+    assert recipe.make_method(100).budget.num_kept(442_368, 10**6) == 88_473
     assert (recipe.data, recipe.base) == ("shakespeare", load_recipe(RECIPES[0]).base)  # they share a dense network
     assert recipe.epochs == load_recipe(RECIPES[0]).epochs
 

@@ -136,9 +136,9 @@ class StepHooks:
         if self._in_step and self._prepared == _version_of(grads):
             return
         self._in_step = False
+        weights = self._placement.weights_in_step()  # which notices weights that were replaced
         if self._is_phantom(grads):
             return
-        weights = self._placement.weights_in_step()
         # Over ranks the gradients are checked here, because all ranks have to go the same way.
         is_left = self._checks_gradients() and not self._placement.shards
         inside = self._placement.ids_on_cpu if is_left else ()

@@ -200,6 +200,7 @@ class Pruner:
                 "this Pruner is not attached to its optimizer any more (detach() was called, or the optimizer's hooks "
                 "were removed); make a new Pruner and load_state_dict() into it"
             )
+        self.parameters()  # raises if a weight has been sharded since
         if name := self._placement.replaced():
             raise RuntimeError(
                 f"{name} was replaced in the model after the Pruner was made; make optimizer and Pruner anew"
