@@ -16,7 +16,7 @@ from pomona.selection import NonFiniteError, Selection
 from pomona.weight import Weight
 
 PIECE = 1 << 20
-"""Elements of a tensor that are looked at together, so that no temporary is of its size."""
+"""How many elements of a tensor are processed together, so that no temporary has its size."""
 
 
 def soft_threshold(v: Tensor, threshold: float) -> Tensor:
@@ -101,7 +101,7 @@ def total(tensors: Sequence[Tensor], *, of: Sequence[Weight]) -> list[float]:
 
 
 def _sum_by_exponent(numbers: Tensor) -> Tensor:
-    """Of each of the 256 exponents of float32 the sum of the mantissas, as integers, exact up to 2^39 numbers."""
+    """Sum of the mantissas for each of the 256 exponents of float32, as integers; exact up to 2^39 numbers."""
     sums = torch.zeros(256, dtype=torch.int64, device=numbers.device)
     for piece in torch.split(numbers.detach().reshape(-1), PIECE):
         bits = piece.view(torch.int32) & 0x7FFFFFFF
@@ -124,10 +124,10 @@ def sparsity_of(weights: Sequence[Weight]) -> float:
 
 
 def among(score: Tensor, mask: Tensor) -> Tensor:
-    """``score`` to rank by inside ``mask`` only, a new tensor: zero outside, and above zero inside.
+    """Return a copy of ``score`` for ranking within ``mask``: zero outside, positive inside.
 
-    A selection never keeps a zero, so it keeps nothing from outside, and from inside as many as it is asked for, be
-    their scores zero.
+    A selection never keeps a zero. So it keeps nothing from outside, and from inside as many as it is asked for, even
+    if their scores are zero.
     """
     return rank_inside_(score.clone(), mask)
 

@@ -82,7 +82,7 @@ def test_weights_become_a_file_and_the_other_way(finished: Finished, tmp_path: P
     ("arguments", "reason"),
     [
         (["missing", "-o", "x.pomona.safetensors"], "missing"),
-        (["{model}", "-o", "x"], "does not tell its format"),
+        (["{model}", "-o", "x"], "does not show the format"),
         (["{model}", "-o", "x.onnx"], "needs a model"),
         (["{model}", "-o", "x.pomona.safetensors", "--shrink"], "give a run's folder"),
         (["{model}", "-o", "x.pomona.safetensors", "--calibrate", "9"], "give a run's folder"),

@@ -187,7 +187,7 @@ def test_what_is_not_two_of_four_is_refused(state: dict[str, Tensor], reason: st
         ({"w": torch.zeros(2, 2).to_sparse()}, "pomona", "layout torch.sparse_coo; only dense"),
         ({"w": torch.zeros(2, dtype=torch.complex128)}, "csr", "complex128, which no safetensors file can hold"),
         ({"w": torch.zeros(2, 2)}, "zip", "format must be one of pomona, safetensors, csr"),
-        ({"w": torch.zeros(2, 2)}, None, "'x' does not tell its format; end it in .pomona.safetensors"),
+        ({"w": torch.zeros(2, 2)}, None, "'x' does not show the format; end it in .pomona.safetensors"),
         ({"w": torch.zeros(2, 2)}, "onnx", "needs a model"),
     ],
 )
@@ -202,7 +202,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (lambda: pomona.export(model, path, "csr", quantize="k-means:4"), ValueError, "for format 'pomona', got 'csr'"),
         (lambda: pomona.export(model, path, evaluate=lambda: 1.0), ValueError, "measures what quantize=... changes"),
         (lambda: pomona.export({}, path, quantize="k-means:4", evaluate=lambda: 1.0), ValueError, "in a module"),
-        (lambda: pomona.export(model.state_dict(), path, example=IMAGES), ValueError, "a state dict does not tell it"),
+        (lambda: pomona.export(model.state_dict(), path, example=IMAGES), ValueError, "a state dict does not say that"),
         (lambda: pomona.export(model, path, "onnx"), ValueError, "export needs example="),
         (lambda: pomona.export([1], path), TypeError, "a module or a state dict, got list"),
         (lambda: pomona.load(tmp_path / "missing"), FileNotFoundError, "missing"),

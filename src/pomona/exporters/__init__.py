@@ -114,19 +114,19 @@ def export(
         raise ValueError("export(evaluate=...) measures what quantize=... changes, in a module: give both")
     tensors = from_state(state)
     dense_bytes = sum(s.dense().nbytes for s in {id(s): s for s in tensors.values()}.values())
-    told = _metadata(tensors, pruner) | dict(metadata or {})
+    described = _metadata(tensors, pruner) | dict(metadata or {})
     before = after = None
     if quantize is not None:
         if format != "pomona":
             raise ValueError(f"quantize={str(quantize)!r} is for format 'pomona', got {format!r}, which cannot hold it")
         how = Quantization.parse(quantize) if isinstance(quantize, str) else quantize
         tensors = quantized(tensors, how)
-        told |= {"quantize": str(how), "sparsity": f"{sparsity(tensors):.6g}"}
+        described |= {"quantize": str(how), "sparsity": f"{sparsity(tensors):.6g}"}
         if evaluate and module is not None:
             before = float(evaluate())
             with _holding(module, to_tensors(tensors)):
                 after = float(evaluate())
-            told |= {"accuracy_before": f"{before:.10g}", "accuracy_after": f"{after:.10g}"}
+            described |= {"accuracy_before": f"{before:.10g}", "accuracy_after": f"{after:.10g}"}
     zeros = sparsity(tensors)
     inputs = example if isinstance(example, tuple) or example is None else (example,)
     if format == "pomona" and graph is None and inputs is not None:
@@ -138,7 +138,7 @@ def export(
             )
         graph = _calibrated(graph, tensors, calibrate if isinstance(calibrate, tuple) else (calibrate,))
     graph = graph.to_json() if hasattr(graph, "to_json") else graph
-    FORMATS[format].write(Source(tensors, told, graph, module, inputs), path)
+    FORMATS[format].write(Source(tensors, described, graph, module, inputs), path)
     return Exported(path, format, path.stat().st_size, dense_bytes, zeros, before, after)
 
 
@@ -147,7 +147,7 @@ def _format_of(path: Path, format: str | None) -> str:
         found = next((format for suffix, format in _SUFFIXES.items() if path.name.endswith(suffix)), None)
         if found is None:
             raise ValueError(
-                f"the name {path.name!r} does not tell its format; end it in {', '.join(_SUFFIXES)}, or give format="
+                f"the name {path.name!r} does not show the format; end it in {', '.join(_SUFFIXES)}, or give format="
             )
         return found
     if format not in FORMATS:
@@ -172,7 +172,7 @@ def _traced(
     from pomona.runtime.readers.trace import trace
 
     if module is None:
-        raise ValueError("export(example=...) traces what a module computes; a state dict does not tell it")
+        raise ValueError("export(example=...) traces what a module computes; a state dict does not say that")
     taken = [name for name in tensors if "@" in name]
     if taken:
         raise ValueError(f"export(example=...) keeps names with an '@' for itself, but the model has {taken[0]!r}")

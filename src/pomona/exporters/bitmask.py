@@ -2,8 +2,8 @@
 
 A tensor `layer.weight` of two or more dimensions becomes four: `layer.shape` (int64), `layer.compressed` (the values,
 in row-major order), `layer.bitmask` (uint8; the last dimension packed to bits, the lowest bit first) and
-`layer.row_offsets` (int64, for each row along the last dimension the number of values before it). One bit a weight,
-whatever the sparsity: this is for tools that want the layout. Weights without a zero, and whatever is not called
+`layer.row_offsets` (int64, for each row along the last dimension the number of values before it). It takes one
+bit per weight at any sparsity, so it is for tools that want the layout. Weights without a zero, and tensors not called
 weight, stay dense.
 """
 

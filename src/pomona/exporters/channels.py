@@ -147,7 +147,7 @@ def _can_take(reader: nn.Module, values: Tensor) -> Tensor:
 
 
 def _constants(model: nn.Module, inputs: tuple[Any, ...]) -> dict[Layer, Tensor]:
-    """Of what each layer reads, the value of each channel; NaN where it depends on place, example or input."""
+    """The value of each channel that each layer reads; NaN where it depends on place, example or input."""
     heard: dict[Layer, Tensor] = {}
 
     def listen(layer: Any, args: tuple[Any, ...]) -> None:
@@ -201,7 +201,7 @@ _PASS_ON = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)  # modules that look at ea
 
 
 def _dead(group: Any, num_channels: int) -> list[int]:
-    """Channels of the group's first layer that only zero weights read; none where that cannot be told."""
+    """Channels of the group's first layer that only zero weights read; none if that is unknown."""
     is_read = torch.zeros(num_channels, dtype=torch.bool)
     num_readers = 0
     for item in group:

@@ -1,4 +1,4 @@
-"""MNN: a mobile runtime whose CPU kernels use unstructured zeros, if its converter is told to look for them."""
+"""MNN: a mobile runtime whose CPU kernels use unstructured zeros, if its converter is asked to look for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain safetensors: every tensor dense, for whatever reads safetensors. Tied tensors are written under each name."""
+"""Plain safetensors: every tensor dense, for any reader of safetensors. Tied tensors are written under each name."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from pomona.weight import Weight, Weights
 
 @dataclass(frozen=True, slots=True)
 class ADMM(Method):
-    r"""Weights are pulled towards their own pruned copy, which is made anew every few thousand steps.
+    r"""Pulls the weights towards their own pruned copy, which is made anew every few thousand steps.
 
     With the weights :math:`W_i` of layer :math:`i`, the loss :math:`L` and the projection :math:`\Pi` that keeps the
     largest magnitudes and zeroes the rest,

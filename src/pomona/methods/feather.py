@@ -35,11 +35,11 @@ class Feather(Method):
     :math:`\theta = 1`, this is Lin et al.'s dynamic pruning with feedback, with new masks at every step); the
     paper's :math:`p = 3` is continuous and hardly shrinks large weights. Nothing is cut at the end.
 
-    What is done to the weights between two steps is overwritten by :math:`v`: load weights before the first step, or
-    together with the Pruner's state. A layer without a gradient stays in the ranking and is thresholded too.
+    Edits of the weights between two steps are overwritten by :math:`v`: load weights before the first step, or
+    together with the Pruner's state. A layer without a gradient stays in the ranking and is thresholded as well.
 
     Needs of the optimizer: none; weight decay acts on :math:`v`. Memory: a copy of the weights in their dtype, and
-    masks of a byte a weight for a moment. Exact zeros: after every step of a sparsity above 0. Keep the weights in
+    masks of one byte per weight for a moment. Exact zeros: after every step of a sparsity above 0. Keep the weights in
     float32, under ``torch.autocast`` if you like.
 
     Differences from the authors' code: :math:`T` is the largest magnitude that goes, so that exactly the budget stays

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GSM(Method):
-    r"""Each step only the globally most salient weights get their gradient; the others only decay.
+    r"""At each step only the globally most salient weights get their gradient; the others only decay.
 
     With the weights :math:`w`, their gradients and the momentum buffers :math:`z` of all layers,
 
@@ -61,7 +61,7 @@ class GSM(Method):
             none (0).
         granularity: what is active, and survives, together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity``
             must then end at ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input
-            channel"``; see :mod:`pomona.granularity`. All but the first take masks of a byte a weight at each step,
+            channel"``; see :mod:`pomona.granularity`. All but the first take masks of one byte per weight at each step,
             for which a GPU's host waits. Paper: single weights.
 
     Example:

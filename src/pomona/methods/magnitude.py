@@ -24,7 +24,7 @@ from pomona.weight import Weight, Weights
 
 @dataclass(frozen=True, slots=True)
 class Magnitude(Method):
-    r"""Every so often the smallest of the remaining weights are cut for good, and the others train on.
+    r"""Every so often cuts the smallest remaining weights for good; the others train on.
 
     With the weights :math:`w`, their masks :math:`m`, all 1 at first, and the sparsity :math:`s_t`, after the steps
     :math:`t = t_0, t_0 + \Delta t, t_0 + 2 \Delta t, \dots`
@@ -37,7 +37,7 @@ class Magnitude(Method):
     what follows is fine-tuning. With ``Cubic(0.0, s_f, steps=n, begin=t_0)`` it is the paper's gradual pruning,
     :math:`s_t = s_f + (s_i - s_f) (1 - (t - t_0) / n)^3`.
 
-    Needs of the optimizer: none. Memory: one byte a weight. Exact zeros: after every step from the first cut on.
+    Needs of the optimizer: none. Memory: one byte per weight. Exact zeros: after every step from the first cut on.
 
     Differences from the authors' code: theirs cuts each layer to the same sparsity (``allocation="uniform"``), ours
     ranks all layers together by default; ours cuts to an exact count, ties broken by position; a cut weight never

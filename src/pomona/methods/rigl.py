@@ -14,7 +14,7 @@ from pomona.weight import Weights
 
 @dataclass(frozen=True, slots=True)
 class RigL(DropAndGrow):
-    r"""A sparse network from the first step on, whose weakest weights now and then make room for promising ones.
+    r"""Sparse from the first step; now and then the weakest weights make room for promising ones.
 
     At step 1 each layer gets a random mask with its share of the budget. At the steps :math:`t = \Delta T, 2 \Delta T,
     \dots \le T_{\mathrm{end}}`, in each layer with :math:`n` active weights,
@@ -27,7 +27,7 @@ class RigL(DropAndGrow):
     and grown weights start at zero. Gradients outside the mask are dropped otherwise, so the number of active weights
     is the same in each layer at every step.
 
-    Needs of the optimizer: none. Memory: one byte a weight. Exact zeros: after every step. The gradients are dense, as
+    Needs of the optimizer: none. Memory: one byte per weight. Exact zeros: after every step. Gradients are dense, as
     in every training with PyTorch: this saves neither time nor memory while training.
 
     Differences from the paper: the optimizer makes a step at the update iterations too, with the new mask, where

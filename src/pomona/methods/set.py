@@ -14,7 +14,7 @@ from pomona.weight import Weights
 
 @dataclass(frozen=True, slots=True)
 class SET(DropAndGrow):
-    r"""A sparse network from the first step on, whose weakest weights are replaced by random ones after every epoch.
+    r"""Sparse from the first step; after every epoch the weakest weights are replaced by random ones.
 
     At step 1 each layer gets a random mask with its share of the budget. At the steps :math:`t = \Delta T, 2 \Delta T,
     \dots`, in each layer with :math:`n` active weights,
@@ -26,7 +26,7 @@ class SET(DropAndGrow):
     and grown weights start at zero. Gradients outside the mask are always dropped, so the number of active weights is
     the same in each layer at every step. It is :class:`RigL` with random growth and a constant fraction.
 
-    Needs of the optimizer: none. Memory: one byte a weight. Exact zeros: after every step.
+    Needs of the optimizer: none. Memory: one byte per weight. Exact zeros: after every step.
 
     Differences from the paper: it drops the fraction :math:`\zeta` of the smallest positive and of the largest negative
     weights, which ours takes together by :math:`|w|`; its new weights start at small random values, ours at zero and

@@ -25,7 +25,7 @@ _TINY = torch.finfo(torch.float32).tiny  # in place of the mean of a layer that 
 
 @dataclass(frozen=True, slots=True)
 class WeightMom(Method):
-    r"""Weights go whose magnitude stays small for long: the momentum of :math:`|w|` below a threshold, many times over.
+    r"""Prunes weights whose magnitude, averaged with momentum, stays below a threshold for many updates.
 
     Every ``every`` optimizer steps is an update, meant to be once an epoch. At the :math:`e`-th one, in each layer
     :math:`l` with the mask :math:`B` of live weights,
@@ -51,7 +51,7 @@ class WeightMom(Method):
     should go on for more than ``max(window, patience)`` updates, and for ``patience`` after a ramp has ended; where it
     does not, ``harden`` does the rest at once, by the history there is, or by :math:`|w|` before the first update.
 
-    **Known of the paper, and from where.** We had its abstract (arXiv, and a preprint copy, DOI
+    **What we know of the paper, and from which sources.** We had its abstract (arXiv, and a preprint copy, DOI
     10.22541/au.166012145.54796793) but neither full text nor code. The abstract says: weights are pruned gradually,
     by their momentum over previous iterations; each layer has an importance value from its relative sparsity,
     followed by the magnitude of the weight in previous iterations. A secondary summary says: the momentum is that of
@@ -61,7 +61,7 @@ class WeightMom(Method):
     **Ours:** every formula above, the form of the average (exponential), ``every``, the normalisation by the layer's
     mean, both modes of :math:`\theta`, the final cut and ``min_density``. No claim is made to match the paper.
 
-    Needs of the optimizer: none, any that the Pruner takes. Memory: 6 bytes a weight (float32 average, count, mask).
+    Needs of the optimizer: none; any that the Pruner takes. Memory: 6 bytes per weight (float32 average, count, mask).
     Exact zeros: by themselves, from the update on that prunes; ``harden`` adds those that are missing.
 
     Args:

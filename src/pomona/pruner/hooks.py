@@ -27,7 +27,7 @@ class StepHooks:
 
     Args:
         optimizer: whose steps are meant.
-        placement: tells which parameters are in scope, and asks the other ranks.
+        placement: knows which parameters are in scope, and asks the other ranks.
         before: called with the weights and the step's number when gradients are final and finite. If
             ``checks_gradients()`` is True, it checks those of the weights in scope itself and raises NonFiniteError
             before it has changed anything.

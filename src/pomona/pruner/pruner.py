@@ -385,7 +385,7 @@ class Pruner:
     def diagnose(
         self, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1
     ) -> Diagnosis | None:
-        """Ask before training whether a run of ``num_steps`` can succeed; None if the method cannot tell.
+        """Ask before training whether a run of ``num_steps`` can succeed; None if the method does not know.
 
         The scheduler is rehearsed on a copy; neither it nor the optimizer is touched. Of several parameter groups
         the worst counts. Warns if the run cannot succeed.

@@ -104,7 +104,7 @@ def top_k(
         min_density: as of ``select``.
         granularity: what goes together, see :mod:`pomona.granularity`. Blocks: the best ``k // (R C)`` blocks,
             ranked, dealt and floored as weights are. Channels: as many as fit into ``k`` weights; with an allocation
-            by layer, into each layer's share. n:m: the ``n`` best of every ``m`` stay whatever ``k`` is, and what is
+            by layer, into each layer's share. n:m: the ``n`` best of every ``m`` always stay, and what is
             left of ``k`` goes to the best of all others. So ``k = n N / m`` is n:m itself, and with a larger ``k``
             groups are on their way there, from ``m`` to ``n``.
 
@@ -132,7 +132,7 @@ def top_k(
 
 
 def _shapes(scores: Sequence[Score | Tensor], of: Sequence[Weight] | None) -> list[Size]:
-    """Of the whole tensors."""
+    """Shapes of the whole tensors."""
     return [score.shape for score in scores] if of is None else [w.shape for w in of]
 
 
@@ -163,7 +163,7 @@ def top_k_each(
     of: Sequence[Weight] | None = None,
     granularity: Granularity = "weight",
 ) -> list[Tensor]:
-    """Of each tensor keep as many of the largest scores as its count says, in groups of ``granularity``."""
+    """Keep as many of the largest scores of each tensor as its count says, in groups of ``granularity``."""
     alone = [None] * len(scores) if of is None else [[w] for w in of]
     places = zip(scores, counts, alone, strict=True)
     return [top_k([s], count, of=w, granularity=granularity)[0] for s, count, w in places]
