@@ -101,8 +101,8 @@ class Budget:
     def keep(self, scores: Sequence[Score | Tensor], step: int, *, of: Sequence[Weight]) -> Selection:
         """Keep the weights with the largest scores: exactly ``num_kept``, fewer where scores are zero.
 
-        Ties are broken by position. Where the budget is all weights, all stay, zero scores too. All ranks must call it
-        where weights are sharded.
+        Ties are broken by position. Where the budget is all weights, all stay, even those with a score of zero. All
+        ranks must call it where weights are sharded.
 
         Args:
             scores: one for each weight, of its shape; a tensor ``t`` stands for the scores ``|t|``.
@@ -137,6 +137,8 @@ class Budget:
             density: the share that the network keeps.
             by: what the choice went by; default: the allocation.
         """
+        if self.sparsity is None and not by:
+            return ""
         kind, by = parse(self.granularity), by or f"allocation={self.allocation!r}"
         if isinstance(kind, NOfM) and kept * kind.m == w.numel * kind.n:
             return f"{kind}, as every layer"

@@ -50,16 +50,25 @@ class Method(ABC):
     granularity: Granularity = "weight"
     checks_gradients: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if callable(cls.__dict__.get("budget")) or callable(cls.__dict__.get("checks_gradients")):
+            raise TypeError(
+                f"{cls.__name__}: budget is a property that returns a pomona.Budget, and checks_gradients an "
+                f"attribute, not functions of the step"
+            )
+
     def __post_init__(self) -> None:
         canonical = self.budget.granularity
-        if self.granularity != canonical:
+        if self.granularity != canonical and "granularity" in self.__class__.__dict__.get("__dataclass_fields__", ()):
             object.__setattr__(self, "granularity", canonical)
 
     @property
     def budget(self) -> Budget:
         """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
         names = ("sparsity", "allocation", "min_density", "granularity")
-        return Budget(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        return Budget(**given)
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""
@@ -76,7 +85,10 @@ class Method(ABC):
         return {}
 
     def init_shared(self, weights: Weights) -> dict[str, Tensor]:
-        """State of the whole network, such as a threshold or a multiplier: tensors of any shape, equal on all ranks."""
+        """State of the whole network, such as a threshold or a multiplier: tensors of any shape, equal on all ranks.
+
+        The states of single weights are still empty when it is called.
+        """
         return {}
 
     def before_step(self, weights: Weights, step: int) -> None:
@@ -87,7 +99,10 @@ class Method(ABC):
 
     @abstractmethod
     def support(self, weights: Weights, step: int) -> list[Tensor]:
-        """Boolean masks of what survives ``harden()``, True = kept. ``grad`` is empty here."""
+        """Boolean masks of what survives ``harden()``, True = kept. ``grad`` is empty here.
+
+        The masks are new tensors, which the Pruner may change in place, or parts of ``w.state`` or ``weights.shared``.
+        """
 
     # What only reports
 

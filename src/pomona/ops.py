@@ -87,7 +87,7 @@ def count(masks: Sequence[Tensor], *, of: Sequence[Weight]) -> list[int]:
 def sum_of(counts: Sequence[int | Tensor]) -> Tensor:
     """The sum of a selection's counts, without waiting for the device that has them."""
     on_device = [count.view(1) for count in counts if isinstance(count, Tensor)]
-    rest = sum(count for count in counts if isinstance(count, int))
+    rest = sum(int(count) for count in counts if not isinstance(count, Tensor))
     return torch.cat(on_device).sum() + rest if on_device else torch.tensor(rest)
 
 

@@ -61,13 +61,20 @@ class Weight:
         """Learning rate of the group now."""
         return float(self.group["lr"])
 
-    def renew(self, grad: Tensor, has_grad: bool) -> None:
+    def renew(self, value: Tensor, grad: Tensor, has_grad: bool) -> None:
         """For the Pruner: what another step brings."""
+        _write(self, "value", value)
         _write(self, "grad", grad)
         _write(self, "has_grad", has_grad)
 
+    def release(self) -> None:
+        """For the Pruner: after a step, hold no tensor that zero_grad() or model.to() would free."""
+        _write(self, "value", _NOTHING)
+        _write(self, "grad", _NOTHING)
+
 
 _write = object.__setattr__
+_NOTHING = torch.empty(0)
 
 
 class Weights(tuple[Weight, ...]):

@@ -126,7 +126,8 @@ class Feather(Method):
 
         if self.allocation != "global":
             return [largest([i], kept[i] + 1) for i in range(len(weights))]
-        at_floor = [i for i, w in enumerate(weights) if 0 < kept[i] <= self.budget.floor(w)]
+        budget = self.budget
+        at_floor = [i for i, w in enumerate(weights) if 0 < kept[i] <= budget.floor(w)]
         free = [i for i in range(len(weights)) if i not in at_floor]
         own = {i: largest([i], kept[i] + 1) for i in at_floor}
         common = max([largest(free, sum(kept[i] for i in free) + 1) if free else 0.0, *own.values()])

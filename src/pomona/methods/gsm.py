@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -135,7 +136,7 @@ class GSM(Method):
 
     def diagnose(self, weights: Weights, step: int) -> Diagnosis:
         exponent, i = weights.shared["exponent"].min(0)
-        return diagnose_decay(float(exponent), step, weights[int(i)].group)
+        return diagnose_decay(float(exponent), step, _by_name(weights)[int(i)].group)
 
     def metrics(self, weights: Weights) -> dict[str, float]:
         return {
@@ -145,12 +146,17 @@ class GSM(Method):
 
 
 def _decay(weights: Weights) -> Tensor:
-    """What this step adds to the decay exponent of each tensor; nothing if it has no gradient."""
+    """What this step adds to the decay exponent of each tensor, by name; nothing if it has no gradient."""
     rates: dict[int, float] = {}  # of each parameter group
     for w in weights:
         if id(w.group) not in rates:
             rates[id(w.group)] = decay_per_step(w.lr, w.group)
-    return torch.tensor([rates[id(w.group)] if w.has_grad else 0.0 for w in weights], dtype=torch.float64)
+    return torch.tensor([rates[id(w.group)] if w.has_grad else 0.0 for w in _by_name(weights)], dtype=torch.float64)
+
+
+def _by_name(weights: Weights) -> list[Weight]:
+    """An order that a saved state keeps, however the model declares its modules."""
+    return sorted(weights, key=attrgetter("name"))
 
 
 def _warn_of_rounding(weights: Weights) -> None:

@@ -170,7 +170,8 @@ class WeightMom(Method):
         scores = self._scores(weights)
         if self.threshold is None:
             return self.budget.keep(scores, step, of=weights).masks()
-        spared = top_k_each(scores, [self.budget.floor(w) for w in weights], of=weights)
+        budget = self.budget
+        spared = top_k_each(scores, [budget.floor(w) for w in weights], of=weights)
         return [(s >= self.threshold) | mask for s, mask in zip(scores, spared, strict=True)]
 
     def _scores(self, weights: Weights) -> list[Tensor]:

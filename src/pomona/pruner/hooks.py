@@ -68,7 +68,12 @@ class StepHooks:
         return bool(self._handles) and all(handle.id in _hooks(handle) for handle in self._handles)
 
     def attach(self) -> None:
-        """Put the hooks on; ValueError if another Pruner prunes one of these weights."""
+        """Put the hooks on; ValueError if they are on, or if another Pruner prunes one of these weights."""
+        if self.is_attached:
+            raise ValueError(
+                "this Pruner is attached already; copy it together with the others: "
+                "copy.deepcopy((model, optimizer, pruner))"
+            )
         pre = self._optimizer.register_step_pre_hook(self._on_step)
         self._handles = [pre, self._optimizer.register_step_post_hook(self._on_stepped)]
         for hook in _hooks(pre).values():
@@ -136,18 +141,18 @@ class StepHooks:
         if self._in_step and self._prepared == _version_of(grads):
             return
         self._in_step = False
-        weights = self._placement.weights_in_step()  # which notices weights that were replaced
+        self._placement.refresh()
         if self._is_phantom(grads):
             return
         # Over ranks the gradients are checked here, because all ranks have to go the same way.
         is_left = self._checks_gradients() and not self._placement.shards
-        inside = self._placement.ids_on_cpu if is_left else ()
-        checked = [grad for p, grad in pairs if id(p) not in inside] if inside else grads
+        left = self._placement.ids_on_cpu if is_left else ()
+        checked = [grad for p, grad in pairs if id(p) not in left] if left else grads
         if not self._are_usable(grads, checked):
             self._skip()
             return
         try:
-            self._before(weights, self.num_steps + 1)
+            self._before(self._placement.weights_in_step(), self.num_steps + 1)
         except NonFiniteError:
             if not is_left or all_finite(grads):
                 raise
@@ -203,7 +208,10 @@ class StepHooks:
         hidden, self._hidden = self._hidden, []
         for parameter, grad in hidden:
             parameter.grad = grad
-        self._after(was_real)
+        try:
+            self._after(was_real)
+        finally:
+            self._placement.release()
 
 
 def unwrap(optimizer: Any) -> Optimizer:

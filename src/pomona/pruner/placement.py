@@ -35,7 +35,7 @@ class Placement:
         group_of: name -> index of its parameter group.
         state: name -> what the method remembers about the weight.
         shared: what the method remembers about the network.
-        ids_on_cpu: ids of the parameters of the latest ``weights_in_step()`` that are on a CPU.
+        ids_on_cpu: ids of the parameters on a CPU, as of the latest ``refresh()``.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, inside: Mapping[str, nn.Parameter]) -> None:
@@ -47,9 +47,9 @@ class Placement:
         self.shared: dict[str, Tensor] = {}
         self._owners = {name: _owner(model, name) for name in inside}
         self._is_sharded = [is_sharded(p) for p in inside.values()]
-        self._known: list[nn.Parameter] = []  # what `_weights` was made of
+        self._known: list[nn.Parameter] = []  # what `_in_step` was made of
         self.ids_on_cpu: frozenset[int] = frozenset()
-        self._weights: Weights | None = None
+        self._in_step: Weights | None = None
 
     @property
     def names(self) -> list[str]:
@@ -110,24 +110,35 @@ class Placement:
         """The weights as a method sees them, without gradients."""
         return self._make(list(self.parameters().values()))
 
-    def weights_in_step(self) -> Weights:
-        """The weights with the gradients of this step; the same objects as at the step before, if nothing was replaced.
+    def refresh(self) -> None:
+        """Look the parameters up for a step; RuntimeError if one has been replaced that must not be."""
+        if self._in_step is not None and self._is_known():
+            return
+        self._known = list(self.parameters().values())
+        self.ids_on_cpu = frozenset(id(p) for p in self._known if p.is_cpu)
+        self._in_step = self._make(self._known)
 
-        To make each of them anew would cost more than the optimizer's own step.
+    def weights_in_step(self) -> Weights:
+        """The weights with the gradients of this step, after ``refresh``.
+
+        They are the same objects at every step, because to make each anew would cost more than the optimizer's own
+        step. ``release`` them when the step is over.
         """
-        if self._weights is None or not self._is_known():
-            self._known = list(self.parameters().values())
-            self.ids_on_cpu = frozenset(id(p) for p in self._known if p.is_cpu)
-            self._weights = self._make(self._known)
-        for w, p in zip(self._weights, self._known, strict=True):
+        assert self._in_step is not None
+        for w, p in zip(self._in_step, self._known, strict=True):
             grad = p.grad
-            w.renew(gradient(w.name, p, grad), grad is not None)
-        return self._weights
+            w.renew(local(p), gradient(w.name, p, grad), grad is not None)
+        return self._in_step
+
+    def release(self) -> None:
+        """After a step: hold neither weights nor gradients."""
+        for w in self._in_step or ():
+            w.release()
 
     def remember(self, state: dict[str, dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
         """From now on this is what the method remembers."""
         self.state, self.shared = state, shared
-        self._weights = None
+        self._in_step = None
 
     def _make(self, parameters: Sequence[nn.Parameter]) -> Weights:
         weights = []
@@ -140,23 +151,19 @@ class Placement:
                 group=group,
                 state=self.state[name],
                 has_grad=p.grad is not None,
-                optimizer_state=Remembered(self.optimizer, p),
+                optimizer_state=OptimizerState(self.optimizer, p),
                 shard=self.shards.get(name),
             )
             weights.append(weight)
         return Weights(weights, self.shared)
 
     def _is_known(self) -> bool:
-        """Whether parameters, memory and groups are those of the step before: a quick yes for most steps."""
-        if self._weights is None or self.shards:
+        """Whether parameters and their groups are those of the step before: a quick yes for most steps."""
+        if self._in_step is None or self.shards:
             return False
         groups = self.optimizer.param_groups
-        for (module, leaf), i, p, w in zip(
-            self._owners.values(), self.group_of.values(), self._known, self._weights, strict=True
-        ):
-            if module._parameters.get(leaf) is not p or groups[i] is not w.group or not w.value.is_set_to(p):
-                return False
-        return True
+        places = zip(self._owners.values(), self.group_of.values(), self._known, self._in_step, strict=True)
+        return all(module._parameters.get(leaf) is p and groups[i] is w.group for (module, leaf), i, p, w in places)
 
     # Over ranks
 
@@ -207,14 +214,14 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be copied; shards are found anew.
-        return {**self.__dict__, "shards": {}, "_known": [], "ids_on_cpu": frozenset(), "_weights": None}
+        return {**self.__dict__, "shards": {}, "_known": [], "ids_on_cpu": frozenset(), "_in_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.shards = shards_of(dict(zip(self._owners, self._look_up(), strict=True)))
 
 
-class Remembered(Mapping[str, Any]):
+class OptimizerState(Mapping[str, Any]):
     """What an optimizer remembers about a parameter, looked up when it is asked for."""
 
     def __init__(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:

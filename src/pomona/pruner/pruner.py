@@ -173,7 +173,12 @@ class Pruner:
             self._zeros.drop_gradients_(weights)
         else:
             with working_on(self._placement.shards):
-                self.method.before_step(weights, step)
+                returned: object = self.method.before_step(weights, step)  # type: ignore[func-returns-value]
+            if returned is not None:
+                raise TypeError(
+                    f"{type(self.method).__name__}.before_step must return nothing; drop gradients with "
+                    f"pomona.ops.drop_gradients_(weights, selection)"
+                )
         if self.check_every and step % self.check_every == 0:
             self._placement.check_replicas(step)
         self._in_step = weights
@@ -333,7 +338,7 @@ class Pruner:
             wrong.append(f"{num_survivors} weights survived, more than the budget of {budget}")
         if report.nonzero > num_survivors:
             wrong.append(f"{report.nonzero} weights are not zero, but only {num_survivors} survived the cut")
-        wrong += violations(self.method.granularity, self._zeros.pruned, self._placement.shards)
+        wrong += violations(self.method.budget.granularity, self._zeros.pruned, self._placement.shards)
         steps = f"{self.num_steps:,} steps, {self.num_skipped:,} skipped, cut after {self._hardened_at:,}"
         wrong += self._placement.disagreements(self._zeros.pruned, steps)
         if wrong:
@@ -359,7 +364,7 @@ class Pruner:
         return Report(
             layers=layers,
             outside=self._outside,
-            granularity=str(self.method.granularity),
+            granularity=str(self.method.budget.granularity),
             accuracy_before=before,
             accuracy_after=after,
             metrics=self.metrics(),

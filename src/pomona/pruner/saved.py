@@ -58,9 +58,18 @@ def load(state: Mapping[str, Any], method: Method, placement: Placement) -> Zero
         ValueError: the state is of another method, or of other weights; nothing has been changed then.
     """
     weights = placement.weights()
-    if isinstance(state, Mapping) and state.get("format") == 1 and "shared" not in state:
+    is_first = isinstance(state, Mapping) and state.get("format") == 1
+    if is_first:
         state = {**state, "format": FORMAT, "shared": {}}  # before methods had state of the whole network
-    check_state(state, method, placement.shapes(), weights)
+    try:
+        check_state(state, method, placement.shapes(), weights)
+    except ValueError as error:
+        if not is_first:
+            raise
+        raise ValueError(
+            f"this state was saved by an earlier version of Pomona (format 1) and cannot be converted ({error}); "
+            f"finish that run with the version that began it"
+        ) from None
     parameters = placement.parameters()
     for w in weights:
         for key, mine in w.state.items():

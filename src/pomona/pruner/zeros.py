@@ -31,7 +31,7 @@ class Zeros:
     @torch.no_grad()
     def cut_(cls, weights: Weights, masks: Sequence[Tensor]) -> Zeros:
         """Zero all but the masks (True = kept), which must not be used afterwards."""
-        pruned = all_but(masks, [t for w in weights for t in w.state.values()])
+        pruned = all_but(masks, [*weights.shared.values(), *(t for w in weights for t in w.state.values())])
         largest = max_over(cut_([w.value for w in weights], pruned), [w.shard for w in weights])
         names = [w.name for w in weights]
         return cls(dict(zip(names, pruned, strict=True)), dict(zip(names, largest, strict=True)))
@@ -100,8 +100,12 @@ def all_but(kept: Sequence[Tensor], remembered: Iterable[Tensor]) -> list[Tensor
     They are inverted in place, so that a cut needs one byte per weight and not two, unless a mask is one of those that
     are remembered, or occurs twice, or is a view that repeats its elements.
     """
-    seen = Counter(t.data_ptr() for t in (*remembered, *kept))
-    return [m.logical_not_() if seen[m.data_ptr()] == 1 and m.is_contiguous() else ~m for m in kept]
+    seen = Counter(_storage(t) for t in (*remembered, *kept))
+    return [m.logical_not_() if seen[_storage(m)] == 1 and m.is_contiguous() else ~m for m in kept]
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _fit_core(values: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
