@@ -67,8 +67,7 @@ class Method(ABC):
     def budget(self) -> Budget:
         """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
         names = ("sparsity", "allocation", "min_density", "granularity")
-        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
-        return Budget(**given)
+        return Budget(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""

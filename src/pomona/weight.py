@@ -14,7 +14,7 @@ from pomona.distributed import Shard, local
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One pruned tensor, as a method sees it.
+    """One pruned tensor, as a method sees it during a call; keep none of it for later.
 
     Where several ranks hold the tensor together, its tensors are plain tensors too: the block of this rank. What
     depends on the whole network comes from functions that take the weights: selections with ``of=weights``, counts

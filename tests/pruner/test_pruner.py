@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -1149,7 +1152,7 @@ def test_a_method_sees_the_live_buffers_of_each_single_weight(make: Callable[...
     num_first = len(names) if "sum" in names else 0  # Adagrad makes its sums at construction
     num = len(names)
     assert method.seen == [("before", 1, [num_first] * 2), ("before", 2, [num] * 2), ("before", 3, [num] * 2)]
-    for w, p in zip(method.weights, pruner.parameters().values(), strict=True):
+    for w, p in zip(pruner._placement.weights(), pruner.parameters().values(), strict=True):
         state = optimizer.state[p]
         assert [b.data_ptr() for b in w.buffers] == [state[name].data_ptr() for name in state if name in names]
         for buffer in w.buffers:
@@ -1185,3 +1188,100 @@ def test_what_is_no_state_is_refused() -> None:
     _, _, pruner = pruned()
     with pytest.raises(TypeError, match=r"the state of a Pruner is what state_dict\(\) returned, got NoneType"):
         pruner.load_state_dict(None)  # type: ignore[arg-type]
+
+
+def test_no_gradient_and_no_old_weight_is_kept_alive_between_steps() -> None:
+    for method in (GSM(0.5), pomona.Magnitude(0.5), pomona.RigL(0.5)):
+        model = net()
+        optimizer = sgd(model)
+        pruner = Pruner(model, optimizer, method)
+        loss_of(model, batches(1)[0]).backward()
+        grads = [weakref.ref(p.grad) for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert [grad() for grad in grads] == [None] * len(grads)
+        storage = weakref.ref(model[0].weight.untyped_storage())
+        model.to(torch.bfloat16)
+        assert storage() is None
+        assert pruner.is_attached
+
+
+def test_masks_that_a_method_remembers_are_not_inverted() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Remembering(pomona.Method):
+        where: str
+
+        def init(self, w: pomona.Weight) -> dict[str, Tensor]:
+            return {"masks": torch.rand(2, *w.value.shape) > 0.5} if self.where == "a slice" else {}
+
+        def init_shared(self, weights: pomona.Weights) -> dict[str, Tensor]:
+            return {w.name: torch.rand_like(w.value) > 0.5 for w in weights}
+
+        def support(self, weights: pomona.Weights, step: int) -> list[Tensor]:
+            if self.where == "a slice":
+                return [w.state["masks"][1] for w in weights]
+            return [weights.shared[w.name] for w in weights]
+
+    for where in ("shared", "a slice"):
+        model = net()
+        pruner = Pruner(model, sgd(model), Remembering(where))
+        before = bits(pruner.state_dict())
+        with pruner.trial_cut():
+            pass
+        assert bits(pruner.state_dict()) == before
+
+
+def test_a_shallow_copy_of_a_pruner_is_refused() -> None:
+    _, _, pruner = pruned()
+    with pytest.raises(ValueError, match=re.escape("copy.deepcopy((model, optimizer, pruner))")):
+        copy.copy(pruner)
+
+
+def test_a_method_of_an_older_interface_is_refused_by_name() -> None:
+    for name in ("budget", "checks_gradients"):
+        with pytest.raises(TypeError, match=r"Old: budget is a property .* checks_gradients an attribute"):
+            type("Old", (pomona.Method,), {name: lambda self, total, step: 1})
+
+    class Selecting(GSM):
+        def before_step(self, weights: pomona.Weights, step: int) -> Any:
+            return weights
+
+    model = net()
+    optimizer = sgd(model)
+    Pruner(model, optimizer, Selecting(0.5))
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(TypeError, match=r"before_step must return nothing; drop gradients with pomona\.ops"):
+        optimizer.step()
+
+
+def test_exponents_belong_to_names_however_a_model_declares_them() -> None:
+    class Pair(nn.Module):
+        def __init__(self, names: str) -> None:
+            super().__init__()
+            for name in names:
+                setattr(self, name, nn.Linear(4, 4, bias=False))
+
+    def run(names: str) -> Pruner:
+        model = Pair(names)
+        groups = [{"params": [model.a.weight], "lr": 0.5}, {"params": [model.b.weight], "lr": 0.001}]
+        optimizer = SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.05)
+        pruner = Pruner(model, optimizer, GSM(0.5))
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return pruner
+
+    one, other = run("ab"), run("ba")
+    saved = one.state_dict()["shared"]["exponent"].clone()
+    assert torch.equal(saved, other.state_dict()["shared"]["exponent"]) and saved[0] > saved[1]
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.state_dict()["shared"]["exponent"], saved)
+
+
+def test_a_sparse_gradient_of_a_step_that_is_not_taken_is_no_error() -> None:
+    model = nn.Embedding(10, 4, sparse=True)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    pruner = Pruner(model, optimizer, pomona.Magnitude(0.5))
+    (model(torch.tensor([1, 2])).sum() * 0).backward()
+    optimizer.step()
+    assert pruner.num_steps == 0
