@@ -76,7 +76,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         markdown += "".join(f"\n\n## pomona.integrations.{name}\n\n{_members(name)}" for name in names)
     if uri.startswith("methods/"):
         source = (ROOT / "src/pomona" / uri).with_suffix(".py").read_text(encoding="utf-8")
-        (name,) = re.findall(r"^class (\w+)\(Method\)", source, flags=re.MULTILINE)
+        (name,) = re.findall(r"^class (\w+)\((?:Method|DropAndGrow)\)", source, flags=re.MULTILINE)
         markdown += f"\n\n## Reference\n\n::: pomona.{name}\n    options:\n      heading_level: 3\n"
     return markdown
 

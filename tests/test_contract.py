@@ -359,7 +359,7 @@ def test_a_scheduler_ends_where_learning_rates_set_by_hand_do(case: Case, first:
 
 
 @pytest.mark.check
-@each_method
+@pytest.mark.parametrize("case", [c for c in CASES if c.which == c.optimizers[0]], ids=lambda c: c.name)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_step_ends_where_the_plain_one_does(case: Case) -> None:
     torch._dynamo.reset()

@@ -19,6 +19,7 @@ from pomona._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pomona import runtime
+    from pomona.budget import Budget
     from pomona.diagnosis import Diagnosis
     from pomona.exporters import Exported, FormatError, export, load, shrink
     from pomona.method import Method

@@ -94,7 +94,7 @@ def choose(
 
 def num_kept(sparsity: float, total: int) -> int:
     """floor((1 - sparsity) total), not upset by the rounding of 1 - 0.9."""
-    return math.floor((1 - sparsity) * total + 1e-6)
+    return math.floor((1 - sparsity) * total + 5e-7)
 
 
 def _zero(weights: list[Array], masks: Sequence[Mask]) -> None:
