@@ -15,7 +15,7 @@ namespace pomona {
 
 constexpr int64_t kChunk = int64_t{1} << 14;        // elements of one task
 constexpr int64_t kBlock = int64_t{1} << 10;        // elements converted to float at a time
-constexpr int64_t kThreadShare = int64_t{1} << 16;  // elements that make waking a thread worth it
+constexpr int64_t kThreadShare = int64_t{1} << 19;  // elements that make waking a thread worth it: 0.1 to 0.2 ms of work
 constexpr int64_t kMaxTotal = int64_t{1} << 62;
 
 inline int size_of(int32_t type) {

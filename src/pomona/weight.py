@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -83,13 +84,16 @@ class Weights(tuple[Weight, ...]):
     Attributes:
         shared: what ``Method.init_shared`` returned, the same on all ranks; edit in place; saved by the Pruner.
         numel: number of weights in the whole network.
+        by_name: the same in the order of their names, which a saved state keeps however the model declares its modules.
     """
 
     shared: dict[str, Tensor]
     numel: int
+    by_name: list[Weight]
 
     def __new__(cls, weights: Iterable[Weight], shared: dict[str, Tensor] | None = None) -> Weights:
         self = super().__new__(cls, weights)
         self.shared = {} if shared is None else shared
         self.numel = sum(w.numel for w in self)
+        self.by_name = sorted(self, key=attrgetter("name"))
         return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -136,7 +135,7 @@ class GSM(Method):
 
     def diagnose(self, weights: Weights, step: int) -> Diagnosis:
         exponent, i = weights.shared["exponent"].min(0)
-        return diagnose_decay(float(exponent), step, _by_name(weights)[int(i)].group)
+        return diagnose_decay(float(exponent), step, weights.by_name[int(i)].group)
 
     def metrics(self, weights: Weights) -> dict[str, float]:
         return {
@@ -151,12 +150,7 @@ def _decay(weights: Weights) -> Tensor:
     for w in weights:
         if id(w.group) not in rates:
             rates[id(w.group)] = decay_per_step(w.lr, w.group)
-    return torch.tensor([rates[id(w.group)] if w.has_grad else 0.0 for w in _by_name(weights)], dtype=torch.float64)
-
-
-def _by_name(weights: Weights) -> list[Weight]:
-    """An order that a saved state keeps, however the model declares its modules."""
-    return sorted(weights, key=attrgetter("name"))
+    return torch.tensor([rates[id(w.group)] if w.has_grad else 0.0 for w in weights.by_name], dtype=torch.float64)
 
 
 def _warn_of_rounding(weights: Weights) -> None:
