@@ -316,7 +316,7 @@ def peak() -> float:
 
 
 def bench_growth(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    show(["weights", "threads", "core: ms", "ns a weight", "no compiler: ms", "ns a weight"], head=True)
+    show(["weights", "threads", "core: ms", "ns per weight", "no compiler: ms", "ns per weight"], head=True)
     for millions in (1, 4, 16, 64, 256, 1000):
         generator = torch.Generator().manual_seed(0)
         sizes = [1_000_000] * millions
