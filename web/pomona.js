@@ -157,7 +157,7 @@ const LINE = new RegExp(
 );
 const BOOK = new RegExp(`^(table|uniform) (F16|F32) (${INT})$`);
 
-/** The directory, checked: `own` tensors, names of all, books, and the length of the graph. */
+/** The directory, checked: `own` tensors, names of all, codebooks, and the length of the graph. */
 function readDirectory(tensors, books, graph) {
   if (tensors === undefined) throw new Error("the header has no list of tensors");
   if (graph !== undefined && !new RegExp(`^${INT}$`).test(graph))
@@ -198,7 +198,7 @@ function readBook(text) {
   const [, kind, dtype, digits] = BOOK.exec(text) ?? [];
   const count = Number(digits);
   if (!(count >= 1 && count <= 256) || (kind === "uniform" && (count % 2 || dtype !== "F32")))
-    throw new Error(`the header describes a book of values as ${short(text)}, which cannot be read`);
+    throw new Error(`the header describes a codebook as ${short(text)}, which cannot be read`);
   return { kind, dtype, count };
 }
 
@@ -324,11 +324,11 @@ function decode(plan, payload) {
   return { tensors: new Map([...plan.names].map(([name, entry]) => [name, made.get(entry)])), graph };
 }
 
-/** Values of a book, by index; of dense tensors index 0 is zero. */
+/** Values of a codebook, by index; of dense tensors index 0 is zero. */
 function looked(entry, indices, book) {
   const table = entry.isSparse ? book : Float32Array.of(0, ...book);
   if (indices.some((index) => index >= table.length))
-    throw new Error(`tensor ${short(entry.name)} refers to values beyond the ${table.length} of its book`);
+    throw new Error(`tensor ${short(entry.name)} refers to values beyond the ${table.length} of its codebook`);
   const found = entry.dtype === "F64" ? new Float64Array(indices.length) : new Float32Array(indices.length);
   return found.map((_, i) => table[indices[i]]);
 }

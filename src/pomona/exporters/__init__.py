@@ -73,13 +73,13 @@ def export(
             `.2of4.safetensors`, `.bitmask.safetensors`, `.onnx`, `.mnn`.
         format: a key of `FORMATS` instead: "pomona", "safetensors", "csr", "2:4", "bitmask", "onnx", "mnn".
         quantize: let weights share values: "k-means:16" (2 to 256 values), "uniform:4" (2, 3, 4 or 8 bits), with
-            ":shared" for one book in place of one a tensor, and ":biases=16" for a book of all biases, which are else
-            stored in half precision. Format "pomona" only. The model itself is not changed.
-        evaluate: gives the model's accuracy (any number); called before and after quantisation, with the quantised
-            weights in the model meanwhile. The change stands in the file and in what is returned.
-        graph: what the network computes (`pomona.runtime.graph`), if you have it from elsewhere; format "pomona".
+            ":shared" for one codebook instead of one per tensor, and ":biases=16" for a codebook shared by all biases
+            (otherwise stored in half precision). Format "pomona" only. The model itself is not changed.
+        evaluate: returns the model's accuracy (any number). It is called before and after quantisation, the second
+            time with the quantised weights in the model. Both numbers are in the file and in the result.
+        graph: what the network computes (`pomona.runtime.graph`), if you already have it; format "pomona".
         example: an input with the batch in front, or a tuple of them. Format "pomona": the graph is traced, and the
-            file runs without torch (`pomona.runtime.load`). "onnx" and "mnn" cannot do without it.
+            file runs without torch (`pomona.runtime.load`). "onnx" and "mnn" need it.
         calibrate: inputs of a few dozen typical samples. The file then also holds the ranges of all values on them,
             and can be run in 16-bit fixed point (`pomona.runtime.load(path, precision="int16")`); format "pomona",
             with a graph.

@@ -31,14 +31,14 @@ from pomona.weight import Weights
 class Pruner:
     """Prunes ``model`` while ``optimizer`` trains it; the training loop stays as it is.
 
-    The method runs inside ``optimizer.step()``, through its hooks, and so works with schedulers, closures, gradient
-    accumulation and ``GradScaler`` (also with ``fused=True``). A step with a gradient that is not finite is skipped
-    as a whole, counted in ``num_skipped`` and warned of once; weights, momentum and step count stay as they were.
-    A step with all learning rates and all gradients zero is not a step (distributed checkpointing makes such ones).
+    The method runs inside ``optimizer.step()``, through its hooks. So it works with schedulers, closures, gradient
+    accumulation and ``GradScaler`` (fused optimizers included). A step with a gradient that is not finite is skipped as
+    a whole, counted in ``num_skipped``, and the first one is warned of; weights, momentum and step count do not change.
+    A step with all learning rates and all gradients zero does not count (distributed checkpointing takes such steps).
 
-    On several ranks the model is wrapped or sharded first (``DistributedDataParallel``, ``fully_shard``,
-    ``parallelize_module``), then come the optimizer and the Pruner, on each rank. The budget is one for all ranks and
-    the masks are those of one process. Where weights are sharded, every method of a Pruner but ``detach`` must be
+    On several ranks, first wrap or shard the model (``DistributedDataParallel``, ``fully_shard``,
+    ``parallelize_module``), then make the optimizer and the Pruner, on each rank. All ranks share one budget, and the
+    masks equal those of one process. Where weights are sharded, every method of a Pruner except ``detach`` must be
     called on all ranks.
 
     Args:
@@ -47,13 +47,8 @@ class Pruner:
             step (so not LBFGS); it must hold every weight in scope.
         method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
         scope: which weights; default: every trainable weight of two or more dimensions.
-        check_every: under ``DistributedDataParallel``, steps from one comparison of the ranks' weights to the next, a
-            few bytes a tensor; 0: never.
-
-    Attributes:
-        num_steps: optimizer steps counted so far.
-        num_skipped: steps skipped so far.
-        is_hardened: whether ``harden()`` has written the zeros, which are held from then on.
+        check_every: under ``DistributedDataParallel``, compare the ranks' weights every so many steps, at a few bytes
+            per tensor; 0: never.
 
     Raises:
         ValueError: nothing is in scope, the optimizer lacks a weight in scope, or the method refuses the optimizer.
@@ -149,7 +144,7 @@ class Pruner:
 
     @property
     def is_hardened(self) -> bool:
-        """Whether ``harden()`` has written the zeros."""
+        """Whether ``harden()`` has written the zeros, which are held from then on."""
         return self._zeros.are_written
 
     def parameters(self) -> dict[str, nn.Parameter]:
