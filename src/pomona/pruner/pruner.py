@@ -18,7 +18,7 @@ from pomona.distributed import local, refuse_flat, reshard, working_on
 from pomona.method import Method
 from pomona.pruner.hooks import StepHooks, unwrap
 from pomona.pruner.placement import Placement
-from pomona.pruner.saved import check_method_state, describe, load, save
+from pomona.pruner.saved import check_method_state, collect, describe, restore
 from pomona.pruner.watch import Watch
 from pomona.pruner.zeros import Zeros, largest_among, num_true, same_names, zero_copy_
 from pomona.reporting import Report, report_layers
@@ -418,7 +418,7 @@ class Pruner:
             "num_skipped": self.num_skipped,
             "hardened_at": self._hardened_at,
             "accuracy": list(self._accuracy),
-            **save(self.method, self._placement, self._zeros),
+            **collect(self.method, self._placement, self._zeros),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -428,7 +428,7 @@ class Pruner:
             ValueError: the state is of another method, other hyper-parameters, or other weights; names the first
                 difference. Nothing has been changed then.
         """
-        self._zeros = load(state, self.method, self._placement)
+        self._zeros = restore(state, self.method, self._placement)
         self._hooks.num_steps = state["num_steps"]
         self._hooks.num_skipped = state["num_skipped"]
         self._hardened_at = state["hardened_at"]

@@ -31,7 +31,7 @@ _KEYS = {
 }
 
 
-def save(method: Method, placement: Placement, zeros: Zeros) -> dict[str, Any]:
+def collect(method: Method, placement: Placement, zeros: Zeros) -> dict[str, Any]:
     """What the method remembers and what is pruned; the tensors are the live ones."""
     parameters = placement.parameters()
     # Present from the start: distributed checkpoints restore only the keys that they are shown.
@@ -51,7 +51,7 @@ def save(method: Method, placement: Placement, zeros: Zeros) -> dict[str, Any]:
     }
 
 
-def load(state: Mapping[str, Any], method: Method, placement: Placement) -> Zeros:
+def restore(state: Mapping[str, Any], method: Method, placement: Placement) -> Zeros:
     """Fill what the method remembers from a saved state, and return what is pruned there.
 
     Raises:
