@@ -146,8 +146,8 @@ class StepHooks:
             return
         # Over ranks the gradients are checked here, because all ranks have to go the same way.
         is_left = self._checks_gradients() and not self._placement.shards
-        left = self._placement.ids_on_cpu if is_left else ()
-        checked = [grad for p, grad in pairs if id(p) not in left] if left else grads
+        left = self._placement.ids if is_left else ()
+        checked = [grad for p, grad in pairs if id(p) not in left or not p.is_cpu] if left else grads
         if not self._are_usable(grads, checked):
             self._skip()
             return

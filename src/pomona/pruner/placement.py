@@ -35,7 +35,7 @@ class Placement:
         group_of: name -> index of its parameter group.
         state: name -> what the method remembers about the weight.
         shared: what the method remembers about the network.
-        ids_on_cpu: ids of the parameters on a CPU, as of the latest ``refresh()``.
+        ids: the ids of the parameters, as of the latest ``refresh()``.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, inside: Mapping[str, nn.Parameter]) -> None:
@@ -48,7 +48,7 @@ class Placement:
         self._owners = {name: _owner(model, name) for name in inside}
         self._is_sharded = [is_sharded(p) for p in inside.values()]
         self._known: list[nn.Parameter] = []  # what `_in_step` was made of
-        self.ids_on_cpu: frozenset[int] = frozenset()
+        self.ids: frozenset[int] = frozenset()
         self._in_step: Weights | None = None
 
     @property
@@ -115,7 +115,7 @@ class Placement:
         if self._in_step is not None and self._is_known():
             return
         self._known = list(self.parameters().values())
-        self.ids_on_cpu = frozenset(id(p) for p in self._known if p.is_cpu)
+        self.ids = frozenset(map(id, self._known))
         self._in_step = self._make(self._known)
 
     def weights_in_step(self) -> Weights:
@@ -214,7 +214,7 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be copied; shards are found anew.
-        return {**self.__dict__, "shards": {}, "_known": [], "ids_on_cpu": frozenset(), "_in_step": None}
+        return {**self.__dict__, "shards": {}, "_known": [], "ids": frozenset(), "_in_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
