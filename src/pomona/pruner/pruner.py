@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import local, refuse_flat, reshard, working_on
 from pomona.method import Method
+from pomona.ops import count
 from pomona.pruner.hooks import StepHooks, unwrap
 from pomona.pruner.placement import Placement
 from pomona.pruner.saved import check_method_state, collect, describe, restore
 from pomona.pruner.watch import Watch
-from pomona.pruner.zeros import Zeros, largest_among, num_true, same_names, zero_copy_
+from pomona.pruner.zeros import Zeros, largest_among, same_names, zero_copy_
 from pomona.reporting import Report, report_layers
 from pomona.schedule import FAR_AWAY, Schedule, check_count
 from pomona.scope import Scope
@@ -270,11 +271,9 @@ class Pruner:
         with working_on(self._placement.shards):
             masks = self.method.support(weights, self.num_steps)
         budget = self.method.budget.num_kept(weights.numel, self.num_steps)
-        kept = self._placement.sum_counts({w.name: num_true(mask) for w, mask in zip(weights, masks, strict=True)})
-        if sum(kept.values()) > budget:
-            raise RuntimeError(
-                f"{self.method} has a budget of {budget} weights, but its support has {sum(kept.values())}"
-            )
+        kept = sum(count(masks, of=weights))
+        if kept > budget:
+            raise RuntimeError(f"{self.method} has a budget of {budget} weights, but its support has {kept}")
         return masks
 
     def _warn_of_haste(self) -> None:
@@ -324,8 +323,8 @@ class Pruner:
         self._check_attached()
         wrong = []
         for model in (self.model, *copies):
-            for name, count in self._zeros.count_revived(model, self._placement.shards).items():
-                wrong.append(f"{count} of the zeros of {name} in {type(model).__name__} are not zero any more")
+            for name, num in self._zeros.count_revived(model, self._placement.shards).items():
+                wrong.append(f"{num} of the zeros of {name} in {type(model).__name__} are not zero any more")
         report = self.report()
         budget = self.method.budget.num_kept(report.total, self._hardened_at)
         num_survivors = sum(self._zeros.num_kept(self._placement).values())
@@ -378,8 +377,7 @@ class Pruner:
         if self.is_hardened:
             kept = self._zeros.num_kept(self._placement)
         else:
-            masks = zip(weights, self._masks(), strict=True)
-            kept = self._placement.sum_counts({w.name: num_true(mask) for w, mask in masks})
+            kept = dict(zip(self._placement.names, count(self._masks(), of=weights), strict=True))
         return {w.name: kept[w.name] / w.numel for w in weights}
 
     def diagnose(

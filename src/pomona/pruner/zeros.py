@@ -50,7 +50,7 @@ class Zeros:
 
     def num_kept(self, placement: Placement) -> dict[str, int]:
         """Name -> how many survive in the whole tensor; empty before ``harden()``."""
-        return placement.sum_counts({name: mask.numel() - num_true(mask) for name, mask in self.pruned.items()})
+        return placement.sum_counts({name: mask.numel() - mask.count_nonzero() for name, mask in self.pruned.items()})
 
     def count_revived(self, copy: nn.Module, shards: Mapping[str, Shard]) -> dict[str, int]:
         """Name -> number of weights of ``copy`` that should be zero and are not, on all ranks; only where any are."""
@@ -58,11 +58,6 @@ class Zeros:
         here = [(value[self.pruned[name].to(value.device)] != 0).sum() for name, value in found.items()]
         counts = sum_counts(here, [shards.get(name) for name in found])
         return {name: count for name, count in zip(found, counts, strict=True) if count}
-
-
-def num_true(mask: Tensor) -> Tensor:
-    """How many are True."""
-    return mask.count_nonzero()
 
 
 @torch.no_grad()
