@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pomona.layout import ROWS, register
+
 Batch = tuple[Tensor, Tensor]
 
 NUM_WEIGHTS = 72  # of net(), biases not counted
@@ -132,12 +134,19 @@ def wiring(layer: nn.Linear) -> list[list[int]]:
     return sorted(row for row in rows if row)
 
 
+class Kernels(nn.ParameterList):
+    """Bare parameters that are pruned by default."""
+
+
+register(Kernels, **{"*": ROWS})
+
+
 class Tensors(nn.Module):
     """Bare parameters, so that a test can hand out gradients of its own."""
 
     def __init__(self, values: list[np.ndarray]) -> None:
         super().__init__()
-        self.w = nn.ParameterList([nn.Parameter(torch.tensor(v)) for v in values])
+        self.w = Kernels([nn.Parameter(torch.tensor(v)) for v in values])
 
     def give(self, grads: list[np.ndarray]) -> None:
         for p, g in zip(self.w, grads, strict=True):

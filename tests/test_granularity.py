@@ -25,7 +25,7 @@ from pomona.schedule import Cosine, Cubic
 from pomona.score import saliency
 from pomona.selection import NonFiniteError
 from pomona.selection.allocation import Allocation
-from pomona.selection.groups import block_scores, violations
+from pomona.selection.groups import Seen, block_scores, violations
 from pomona.selection.top_k import top_k
 from pomona.train.recipe import load_recipe
 from pomona.train.stage import RecipeError
@@ -93,8 +93,8 @@ def weights_of(shapes: Sequence[Sequence[int]]) -> list[Weight]:
         ((1, 4), Block(1, 4), "1x4"),
         ([16, 1], Block(16, 1), "16x1"),
         ("1x1", Single(), "weight"),
-        ("channel", Channel(0), "channel"),
-        ("input channel", Channel(1), "input channel"),
+        ("channel", Channel(1), "channel"),
+        ("input channel", Channel(2), "input channel"),
     ],
 )
 def test_what_the_word_means(written: Any, kind: object, canonically: str) -> None:
@@ -187,7 +187,7 @@ def test_whatever_the_scores_groups_are_whole_and_none_that_is_kept_is_below_one
     k = total * kind.n // kind.m if isinstance(kind, NOfM) else int(share * total)
     masks = top_k(tensors(arrays), k, granularity=granularity)
     assert sum(int(mask.sum()) for mask in masks) <= k
-    assert violations(granularity, {str(i): ~mask for i, mask in enumerate(masks)}, {}) == []
+    assert violations(granularity, [~mask for mask in masks], weights_of([mask.shape for mask in masks])) == []
     kept, cut = [], []
     for a, mask in zip(arrays, masks, strict=True):
         for group in oracle.groups_of(a.shape, granularity):
@@ -213,9 +213,8 @@ def test_the_score_of_a_group_depends_on_no_order_of_summation(seed: int, granul
             other[i] = w[group[j]]
     kind = parse(granularity)
     if isinstance(kind, Block):
-        assert torch.equal(
-            block_scores(torch.from_numpy(w), kind, None)[0], block_scores(torch.from_numpy(other), kind, None)[0]
-        )
+        one, another = (block_scores(Seen.of(torch.from_numpy(x), None), kind) for x in (w, other))
+        assert torch.equal(one, another)
     for k in (30, 50, 70):
         a, b = (top_k([torch.from_numpy(x)], k, granularity=granularity)[0] for x in (w, other))
         assert torch.equal(a, b)
@@ -228,7 +227,7 @@ def test_scores_of_any_size_are_ranked(scale: float) -> None:
     w[1] = 3
     (mask,) = top_k([w * scale], 8, granularity="1x4")
     assert mask.tolist() == [[False] * 8, [True] * 8]
-    score = block_scores(w * scale, Block(1, 4), None)[0]
+    (score,) = block_scores(Seen.of(w * scale, None), Block(1, 4))
     assert torch.allclose(score, (w * scale)[:, ::4], rtol=2**-18, atol=0)  # what the scores are rounded to
 
 
@@ -298,11 +297,15 @@ def test_fewer_than_n_of_m_cannot_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("granularity", "needs"),
     [
-        ("2:4", "a second dimension (the inputs) divisible by 4, which w0 (4, 6) does not have"),
-        ("4x2", "a first dimension (the outputs) divisible by 4 and a second (the inputs) by 2, which w2 (3, 8) does"),
+        ("2:4", "a number of inputs divisible by 4, which w0 (4 outputs, 6 inputs) does not have"),
+        (
+            "4x2",
+            "a number of outputs divisible by 4 and a number of inputs divisible by 2, which w2 (3 outputs, 8 inputs)",
+        ),
         (
             "3x1",
-            "w0 (4, 6), w1 (4, 8), w3 (4, 8, 3, 3) do not have; leave them dense: Scope(exclude=['w0', 'w1', 'w3'])",
+            "w0 (4 outputs, 6 inputs), w1 (4 outputs, 8 inputs), w3 (4 outputs, 8 inputs, kernel 3x3) do not have; "
+            "leave them dense: Scope(exclude=['w0', 'w1', 'w3'])",
         ),
     ],
 )
@@ -314,13 +317,15 @@ def test_layers_that_do_not_fall_into_groups_are_named_with_the_way_out(granular
 
 
 def test_a_selection_among_scores_that_do_not_fit_is_refused_too() -> None:
-    with pytest.raises(ValueError, match=re.escape("divisible by 4, which score 1 (2, 6) does not have")):
+    with pytest.raises(
+        ValueError, match=re.escape("divisible by 4, which score 1 (2 outputs, 6 inputs) does not have")
+    ):
         top_k([torch.ones(2, 8), torch.ones(2, 6)], 14, granularity="2:4")
 
 
 def test_vectors_have_channels_and_no_input_channels() -> None:
     Budget(0.5, granularity="channel").check_weights(weights_of([(4, 6), (4,)]))
-    with pytest.raises(ValueError, match=re.escape("needs two dimensions, which w1 (4,) does not have")):
+    with pytest.raises(ValueError, match=re.escape("needs outputs and inputs, which w1 (4) does not have")):
         Budget(0.5, granularity="input channel").check_weights(weights_of([(4, 6), (4,)]))
 
 
@@ -350,7 +355,9 @@ def test_a_layer_that_would_lose_every_channel_is_named() -> None:
 def test_every_method_refuses_layers_that_do_not_fit_before_it_trains(method: pomona.Method) -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(32, 6))
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    with pytest.raises(ValueError, match=re.escape("0.weight (8, 1, 3, 3) does not have; leave it dense: Scope(")):
+    with pytest.raises(
+        ValueError, match=re.escape("0.weight (8 outputs, 1 inputs, kernel 3x3) does not have; leave it dense: Scope(")
+    ):
         pomona.Pruner(model, optimizer, method)
     pomona.Pruner(model, optimizer, method, scope=pomona.Scope(exclude=["0.weight"]))
 
@@ -474,7 +481,8 @@ def test_what_grows_keeps_the_groups_at_every_step(make: Any, granularity: str) 
     for step in range(9):
         steps(model, optimizer, 1, seed=step)
         masks = {name: ~state["mask"] for name, state in pruner.state_dict()["state"].items()}
-        assert violations(granularity, masks, {}) == []
+        whole = weights_of([mask.shape for mask in masks.values()])
+        assert violations(granularity, list(masks.values()), whole) == []
         assert sum(int((~m).sum()) for m in masks.values()) == 1488
         seen.append(bits(masks))
     assert len({str(one) for one in seen}) == 5  # drawn once, changed after steps 2, 4, 6, 8

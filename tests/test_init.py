@@ -32,9 +32,9 @@ def test_names_are_sorted_and_each_leads_to_what_it_says() -> None:
     functions = [n for n in pomona.__all__ if n.islower()]
     assert pomona.__all__ == sorted(constants) + sorted(classes) + sorted(functions)
     for name in pomona.__all__:
-        assert isinstance(getattr(pomona, name), ModuleType) == (name == "runtime")
+        assert isinstance(getattr(pomona, name), ModuleType) == (name in ("layout", "runtime"))
         assert name in dir(pomona)
-    assert set(pomona.__all__) == {*pomona._PLACE_OF, "runtime"}
+    assert set(pomona.__all__) == {*pomona._PLACE_OF, "layout", "runtime"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -150,7 +150,7 @@ def test_a_model_is_counted_from_its_tensors() -> None:
     assert found.dead_channels == 2
     assert found.smallest_kept == 0.25
     assert found.largest_cut is None
-    assert found.outside == {"1.bias": "1 dimension, min_ndim is 2"}
+    assert found.outside == {"1.bias": "a vector"}
 
 
 def test_the_report_follows_the_tensors() -> None:
@@ -167,7 +167,7 @@ def test_only_the_scope_is_counted() -> None:
 
 
 def test_vectors_are_counted_if_the_scope_takes_them() -> None:
-    found = report(small_model(), Scope(include=("1",), min_ndim=1))
+    found = report(small_model(), Scope(include=("1",), also=("1",)))
     assert [(layer.name, layer.shape, layer.nonzero) for layer in found.layers] == [
         ("1.weight", (1, 2), 0),
         ("1.bias", (1,), 0),
@@ -177,7 +177,7 @@ def test_vectors_are_counted_if_the_scope_takes_them() -> None:
 def test_a_tied_weight_is_counted_once() -> None:
     model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
     model[1].weight = model[0].weight
-    found = report(model)
+    found = report(model, Scope(also=("1",)))
     assert found.total == 8
     assert found.outside == {"1.weight": "tied to 0.weight"}
 
@@ -225,7 +225,7 @@ def test_a_report_of_no_layers_is_empty() -> None:
 def full_report() -> Report:
     return Report(
         layers=(report_layer("fc", torch.tensor([[0.0, 2.0]]), largest_cut=0.125, reason="why"),),
-        outside={"fc.bias": "1 dimension, min_ndim is 2"},
+        outside={"fc.bias": "a vector"},
         accuracy_before=98.5,
         accuracy_after=98.25,
         metrics={"decay_exponent": 7.5},
@@ -265,7 +265,7 @@ def test_a_report_as_json_by_hand() -> None:
                 "density": 0.5,
             }
         ],
-        "outside": {"fc.bias": "1 dimension, min_ndim is 2"},
+        "outside": {"fc.bias": "a vector"},
     }
 
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from pomona._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pomona import runtime
+    from pomona import layout, runtime
     from pomona.budget import Budget
     from pomona.diagnosis import Diagnosis
     from pomona.exporters import Exported, FormatError, export, load, shrink
+    from pomona.layout import Layout
     from pomona.method import Method
     from pomona.methods import ADMM, GRDA, GSM, METHODS, SET, Feather, Magnitude, RigL, WeightMom
     from pomona.methods.rounds import Candidate, progressive
@@ -40,6 +41,7 @@ _NAMES_IN = {
     "budget": ("Budget",),
     "diagnosis": ("Diagnosis",),
     "exporters": ("Exported", "FormatError", "export", "load", "shrink"),
+    "layout": ("Layout",),
     "method": ("Method",),
     "methods": ("ADMM", "GRDA", "GSM", "METHODS", "SET", "Feather", "Magnitude", "RigL", "WeightMom"),
     "methods.rounds": ("Candidate", "progressive"),
@@ -74,6 +76,7 @@ __all__ = [
     "FormatError",
     "Geometric",
     "LayerReport",
+    "Layout",
     "Linear",
     "Magnitude",
     "Method",
@@ -92,6 +95,7 @@ __all__ = [
     "from_torch_prune",
     "global_top_k",
     "hold",
+    "layout",
     "load",
     "magnitude",
     "progressive",
@@ -103,8 +107,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "runtime":
-        return importlib.import_module("pomona.runtime")
+    if name in ("layout", "runtime"):
+        return importlib.import_module(f"pomona.{name}")
     if name not in _PLACE_OF:
         raise AttributeError(f"module 'pomona' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"pomona.{_PLACE_OF[name]}"), name)

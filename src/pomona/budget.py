@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor
 
-from pomona.granularity import Channel, Granularity, Kind, NOfM, canonical, check_granularity, parse
+from pomona.granularity import Channel, Granularity, Kind, NOfM, Single, canonical, check_granularity, parse
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score
-from pomona.selection import Everything, MaskSelection, Selection
+from pomona.selection import Everything, MaskSelection, Selection, StackedSelection
 from pomona.selection.allocation import Allocation, allocate, check_allocation
 from pomona.selection.groups import check_fits
-from pomona.selection.top_k import channel_floors, check_floors, check_min_density, floor_of, select, top_k
+from pomona.selection.top_k import check_floors, check_min_density, floor_of, select, top_k
 from pomona.weight import Weight, Weights
 
 
@@ -66,37 +67,40 @@ class Budget:
         if self.sparsity is None:
             return
         k = num_kept(highest(self.sparsity), _total(weights))
+        matrices = [matrix for w in weights for matrix in w.matrices()]
         kind = parse(self.granularity)
         if isinstance(kind, Channel):
-            self._check_channels(weights, k, kind)
+            self._check_channels(matrices, k, kind)
         elif self.allocation == "global":
-            sizes = [w.numel // kind.size(w.shape) for w in weights]
-            check_floors(sizes, k // kind.size(weights[0].shape), self.min_density)
+            size = group_size(kind, matrices[0])  # the same for all
+            check_floors([w.numel // size for w in matrices], k // size, self.min_density)
 
-    def _check_channels(self, weights: Sequence[Weight], k: int, kind: Channel) -> None:
-        shapes = [w.shape for w in weights]
+    def _check_channels(self, matrices: Sequence[Weight], k: int, kind: Channel) -> None:
         if self.allocation == "global":
-            floors = channel_floors(shapes, kind, self.min_density)
-            needed = sum(floor * kind.size(shape) for floor, shape in zip(floors, shapes, strict=True))
+            floors = [floor_of(_num_groups(w, kind), self.min_density) for w in matrices]
+            needed = sum(floor * group_size(kind, w) for floor, w in zip(floors, matrices, strict=True))
             if needed > k:
                 raise ValueError(
                     f"min_density={self.min_density:g} alone keeps {sum(floors)} {kind}s of {needed} weights, more "
                     f"than the budget of {k}; lower min_density or the sparsity"
                 )
             return
-        for w, share in zip(weights, allocate(self.allocation, shapes, k), strict=True):
-            if share < kind.size(w.shape):
+        for w, share in zip(matrices, allocate(self.allocation, [w.matrix_shape for w in matrices], k), strict=True):
+            if share < group_size(kind, w):
                 raise ValueError(
                     f"allocation={self.allocation!r} leaves {w.name} {tuple(w.shape)} {share} weights, and a {kind} of "
-                    f"it has {kind.size(w.shape)}; lower the sparsity, take allocation='global', or leave the layer "
-                    f"dense: Scope(exclude=[{w.name!r}])"
+                    f"it has {group_size(kind, w)}; lower the sparsity, take allocation='global', or leave the layer "
+                    f"dense: Scope(exclude=[{w.name.partition('[')[0]!r}])"
                 )
 
     def counts(self, weights: Sequence[Weight], step: int) -> list[int] | None:
-        """How many weights each layer keeps; None if all layers are ranked together."""
+        """How many weights each tensor keeps; None if all layers are ranked together."""
         if self.allocation == "global":
             return None
-        return allocate(self.allocation, [w.shape for w in weights], self.num_kept(_total(weights), step))
+        matrices = [w.matrices() for w in weights]
+        shapes = [one.matrix_shape for some in matrices for one in some]
+        counts = iter(allocate(self.allocation, shapes, self.num_kept(_total(weights), step)))
+        return [sum(islice(counts, len(some))) for some in matrices]
 
     def keep(self, scores: Sequence[Score | Tensor], step: int, *, of: Sequence[Weight]) -> Selection:
         """Keep the weights with the largest scores: exactly ``num_kept``, fewer where scores are zero.
@@ -116,17 +120,30 @@ class Budget:
         k = self.num_kept(total, step)
         if k == total:
             return Everything([w.value for w in of], [w.numel for w in of])
+        if are_stacked(of):
+            return self._keep_matrices(scores, k, of)
+        return self._keep(scores, k, of)
+
+    def _keep(self, scores: Sequence[Score | Tensor], k: int, of: Sequence[Weight]) -> Selection:
         if self.allocation == "global" and self.granularity == "weight":
             return select(scores, k, of=of, min_density=self.min_density)
         masks = top_k(scores, k, self.allocation, of=of, min_density=self.min_density, granularity=self.granularity)
         return MaskSelection(masks, [w.shard for w in of])
+
+    def _keep_matrices(self, scores: Sequence[Score | Tensor], k: int, of: Sequence[Weight]) -> Selection:
+        """Each matrix is a layer."""
+        matrices = [w.matrices() for w in of]
+        rows = [[one.num_rows for one in some] for some in matrices]
+        asked = [score if isinstance(score, Score) else Score(score) for score in scores]
+        parts = [part for score, sizes in zip(asked, rows, strict=True) for part in score.split(sizes)]
+        return StackedSelection(self._keep(parts, k, [one for some in matrices for one in some]), rows)
 
     def floor(self, w: Weight) -> int:
         """How many weights of a layer stay at least."""
         if self.allocation != "global":
             return 0
         kind = parse(self.granularity)
-        return floor_of(_num_groups(w, kind), self.min_density) * kind.size(w.shape)
+        return sum(floor_of(_num_groups(m, kind), self.min_density) * group_size(kind, m) for m in w.matrices())
 
     def why(self, w: Weight, kept: int, density: float, *, by: str = "") -> str:
         """One clause: why a layer keeps ``kept`` of its weights.
@@ -159,5 +176,22 @@ def _total(weights: Sequence[Weight]) -> int:
     return weights.numel if isinstance(weights, Weights) else sum(w.numel for w in weights)
 
 
+def are_stacked(weights: Sequence[Weight]) -> bool:
+    """Whether several matrices lie in one of the tensors."""
+    if isinstance(weights, Weights):
+        return weights.are_stacked
+    return any(w.num_matrices > 1 for w in weights)
+
+
+def group_size(kind: Kind, w: Weight) -> int:
+    """How many weights a group of a layer has."""
+    return 1 if isinstance(kind, Single) else kind.size((1, *_at_least_two(w.matrix_shape)))
+
+
 def _num_groups(w: Weight, kind: Kind) -> int:
-    return w.shape[kind.dim] if isinstance(kind, Channel) else w.numel // kind.size(w.shape)
+    """How many groups a matrix has."""
+    return w.numel // max(1, group_size(kind, w))
+
+
+def _at_least_two(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape, *(1,) * (2 - len(shape)))

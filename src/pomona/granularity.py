@@ -10,13 +10,16 @@ together, and ``granularity=`` says how:
 ``"RxC"`` or ``(R, C)``, such as ``"1x4"``
     Blocks of R neighbouring outputs by C neighbouring inputs are kept or pruned as a whole.
 ``"channel"``
-    All weights of an output are kept or pruned together (the first dimension).
+    All weights of an output are kept or pruned together.
 ``"input channel"``
-    All weights that read an input are kept or pruned together (the second dimension).
+    All weights that read an input are kept or pruned together.
 
-A weight of shape ``(outputs, inputs, *kernel)``, as in ``Linear`` and ``Conv``, is seen as one matrix of outputs and
-inputs for each place of the kernel. So groups run along the input channels and never from one place of a kernel into
-the next, which is what the 2:4 format of ``pomona.export`` and GPU kernels for channels_last layers expect.
+Which dimension is outputs and which inputs follows from the module that owns the weight, see :mod:`pomona.layout`:
+``(outputs, inputs, *kernel)`` in ``Linear`` and ``Conv``, the two exchanged in ``ConvTranspose`` and in the ``Conv1D``
+of transformers, ``(experts, outputs, inputs)`` in most mixtures of experts. A weight of an unknown module is refused by
+name, unless the granularity is ``"weight"``. A weight is seen as one matrix of outputs and inputs for each expert and
+each place of the kernel. So groups run along the inputs and never from one place of a kernel into the next, which is
+what the 2:4 format of ``pomona.export`` and GPU kernels for channels_last layers expect.
 
 **The score of a block or a channel** is the root of the mean of its squared scores. Keeping the blocks with the largest
 scores changes the weights least, and the mean makes channels of different layers comparable. The squares are summed as
@@ -39,6 +42,9 @@ from pomona.schedule import FAR_AWAY, Value, highest, value_at
 Granularity: TypeAlias = str | tuple[int, int]
 
 
+# The kinds see a tensor as its Layout.view does: (batch, outputs, inputs, *kernel).
+
+
 @dataclass(frozen=True, slots=True)
 class Single:
     """Each weight by itself."""
@@ -47,7 +53,7 @@ class Single:
         return "weight"
 
     def size(self, shape: Sequence[int]) -> int:
-        """How many weights a group has in a tensor of this shape."""
+        """How many weights a group has in a view of this shape."""
         return 1
 
 
@@ -66,7 +72,7 @@ class NOfM:
 
     def view(self, tensor: Tensor) -> Tensor:
         """View of a tensor with its groups in the last dimension."""
-        rows = tensor.movedim(1, -1)
+        rows = tensor.movedim(2, -1)
         return rows.view(*rows.shape[:-1], rows.shape[-1] // self.m, self.m)
 
 
@@ -84,35 +90,39 @@ class Block:
         return self.rows * self.columns
 
     def view(self, tensor: Tensor) -> Tensor:
-        """View of a tensor with the weights of a block in dimensions 1 and 3, and the grid of blocks in the others."""
-        down, across, *kernel = self.grid(tensor.shape)
-        return tensor.view(down, self.rows, across, self.columns, *kernel)
+        """View of a tensor with the weights of a block in dimensions 2 and 4, and the grid of blocks in the others."""
+        batch, down, across, *kernel = self.grid(tensor.shape)
+        return tensor.view(batch, down, self.rows, across, self.columns, *kernel)
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """How many blocks there are in each dimension."""
-        return (shape[0] // self.rows, shape[1] // self.columns, *shape[2:])
+        return (shape[0], shape[1] // self.rows, shape[2] // self.columns, *shape[3:])
 
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """All weights with the same index in dimension ``dim``."""
+    """All weights of one output of one matrix, or of one input."""
 
-    dim: int
+    dim: int  # of the view
 
     def __str__(self) -> str:
-        return "input channel" if self.dim else "channel"
+        return "channel" if self.dim == 1 else "input channel"
 
     def size(self, shape: Sequence[int]) -> int:
-        return math.prod(shape) // shape[self.dim] if math.prod(shape) else 1
+        return math.prod(shape) // math.prod(self.grid(shape)) if math.prod(shape) else 1
 
     def view(self, tensor: Tensor) -> Tensor:
         """The weights, one row per channel."""
-        rows = tensor.movedim(self.dim, 0)
-        return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
+        rows = tensor.movedim(self.dim, 1)
+        return rows.reshape(rows.shape[0] * rows.shape[1], math.prod(rows.shape[2:]))
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, int]:
+        """How many channels there are: of each matrix of the batch."""
+        return shape[0], shape[self.dim]
 
 
 Kind: TypeAlias = Single | NOfM | Block | Channel
-_NAMED: dict[str, Kind] = {str(kind): kind for kind in (Single(), Channel(0), Channel(1))}
+_NAMED: dict[str, Kind] = {str(kind): kind for kind in (Single(), Channel(1), Channel(2))}
 
 
 def parse(granularity: Granularity) -> Kind:
@@ -180,17 +190,17 @@ def _share(kind: NOfM) -> str:
 
 
 def check_shapes(kind: Kind, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError, with the names, unless tensors of these shapes fall into groups."""
+    """Raise ValueError, with the names, unless matrices of these shapes, (outputs, inputs, ...), fall into groups."""
     unfit = {name: tuple(shape) for name, shape in shapes.items() if not _fits(kind, shape)}
     if not unfit:
         return
     steps = group_steps(kind)
     wanted = {
-        NOfM: f"a second dimension (the inputs) divisible by {steps[1]}",
-        Block: f"a first dimension (the outputs) divisible by {steps[0]} and a second (the inputs) by {steps[1]}",
-        Channel: "two dimensions" if isinstance(kind, Channel) and kind.dim else "a dimension",
+        NOfM: f"a number of inputs divisible by {steps[1]}",
+        Block: f"a number of outputs divisible by {steps[0]} and a number of inputs divisible by {steps[1]}",
+        Channel: "outputs and inputs" if isinstance(kind, Channel) and kind.dim == 2 else "a dimension",
     }[type(kind)]
-    shown = ", ".join(f"{name} {shape}" for name, shape in list(unfit.items())[:3])
+    shown = ", ".join(f"{name} {_sizes(shape)}" for name, shape in list(unfit.items())[:3])
     more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
     does, it = ("do", "them") if len(unfit) > 1 else ("does", "it")
     raise ValueError(
@@ -199,8 +209,15 @@ def check_shapes(kind: Kind, shapes: Mapping[str, Sequence[int]]) -> None:
     )
 
 
+def _sizes(shape: Sequence[int]) -> str:
+    if len(shape) < 2:
+        return f"({', '.join(map(str, shape))})"
+    kernel = f", kernel {'x'.join(map(str, shape[2:]))}" if len(shape) > 2 else ""
+    return f"({shape[0]} outputs, {shape[1]} inputs{kernel})"
+
+
 def group_steps(kind: Kind) -> tuple[int, int]:
-    """The size of a group in the first two dimensions."""
+    """The size of a group along the outputs and along the inputs."""
     if isinstance(kind, NOfM):
         return 1, kind.m
     return (kind.rows, kind.columns) if isinstance(kind, Block) else (1, 1)
@@ -210,5 +227,5 @@ def _fits(kind: Kind, shape: Sequence[int]) -> bool:
     if isinstance(kind, Single):
         return True
     if isinstance(kind, Channel):
-        return len(shape) > kind.dim
+        return len(shape) >= kind.dim
     return len(shape) >= 2 and all(size % step == 0 for size, step in zip(shape, group_steps(kind), strict=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.distributed import Shard, local, max_over, reshard, shards_of, sum_vectors
+from pomona.layout import ROWS, Layout
 from pomona.native import core
 from pomona.ops import PIECE
 from pomona.pages.text import table
@@ -27,7 +28,7 @@ class LayerReport:
         shape: its shape.
         total: number of weights.
         nonzero: number of weights that are not exactly zero.
-        channels: size of the first dimension, the layer's outputs (0 for a scalar).
+        channels: number of outputs, those of all experts together (0 for a scalar, or if the layout is unknown).
         dead_channels: number of outputs whose weights are all zero.
         largest_cut: largest magnitude that was cut to zero, if there was a cut.
         smallest_kept: smallest magnitude that is not zero, if any.
@@ -154,7 +155,7 @@ class Report:
                     f"{layer.total:,}",
                     f"{layer.nonzero:,}",
                     f"{100 * layer.density:.2f} %",
-                    f"{layer.dead_channels} of {layer.channels}",
+                    f"{layer.dead_channels} of {layer.channels}" if layer.channels or not layer.shape else "-",
                     layer.reason,
                 )
             )
@@ -209,17 +210,22 @@ def report_layers(
     values: Mapping[str, Tensor],
     shards: Mapping[str, Shard] | None = None,
     *,
+    layouts: Mapping[str, Layout | None] | None = None,
     cuts: Mapping[str, float] | None = None,
     reasons: Mapping[str, str] | None = None,
 ) -> tuple[LayerReport, ...]:
-    """Count tensors, or this rank's blocks of them; reports cover the whole tensors and are equal on all ranks."""
+    """Count tensors, or this rank's blocks of them; reports cover the whole tensors and are equal on all ranks.
+
+    Without a layout a tensor is seen as (outputs, inputs, \\*kernel).
+    """
     blocks = [(shards or {}).get(name) for name in values]
-    counted = [_count(value, shard) for value, shard in zip(values.values(), blocks, strict=True)]
+    seen = [(layouts or {}).get(name, ROWS) for name in values]
+    counted = [_count(*each) for each in zip(values.values(), blocks, seen, strict=True)]
     sums = sum_vectors([counts for counts, _ in counted], blocks)
     smallest = [-x for x in max_over([-x for _, x in counted], blocks)]
     layers = []
-    for (name, value), shard, counts, kept in zip(values.items(), blocks, sums, smallest, strict=True):
-        shape = tuple(value.shape if shard is None else shard.shape)
+    for (name, value), shard, layout, counts, kept in zip(values.items(), blocks, seen, sums, smallest, strict=True):
+        shape: tuple[int, ...] = tuple(value.shape if shard is None else shard.shape)
         nonzero, *alive = counts.tolist()
         layers.append(
             LayerReport(
@@ -227,8 +233,8 @@ def report_layers(
                 shape=shape,
                 total=math.prod(shape),
                 nonzero=nonzero,
-                channels=shape[0] if shape else 0,
-                dead_channels=alive.count(0) if math.prod(shape) else 0,
+                channels=len(alive) if layout is not None and shape else 0,
+                dead_channels=alive.count(0) if layout is not None and math.prod(shape) else 0,
                 largest_cut=(cuts or {}).get(name),
                 smallest_kept=kept if nonzero else None,
                 reason=(reasons or {}).get(name, ""),
@@ -237,17 +243,22 @@ def report_layers(
     return tuple(layers)
 
 
-def _count(value: Tensor, shard: Shard | None) -> tuple[Tensor, float]:
-    """This rank's counts of non-zeros, in total and per channel of the whole tensor; and their smallest magnitude."""
-    num_channels = value.shape[:1] if shard is None else shard.shape[:1]
-    channels = torch.zeros(num_channels.numel() if num_channels else 0, dtype=torch.int64)
+def _count(value: Tensor, shard: Shard | None, layout: Layout | None) -> tuple[Tensor, float]:
+    """This rank's counts of non-zeros, in total and per output of the whole tensor; and their smallest magnitude."""
+    layout = layout or ROWS
+    whole: Sequence[int] = value.shape if shard is None else shard.shape
+    start = (0,) * value.ndim if shard is None else shard.start
+    channels = torch.zeros(layout.view_shape(whole)[:2] if whole else (0, 0), dtype=torch.int64)
     if not value.numel():
-        return torch.cat([torch.zeros(1, dtype=torch.int64), channels]), math.inf
-    start = 0 if shard is None or not value.ndim else shard.start[0]
-    here, smallest = core.survey(value) if core.is_available() and core.has_rows(value) else _survey(value)
+        return torch.cat([torch.zeros(1, dtype=torch.int64), channels.view(-1)]), math.inf
+    # One row per output; the usual layout has them already.
+    rows = value if layout.outputs == 0 or value.ndim < 2 else layout.view(value).flatten(2).flatten(0, 1)
+    here, smallest = core.survey(rows) if core.is_available() and core.has_rows(rows) else _survey(rows)
     if value.ndim:
-        channels[start : start + len(value)] = here
-    return torch.cat([here.sum().view(1), channels]), smallest
+        batch, outputs = layout.view_shape(value.shape)[:2]
+        first, second = layout.view_start(start)[:2]
+        channels[first : first + batch, second : second + outputs] = here.view(batch, outputs)
+    return torch.cat([here.sum().view(1), channels.view(-1)]), smallest
 
 
 def _survey(value: Tensor) -> tuple[Tensor, float]:
@@ -275,6 +286,7 @@ def report(model: nn.Module, scope: Scope | None = None) -> Report:
             " model first, or save it and run `pomona report FILE`"
         )
     reshard(model)
-    selection = (scope or Scope()).select(model)
+    selection = (scope or Scope()).select(model, with_frozen=True, refuse=False)
     values = {name: local(p) for name, p in selection.inside.items()}
-    return Report(layers=report_layers(values, shards_of(selection.inside)), outside=selection.outside)
+    layers = report_layers(values, shards_of(selection.inside), layouts=selection.layouts)
+    return Report(layers=layers, outside=selection.outside)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from pomona.computed import Computed, find_computed, keeps_zeros, refusal
+from pomona.layout import Layout, Role, role_of
+
+_MATTERS = 0.01  # share of the weights above which what was left out for an unknown layer is warned of
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,113 +27,160 @@ class ScopedParameters:
         inside: name -> parameter, in the order of ``model.named_parameters()``; a tied parameter appears once,
             under its first name.
         outside: name -> reason, for every other parameter (and for the other names of tied ones).
+        layouts: name -> which dimension is what, for those inside; None if that is unknown.
     """
 
     inside: dict[str, nn.Parameter]
     outside: dict[str, str] = field(default_factory=dict)
+    layouts: dict[str, Layout | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which parameters are pruned. The default is every trainable weight of two or more dimensions.
+    """Which parameters are pruned. The default is every trainable weight that a layer multiplies its input with.
 
-    Biases, normalisation scales and other vectors stay dense, and no printed number counts them.
+    Which layers multiply, and with what, is in :mod:`pomona.layout`: linear, bilinear, convolutional and recurrent
+    layers, attention, mixtures of experts, and layers of other libraries that state their sizes alike. Everything else
+    stays dense, and no printed number counts it, whatever its shape: biases, norms, scales, embeddings, positions,
+    tables and parameters of modules that Pomona does not know. ``also`` takes them in.
+
+    A parameter that is tied to an embedding is an embedding. It is pruned if ``types`` names the embedding's class, or
+    by ``also``.
 
     Args:
-        types: only parameters owned by modules of these classes, e.g. ``(nn.Conv2d, nn.Linear)``; empty: all.
+        types: only parameters of modules of these classes, e.g. ``(nn.Conv2d, nn.Linear)``; empty: all. If it names
+            a class that Pomona does not know, that one's parameters of two or more dimensions are pruned.
         include: a parameter must match at least one of these patterns; empty: all.
         exclude: a parameter must match none of these patterns.
-        min_ndim: minimum number of dimensions of a pruned parameter, >= 0. The default of 2 leaves out biases and
-            norms by shape, which is safer than by name (GSM's own code looks for "bias" and "bn").
+        exclude_types: no parameters of modules of these classes.
+        also: parameters that match one of these patterns are pruned too, whatever they are; ``"*"``: all of them.
 
     A pattern is a shell wildcard (``*``, ``?``, ``[ab]``, case matters) over the full parameter name, such as
     ``"encoder.*.weight"``, or over the name of the module that owns it, such as ``"head"`` or ``"layer1.*"``.
     A pattern or a type that matches nothing is an error, never ignored.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> list(Scope(exclude=["2"]).select(model).inside)
-        ['0.weight']
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> list(Scope(exclude=["3"]).select(model).inside)
+        ['1.weight']
+        >>> list(Scope(also=["0"]).select(model).inside)
+        ['0.weight', '1.weight', '3.weight']
     """
 
     types: Iterable[type[nn.Module]] = ()
     include: Iterable[str] | str = ()
     exclude: Iterable[str] | str = ()
-    min_ndim: int = 2
+    exclude_types: Iterable[type[nn.Module]] = ()
+    also: Iterable[str] | str = ()
 
     def __post_init__(self) -> None:
-        for name in ("types", "include", "exclude"):
+        for name in ("types", "include", "exclude", "exclude_types", "also"):
             value = getattr(self, name)
             if isinstance(value, (str, type)) or not isinstance(value, Iterable):
                 value = (value,)
             object.__setattr__(self, name, tuple(value))
-        for kind in self.types:
-            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-                raise TypeError(f"Scope(types=...) takes subclasses of nn.Module, got {kind!r}")
-        for pattern in (*self.include, *self.exclude):
+        for name in ("types", "exclude_types"):
+            for kind in getattr(self, name):
+                if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                    raise TypeError(f"Scope({name}=...) takes subclasses of nn.Module, got {kind!r}")
+        for pattern in (*self.include, *self.exclude, *self.also):
             if not isinstance(pattern, str):
                 raise TypeError(f"Scope patterns are strings such as 'head.*', got {pattern!r}")
-        if isinstance(self.min_ndim, bool) or not isinstance(self.min_ndim, int) or self.min_ndim < 0:
-            raise ValueError(f"Scope(min_ndim=...) must be an integer >= 0, got {self.min_ndim!r}")
 
-    def select(self, model: nn.Module) -> ScopedParameters:
+    def select(self, model: nn.Module, *, with_frozen: bool = False, refuse: bool = True) -> ScopedParameters:
         """Find the parameters of ``model`` that are pruned, each tensor once.
 
+        Warns if a large part of the weights is left out because Pomona does not know their modules.
+
+        Args:
+            model: any module.
+            with_frozen: whether parameters that do not train are inside as well.
+            refuse: whether a parameter that cannot be pruned is an error; otherwise it is outside.
+
         Raises:
-            ValueError: a pattern or type matches nothing, there is nothing to prune, or a parameter in scope
-                cannot be pruned (it is lazy, complex or integer, or recomputed by a parametrization).
+            ValueError: a pattern or type matches nothing, there is nothing to prune, or parameters in scope cannot
+                be pruned (lazy, complex or integer, or a layer computes its weight from them); names all of these.
         """
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        self._check_patterns(names)
+        owned = _owned_by(model)
+        self._check_patterns(owned)
         self._check_types(model)
-
-        owners: dict[nn.Parameter, dict[str, nn.Module]] = {}  # a tied parameter has several names
-        for module_name, module in model.named_modules(remove_duplicate=False):
-            for name, parameter in module.named_parameters(module_name, recurse=False, remove_duplicate=False):
-                owners.setdefault(parameter, {})[name] = module
-
         inside: dict[str, nn.Parameter] = {}
+        layouts: dict[str, Layout | None] = {}
         outside: dict[str, str] = {}
-        for parameter, modules in owners.items():
-            first, *further = modules
-            reason = self._reason_outside(parameter, modules)
-            if reason:
-                outside.update(dict.fromkeys(modules, reason))
-                continue
-            _check_prunable(first, parameter, modules[first])
-            inside[first] = parameter
-            outside.update(dict.fromkeys(further, f"tied to {first}"))
-        if not inside:
+        unknown: dict[nn.Parameter, Owned] = {}
+        refused: list[tuple[str, str, str]] = []
+        probed: dict[object, bool] = {}
+        for parameter, owners in owned.items():
+            first, *further = (owner.name for owner in owners)
+            reason, layout = self._judge(parameter, owners, with_frozen)
+            if not reason:
+                trouble = _why_not_prunable(parameter, owners, probed)
+                if trouble is None:
+                    inside[first], layouts[first] = parameter, layout
+                    outside.update(dict.fromkeys(further, f"tied to {first}"))
+                    continue
+                refused.append((first, *trouble))
+                reason = f"cannot be pruned: {trouble[0]}"
+            elif not any(owner.role.is_known for owner in owners) and reason == owners[0].role.why:
+                unknown[parameter] = owners[0]
+            outside.update(dict.fromkeys((first, *further), reason))
+        if refused and refuse:
+            raise ValueError(refusal(refused))
+        self._check_include(owned)
+        if not inside and (refuse or not refused):
             raise ValueError(
-                f"nothing to prune: none of the {len(names)} parameters of {type(model).__name__} is in {self}. "
+                f"nothing to prune: none of the {len(outside)} parameters of {type(model).__name__} is in {self}. "
                 + _why_outside(outside)
             )
-        return ScopedParameters(inside, outside)
+        if refuse:
+            _warn_of_unknown(unknown, inside)
+        return ScopedParameters(inside, outside, layouts)
 
-    def _reason_outside(self, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
-        """Why a parameter with these names and owning modules is not pruned; "" if it is."""
-        if self.types and not any(isinstance(module, tuple(self.types)) for module in modules.values()):
-            return f"belongs to {type(next(iter(modules.values()))).__name__}, which is not in types"
-        if self.include and not any(matches(name, pattern) for name in modules for pattern in self.include):
-            return "not in include"
+    def _judge(self, parameter: nn.Parameter, owners: Sequence[Owned], with_frozen: bool) -> tuple[str, Layout | None]:
+        """Why a parameter with these owners is not pruned, "" if it is; and its layout."""
         for pattern in self.exclude:
-            if any(matches(name, pattern) for name in modules):
-                return f"excluded by {pattern!r}"
+            if any(owner.matches(pattern) for owner in owners):
+                return f"excluded by {pattern!r}", None
+        excluded = next((o for o in owners if isinstance(o.module, tuple(self.exclude_types))), None)
+        if excluded is not None:
+            return f"of {type(excluded.module).__name__}, which is in exclude_types", None
+        is_asked = any(owner.matches(pattern) for owner in owners for pattern in self.also)
+        reason, layout = ("", _layout_of(owners)) if is_asked else self._judge_role(parameter, owners)
+        if reason:
+            return reason, None
         if is_lazy(parameter):
-            raise ValueError(f"{next(iter(modules))} has no shape yet; run one forward pass before pruning")
-        if parameter.ndim < self.min_ndim:
-            return f"{parameter.ndim} dimension{'s' if parameter.ndim != 1 else ''}, min_ndim is {self.min_ndim}"
+            raise ValueError(f"{owners[0].name} has no shape yet; run one forward pass before pruning")
         if parameter.numel() == 0:
-            return "empty"
-        if not parameter.requires_grad:
-            return "frozen (requires_grad is False)"
-        return ""
+            return "empty", None
+        if not parameter.requires_grad and not (with_frozen and parameter.is_floating_point()):
+            return "frozen (requires_grad is False)", None
+        return "", layout
 
-    def _check_patterns(self, names: list[str]) -> None:
-        for which in ("include", "exclude"):
+    def _judge_role(self, parameter: nn.Parameter, owners: Sequence[Owned]) -> tuple[str, Layout | None]:
+        of_types = [owner for owner in owners if isinstance(owner.module, tuple(self.types))]
+        if self.types and not of_types:
+            return f"belongs to {type(owners[0].module).__name__}, which is not in types", None
+        if self.include and not any(owner.matches(pattern) for owner in owners for pattern in self.include):
+            return "not in include", None
+        table = next((owner for owner in owners if owner.role.is_table), None)
+        if table is not None and table not in of_types:
+            name = type(table.module).__name__
+            if len(owners) > 1:
+                return f"tied to an embedding ({table.name}); types or also, with {name}, takes it in", None
+            return table.role.why, None
+        if table is not None or any(owner.role.multiplies for owner in owners):
+            return "", _layout_of(owners)
+        if any(not owner.role.is_known for owner in of_types) and parameter.ndim >= 2:
+            return "", None
+        return owners[0].role.why, None
+
+    def _check_patterns(self, owned: Mapping[nn.Parameter, Sequence[Owned]]) -> None:
+        owners = [owner for some in owned.values() for owner in some]
+        for which in ("include", "exclude", "also"):
             for pattern in getattr(self, which):
-                if any(matches(name, pattern) for name in names):
+                if any(owner.matches(pattern) for owner in owners):
                     continue
+                names = [name for owner in owners for name in owner.names]
                 known = sorted({*names, *(name.rpartition(".")[0] for name in names)} - {""})
                 if not known:
                     raise ValueError(f"Scope({which}=[{pattern!r}]) matches nothing: the model has no parameters")
@@ -136,14 +189,28 @@ class Scope:
                     f"Scope({which}=[{pattern!r}]) matches no parameter of the model. Closest names: {', '.join(close)}"
                 )
 
-    def _check_types(self, model: nn.Module) -> None:
-        for kind in self.types:
-            if not any(isinstance(module, kind) for module in model.modules()):
-                have = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))})
+    def _check_include(self, owned: Mapping[nn.Parameter, Sequence[Owned]]) -> None:
+        """A pattern that finds only what no layer multiplies with would be ignored otherwise."""
+        for pattern in self.include:
+            found = [some for some in owned.values() if any(owner.matches(pattern) for owner in some)]
+            reasons = {some[0].name: self._judge_role(p, some)[0] for p, some in owned.items() if some in found}
+            is_asked = all(any(o.matches(one) for o in some for one in self.also) for some in found)
+            if all(reasons.values()) and not self.types and not is_asked:
+                shown = "; ".join(f"{name} is {reason}" for name, reason in list(reasons.items())[:3])
                 raise ValueError(
-                    f"Scope(types=[{kind.__name__}]) matches no module of the model; its modules with parameters "
-                    f"are: {', '.join(have)}"
+                    f"Scope(include=[{pattern!r}]) finds nothing that a layer multiplies with: {shown}. To prune it "
+                    f"all the same, pass Scope(also=[{pattern!r}])"
                 )
+
+    def _check_types(self, model: nn.Module) -> None:
+        for which in ("types", "exclude_types"):
+            for kind in getattr(self, which):
+                if not any(isinstance(module, kind) for module in model.modules()):
+                    have = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))})
+                    raise ValueError(
+                        f"Scope({which}=[{kind.__name__}]) matches no module of the model; its modules with parameters "
+                        f"are: {', '.join(have)}"
+                    )
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -152,19 +219,100 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
 
 
-def _check_prunable(name: str, parameter: nn.Parameter, module: nn.Module) -> None:
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A parameter under one of its names.
+
+    Attributes:
+        name: full.
+        module: that multiplies with it, or with what is computed from it.
+        role: what the module does with it.
+        computed: how the module computes a tensor from it, if it does.
+    """
+
+    name: str
+    module: nn.Module
+    role: Role
+    computed: Computed | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Under which patterns find it: its own name, and that of what is computed from it."""
+        return [self.name] if self.computed is None else [self.name, self.computed.name]
+
+    def matches(self, pattern: str) -> bool:
+        return any(matches(name, pattern) for name in self.names)
+
+
+def _owned_by(model: nn.Module) -> dict[nn.Parameter, list[Owned]]:
+    """Every parameter with its names; a tied one has several."""
+    computed = find_computed(model)
+    owned: dict[nn.Parameter, list[Owned]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{leaf}" if path else leaf
+            how = computed.get(name)
+            owner, tensor = (module, leaf) if how is None else (how.layer, how.leaf)
+            if is_lazy(parameter):
+                role = _LAZY.get(leaf, _NO_WEIGHT)
+            elif how is not None and how.part == "length":
+                role = Role(False, why="the lengths of a weight norm")
+            else:
+                role = role_of(owner, tensor, parameter)
+            owned.setdefault(parameter, []).append(Owned(name, owner, role, how))
+    return owned
+
+
+_NO_WEIGHT = Role(False, why="no weight")
+_LAZY = {"weight": Role(True)}
+
+
+def _layout_of(owners: Sequence[Owned]) -> Layout | None:
+    """That of the first owner that multiplies; a table that is tied to a head lies as the head's weight does."""
+    known = [owner for owner in owners if owner.role.layout is not None]
+    return next((o.role.layout for o in known if o.role.multiplies), known[0].role.layout if known else None)
+
+
+def _why_not_prunable(
+    parameter: nn.Parameter, owners: Sequence[Owned], probed: dict[object, bool]
+) -> tuple[str, str] | None:
+    """What is wrong, and the remedy or ""; None if nothing is."""
     if not parameter.is_floating_point():
-        raise ValueError(f"{name} is {parameter.dtype}; only real floating-point weights can be pruned")
+        return f"it is {parameter.dtype}; only real floating-point weights can be pruned", ""
     if parameter.layout is not torch.strided:
-        raise ValueError(f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned")
-    leaf = name.rpartition(".")[2]
-    plain = re.sub("_(orig|g|v)$", "", leaf)  # suffixes of prune and spectral_norm (orig), of weight_norm (g, v)
-    if ".parametrizations." in f".{name}" or (plain != leaf and plain in vars(module)):
-        raise ValueError(
-            f"{name} is recomputed by a parametrization (torch.nn.utils.parametrize or torch.nn.utils.prune), so "
-            f"zeros in it are not zeros of the layer. Make it permanent first (remove_parametrizations or "
-            f"pomona.from_torch_prune), or exclude it: Scope(exclude=[{name!r}])"
+        return f"its memory layout is {parameter.layout}; only dense (strided) weights can be pruned", ""
+    for owner in owners:
+        how = owner.computed
+        if how is not None:
+            if how.part != "direction":
+                return f"by {how.how}", how.remedy
+            continue
+        kind = type(owner.module)
+        flags = frozenset(
+            (k, v) for k, v in vars(owner.module).items() if isinstance(v, (bool, str)) and k != "training"
         )
+        if (kind, flags) not in probed:
+            probed[kind, flags] = keeps_zeros(owner.module)
+        if not probed[kind, flags]:
+            return f"by its {kind.__name__}, whose forward does not multiply with it as it is", ""
+    return None
+
+
+def _warn_of_unknown(unknown: Mapping[nn.Parameter, Owned], inside: Mapping[str, nn.Parameter]) -> None:
+    total = sum(parameter.numel() for parameter in unknown)
+    if total <= _MATTERS * (total + sum(p.numel() for p in inside.values())):
+        return
+    owners = [unknown[p] for p in sorted(unknown, key=lambda p: -p.numel())]
+    shown = ", ".join(f"{owner.name} of {type(owner.module).__name__}" for owner in owners[:3])
+    more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    patterns = list(dict.fromkeys(re.sub(r"^.*\.", "*.", owner.name) for owner in owners))
+    kinds = ", ".join(dict.fromkeys(type(owner.module).__name__ for owner in owners))
+    warnings.warn(
+        f"{total:,} weights stay dense, because Pomona does not know the modules that they belong to: {shown}{more}. "
+        f"To prune them, pass Scope(also={patterns}) or register the layer with pomona.layout.register; to leave them "
+        f"dense knowingly, pass Scope(exclude_types=[{kinds}])",
+        stacklevel=4,
+    )
 
 
 def _why_outside(outside: dict[str, str]) -> str:

@@ -6,8 +6,9 @@ the weight stops mattering.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,8 +54,15 @@ class Score:
         return self._map(lambda t: t.reshape(-1))
 
     def piece(self, start: int, stop: int) -> Score:
-        """View of the scores [start, stop) of a flat one."""
+        """View of the scores [start, stop) along dimension 0."""
         return self._map(lambda t: t[start:stop])
+
+    def split(self, rows: Sequence[int]) -> list[Score]:
+        """The scores of the parts of dimension 0 that have these numbers of rows; itself if it is one part."""
+        if len(rows) == 1:
+            return [self]
+        ends = list(accumulate(rows))
+        return [self.piece(end - size, end) for end, size in zip(ends, rows, strict=True)]
 
     def take(self, places: Tensor) -> Score:
         """The scores at these flat indices."""

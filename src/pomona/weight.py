@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pomona.distributed import Shard, local
+from pomona.layout import ROWS, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Weight:
         has_grad: False in a step without a gradient for it: the optimizer skips it, decay included.
         optimizer_state: what the optimizer remembers about the tensor; empty before its first step. See ``buffers``.
         shard: which block of the whole tensor this is, if other ranks hold the rest.
+        layout: what its dimensions are, see :mod:`pomona.layout`; None if that is unknown.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Weight:
     has_grad: bool = True
     optimizer_state: Mapping[str, Any] = field(default_factory=dict)
     shard: Shard | None = None
+    layout: Layout | None = ROWS
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -56,6 +59,54 @@ class Weight:
     def numel(self) -> int:
         """Number of weights in the whole tensor."""
         return self.shape.numel()
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of one of its matrices, (outputs, inputs, \\*kernel); the whole shape if the layout is unknown."""
+        return tuple(self.shape) if self.layout is None else self.layout.matrix_shape(self.shape)
+
+    @property
+    def num_rows(self) -> int:
+        """Size of dimension 0 on this rank; 1 for a scalar."""
+        return len(self.value) if self.value.ndim else 1
+
+    @property
+    def num_matrices(self) -> int:
+        """Number of matrices that lie in the whole tensor; 1 if the layout is unknown."""
+        return 1 if self.layout is None else self.layout.num_matrices(self.shape)
+
+    def matrices(self) -> list[Weight]:
+        """The matrices that lie in the tensor, each a weight by itself that shares memory with this one.
+
+        For allocation, floors and groups each is a layer of its own, as it would be in a module of its own.
+        """
+        num = self.num_matrices
+        return [self] if num <= 1 else [self._matrix(i, num) for i in range(num)]
+
+    def _matrix(self, i: int, num: int) -> Weight:
+        rows = self.shape[0] // num
+        first = 0 if self.shard is None else self.shard.start[0]  # of this rank's rows
+        start, stop = (min(max(row - first, 0), self.num_rows) for row in (i * rows, (i + 1) * rows))
+
+        def part(t: Tensor) -> Tensor:
+            return t[start:stop] if t.ndim and len(t) == self.num_rows else t
+
+        shard, layout = self.shard, self.layout
+        if shard is not None:
+            shape = torch.Size((rows, *shard.shape[1:]))
+            shard = replace(
+                shard, shape=shape, start=(first + start - i * rows if stop > start else 0, *shard.start[1:])
+            )
+        return replace(
+            self,
+            name=f"{self.name}[{i}]",
+            value=self.value[start:stop],
+            grad=part(self.grad),
+            state={key: part(t) for key, t in self.state.items()},
+            optimizer_state={f"{j}": t[start:stop] for j, t in enumerate(self.buffers)},
+            shard=shard,
+            layout=None if layout is None else replace(layout, matrices=1),
+        )
 
     @property
     def lr(self) -> float:
@@ -84,16 +135,19 @@ class Weights(tuple[Weight, ...]):
     Attributes:
         shared: what ``Method.init_shared`` returned, the same on all ranks; edit in place; saved by the Pruner.
         numel: number of weights in the whole network.
+        are_stacked: whether several matrices lie in one of the tensors.
         by_name: the same in the order of their names, which a saved state keeps however the model declares its modules.
     """
 
     shared: dict[str, Tensor]
     numel: int
     by_name: list[Weight]
+    are_stacked: bool
 
     def __new__(cls, weights: Iterable[Weight], shared: dict[str, Tensor] | None = None) -> Weights:
         self = super().__new__(cls, weights)
         self.shared = {} if shared is None else shared
         self.numel = sum(w.numel for w in self)
+        self.are_stacked = any(w.num_matrices > 1 for w in self)
         self.by_name = sorted(self, key=attrgetter("name"))
         return self

@@ -7,14 +7,12 @@ import torch
 
 import pomona
 from pomona.schedule import Schedule
-from tests.problems import batches, loss_of, net, train
+from tests.problems import Kernels, batches, loss_of, net, train
 
 
 def pruner_of(*layers: list[float], method: pomona.Feather, dtype: torch.dtype = torch.float32) -> pomona.Pruner:
     """Of one row of weights for each layer, after one step without gradients."""
-    model = torch.nn.Module()
-    for i, layer in enumerate(layers):
-        model.register_parameter(f"layer{i}", torch.nn.Parameter(torch.tensor([layer], dtype=dtype)))
+    model = Kernels([torch.nn.Parameter(torch.tensor([layer], dtype=dtype)) for layer in layers])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     pruner = pomona.Pruner(model, optimizer, method)
     for parameter in model.parameters():

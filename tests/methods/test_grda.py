@@ -19,12 +19,12 @@ import pomona
 from pomona.methods.grda import GRDA
 from pomona.ops import soft_threshold
 from pomona.zoo.models import build_model
-from tests.problems import NUM_WEIGHTS, Batch, Tensors, batches, bits, loss_of, net, train
+from tests.problems import NUM_WEIGHTS, Batch, Kernels, Tensors, batches, bits, loss_of, net, train
 
 # Most runs here are too short for the method to have done all.
 pytestmark = pytest.mark.filterwarnings("ignore:harden.. at step .* comes early")
 
-EVERYTHING = pomona.Scope(min_ndim=1)
+EVERYTHING = pomona.Scope(also="*")
 
 
 def start(method: GRDA, *, lr: float = 0.1, scope: pomona.Scope = EVERYTHING) -> tuple[Any, SGD, pomona.Pruner]:
@@ -178,7 +178,7 @@ def test_biases_and_norms_are_pruned_where_the_scope_has_them_and_dense_elsewher
 def test_half_precision_weights_have_a_full_precision_accumulator() -> None:
     """2,000 steps of 5e-5 from 0.7: SGD on bfloat16 stays where it is, the accumulator arrives at 0.8."""
     pruned, plain = (nn.Parameter(torch.tensor([0.7], dtype=torch.bfloat16)) for _ in range(2))
-    model = nn.ParameterList([pruned])
+    model = Kernels([pruned])
     ours, other = SGD([pruned], lr=5e-5), SGD([plain], lr=5e-5)
     pruner = pomona.Pruner(model, ours, GRDA(c=1e-4), scope=EVERYTHING)
     pruned.grad = plain.grad = torch.tensor([-1.0], dtype=torch.bfloat16)

@@ -20,7 +20,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 import pomona
 from pomona.methods.weightmom import WeightMom
-from tests.problems import NUM_WEIGHTS, batches, bits, net, train
+from tests.problems import NUM_WEIGHTS, Kernels, batches, bits, net, train
 
 # Most runs here are too short for the method to have done all.
 pytestmark = pytest.mark.filterwarnings("ignore:harden.. at step .* comes early")
@@ -32,7 +32,7 @@ class Led:
     """Layers of weights that a test sets before each step; the optimizer itself would move nothing."""
 
     def __init__(self, method: WeightMom, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
-        self.model = nn.ParameterList([nn.Parameter(torch.ones(1, size, dtype=dtype)) for size in sizes])
+        self.model = Kernels([nn.Parameter(torch.ones(1, size, dtype=dtype)) for size in sizes])
         self.optimizer = SGD(self.model.parameters(), lr=0.1)
         self.pruner = pomona.Pruner(self.model, self.optimizer, method)
 
@@ -72,7 +72,7 @@ def lead(method: WeightMom, *path: Layers) -> Led:
 
 def test_gradient_momentum_does_not_count() -> None:
     """A weight with all the gradient momentum but a small magnitude goes; a large one that nothing pulls at stays."""
-    model = nn.ParameterList([nn.Parameter(torch.tensor([[0.1, 1.0, 1.0]]))])
+    model = Kernels([nn.Parameter(torch.tensor([[0.1, 1.0, 1.0]]))])
     optimizer = SGD(model.parameters(), lr=1e-9, momentum=0.9)
     pomona.Pruner(model, optimizer, WeightMom(threshold=0.5, every=1, window=3, patience=2))
     for _ in range(2):

@@ -116,7 +116,7 @@ def test_a_pruned_bias_is_held_by_the_names_returned() -> None:
     prune.l1_unstructured(model, "weight", amount=0.5)
     names = from_torch_prune(model)
     assert sorted(names) == ["bias", "weight"]
-    pomona.hold(model, optimizer, scope=pomona.Scope(include=names, min_ndim=1))
+    pomona.hold(model, optimizer, scope=pomona.Scope(include=names, also=names))
     for _ in range(3):
         model(torch.randn(4, 6)).square().sum().backward()
         optimizer.step()

@@ -362,7 +362,7 @@ def test_a_complex_parameter_outside_the_scope_is_no_trouble() -> None:
 
     model = Filter()
     optimizer = sgd(model)
-    pruner = Pruner(model, optimizer, GSM(sparsity=0.5))
+    pruner = Pruner(model, optimizer, GSM(sparsity=0.5), scope=Scope(also=["w"]))
     model.w.grad = torch.ones(2, 2)
     model.c.grad = torch.ones(3, dtype=torch.complex64)
     optimizer.step()
@@ -592,7 +592,7 @@ def test_an_argument_of_the_wrong_type_is_named(swap: dict[str, Any], message: s
 def test_a_sparse_gradient_in_scope_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True))
     optimizer = sgd(model)
-    Pruner(model, optimizer, GSM(sparsity=0.5))
+    Pruner(model, optimizer, GSM(sparsity=0.5), scope=Scope(types=(nn.Embedding,)))
     model(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"0\.weight has a sparse gradient; make its module with sparse=False"):
         optimizer.step()
@@ -651,8 +651,8 @@ def test_two_pruners_of_one_weight_are_refused_also_under_another_name(overlap: 
     else:
         tied = Tied()
         optimizer = sgd(tied)
-        Pruner(tied, optimizer, GSM(sparsity=0.5), scope=Scope(include=["embed"]))
-        second = (tied, Scope(include=["head"]))
+        Pruner(tied, optimizer, GSM(sparsity=0.5), scope=Scope(types=(nn.Embedding,)))
+        second = (tied, Scope(include=["head"], also=["head"]))
     with pytest.raises(ValueError, match="already pruned by another Pruner"):
         Pruner(second[0], optimizer, GSM(sparsity=0.5), scope=second[1])
 
@@ -863,7 +863,7 @@ def test_loading_weights_into_the_model_is_followed() -> None:
 def test_tied_weights_count_once_and_are_pruned_together() -> None:
     model = Tied()
     optimizer = sgd(model)
-    pruner = Pruner(model, optimizer, GSM(sparsity=0.75))
+    pruner = Pruner(model, optimizer, GSM(sparsity=0.75), scope=Scope(also=["head"]))
     assert list(pruner.parameters()) == ["embed.weight", "mid.weight"]
     model.train_on(optimizer, NUM_STEPS)
     report = pruner.harden()
@@ -874,7 +874,9 @@ def test_tied_weights_count_once_and_are_pruned_together() -> None:
     assert pruner.verify().nonzero == 12
 
 
-@pytest.mark.parametrize("scope", [Scope(types=(nn.Linear,)), Scope(include=["mid", "head"])], ids=["types", "include"])
+@pytest.mark.parametrize(
+    "scope", [Scope(types=(nn.Linear, nn.Embedding)), Scope(include=["mid"], also=["head"])], ids=["types", "also"]
+)
 def test_tied_weights_in_scope_under_their_second_name_are_verified(scope: Scope) -> None:
     model = Tied()
     optimizer = sgd(model)
@@ -1281,7 +1283,7 @@ def test_exponents_belong_to_names_however_a_model_declares_them() -> None:
 def test_a_sparse_gradient_of_a_step_that_is_not_taken_is_no_error() -> None:
     model = nn.Embedding(10, 4, sparse=True)
     optimizer = SGD(model.parameters(), lr=0.0)
-    pruner = Pruner(model, optimizer, pomona.Magnitude(0.5))
+    pruner = Pruner(model, optimizer, pomona.Magnitude(0.5), scope=Scope(types=(nn.Embedding,)))
     (model(torch.tensor([1, 2])).sum() * 0).backward()
     optimizer.step()
     assert pruner.num_steps == 0

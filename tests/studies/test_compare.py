@@ -240,7 +240,7 @@ def test_recipes_share_a_dense_network_only_if_theirs_are_equal(recipes: Path) -
     def key(name: str, *overrides: str) -> str:
         return base_key(load_recipe(recipes / f"{name}.toml", overrides))
 
-    assert key("cut") == key("ramp") == key("cut", "prune.lr=1", "method.compression=99", "scope.min_ndim=1", "title=x")
+    assert key("cut") == key("ramp") == key("cut", "prune.lr=1", "method.compression=99", 'scope.also=["*"]', "title=x")
     changes = "model=lenet-5 batch_size=10 seed=1 validation=9 precision=bfloat16 base.lr=1 base.optimizer=adam"
     others = [key("cut", change, *["base.momentum=0"] * ("adam" in change)) for change in changes.split()]
     assert len({key("cut"), *others}) == 1 + len(others)
@@ -341,7 +341,7 @@ def test_what_differs_from_run_to_run_cannot_be_set_for_all(recipes: Path, tmp_p
         ("epochs = 2", "epochs = 4", "epochs in all stages together, got 3 in cut-5x-seed0, 5 in other-5x-seed0"),
         ('"lenet-300-100"', '"lenet-5"', 'model, got "lenet-300-100" in cut-5x-seed0, "lenet-5" in other-5x-seed0'),
         ("batch_size", "validation = 9\nbatch_size", "validation, got 0 in cut-5x-seed0, 9 in other-5x-seed0"),
-        ("[prune]", "[scope]\nmin_ndim = 1\n[prune]", 'scope, got {} in cut-5x-seed0, {"min_ndim": 1} in other-5x'),
+        ("[prune]", "[scope]\nalso = ['*']\n[prune]", 'scope, got {} in cut-5x-seed0, {"also": ["*"]} in other-5x'),
     ],
 )
 def test_recipes_that_cannot_stand_side_by_side_are_refused_before_anything_is_run(
@@ -355,7 +355,7 @@ def test_recipes_that_cannot_stand_side_by_side_are_refused_before_anything_is_r
 
 
 def test_the_order_of_keys_in_a_scope_makes_no_difference(recipes: Path, tmp_path: Path) -> None:
-    for name, keys in (("a", ("min_ndim = 1", "exclude = []")), ("b", ("exclude = []", "min_ndim = 1"))):
+    for name, keys in (("a", ("also = []", "exclude = []")), ("b", ("exclude = []", "also = []"))):
         text = RECIPES["cut"].replace("[prune]", "\n".join(("[scope]", *keys, "[prune]")))
         (recipes / f"{name}.toml").write_text(text)
     jobs = plan([str(recipes / "a.toml"), str(recipes / "b.toml")], [5], [0], [], tmp_path)

@@ -388,7 +388,7 @@ lr_drops = [1]
 lr_restart = 2
 
 [scope]
-min_ndim = 1
+also = ["*"]
 exclude = ["fc3"]
 
 [method]
@@ -411,7 +411,7 @@ IN_ROUNDS = Recipe(
     base=Stage(epochs=2, lr=1, optimizer="adamw"),
     prune=Stage(epochs=10, lr=0.1),
     retrain=Stage(epochs=3, lr=0.01, lr_drops=(1,), lr_restart=2),
-    scope={"min_ndim": 1, "exclude": ["fc3"]},
+    scope={"also": ["*"], "exclude": ["fc3"]},
     method={
         "name": "admm",
         "compression": 40,
@@ -432,7 +432,7 @@ def rounds(tmp_path: Path) -> Path:
 def test_all_tables_are_read_into_their_dataclasses_and_come_back_from_json(rounds: Path) -> None:
     assert load_recipe(rounds) == IN_ROUNDS
     assert recipe_from_dict(json.loads(json.dumps(IN_ROUNDS.to_dict()))) == IN_ROUNDS
-    assert IN_ROUNDS.make_scope() == Scope(min_ndim=1, exclude=["fc3"])
+    assert IN_ROUNDS.make_scope() == Scope(also=["*"], exclude=["fc3"])
 
 
 def test_only_the_pruning_stage_is_needed(file: Path) -> None:
@@ -452,7 +452,7 @@ def test_overrides_can_add_tables_and_schedules(file: Path) -> None:
         [
             "retrain.epochs=3",
             "retrain.lr=0.5",
-            "scope.min_ndim=1",
+            'scope.also=["*"]',
             "validation=5",
             "method.name=magnitude",
             "method.ramp.shape=linear",
@@ -460,7 +460,7 @@ def test_overrides_can_add_tables_and_schedules(file: Path) -> None:
         ],
     )
     assert recipe.retrain == Stage(epochs=3, lr=0.5)
-    assert (recipe.make_scope(), recipe.validation) == (Scope(min_ndim=1), 5)
+    assert (recipe.make_scope(), recipe.validation) == (Scope(also="*"), 5)
     assert recipe.make_method(20) == Magnitude(Linear(0.0, 0.75, steps=100))
 
 
@@ -704,9 +704,8 @@ def test_fault_that_only_the_length_of_an_epoch_shows_is_reported_in_steps() -> 
         ("prune.lr_fall=[3]", "prune.lr_fall must be two epochs in [0, 10], the first below the second, got [3]"),
         ("validation=-1", "validation must be >= 0, got -1"),
         ("scope=3", "scope must be a table, got 3"),
-        ("scope.types=3", "unknown key scope.types; known: include, exclude, min_ndim"),
-        ("scope.min_ndim=-1", "scope: Scope(min_ndim=...) must be an integer >= 0, got -1"),
-        ("scope.min_ndim=two", "scope: Scope(min_ndim=...) must be an integer >= 0, got 'two'"),
+        ("scope.types=3", "unknown key scope.types; known: include, exclude, also"),
+        ("scope.also=-1", "scope: Scope patterns are strings such as 'head.*', got -1"),
         ("scope.include=[3]", "scope: Scope patterns are strings such as 'head.*', got 3"),
         ("progressive=3", "progressive must be a table, got 3"),
         (

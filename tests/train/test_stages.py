@@ -359,7 +359,7 @@ def test_without_a_base_pruning_starts_from_the_initial_weights(
 def test_biases_in_scope_are_pruned_and_counted(no_base: Path, digits: Path, tmp_path: Path) -> None:
     recipe = no_base.with_name("grda.toml")
     stages, _, _ = no_base.read_text().partition("[method]")
-    recipe.write_text(stages + '[scope]\nmin_ndim = 1\n[method]\nname = "grda"\ncompression = 10\nsteps = 20\n')
+    recipe.write_text(stages + '[scope]\nalso = ["*"]\n[method]\nname = "grda"\ncompression = 10\nsteps = 20\n')
     finish(recipe, digits, tmp_path / "run", "prune.momentum=0")
     report, weights = result_of(tmp_path / "run")["report"], weights_of(tmp_path / "run")
     assert [layer["name"] for layer in report["layers"]] == list(weights) and report["outside"] == []

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import num_kept
+from pomona.budget import group_size, num_kept
 from pomona.granularity import Granularity, parse
 from pomona.method import Method
 from pomona.ops import count, drop_gradients_, drop_weights_, total
@@ -119,7 +119,7 @@ class ADMM(Method):
             _check_patterns(self.densities, [w.name for w in weights])
         self.budget.check_weights(weights)
         for w, most in zip(weights, self._counts(weights) or (), strict=False):
-            if most < parse(self.granularity).size(w.shape) and w.numel:
+            if most < group_size(parse(self.granularity), w) and w.numel:
                 raise ValueError(
                     f"{self} keeps none of the {w.numel} weights of {w.name}; keep more of it, or leave it "
                     f"dense: Scope(exclude=[{w.name!r}])"

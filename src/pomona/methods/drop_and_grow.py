@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from pomona.budget import group_size
 from pomona.granularity import Granularity, NOfM, parse
 from pomona.method import Method
 from pomona.ops import (
@@ -25,7 +26,8 @@ from pomona.ops import (
 )
 from pomona.schedule import Every, Schedule, check_count, check_value
 from pomona.score import magnitude
-from pomona.selection.groups import num_in_groups, top_n_of_m
+from pomona.selection.groups import check_fits, grow_n_of_m
+from pomona.selection.kinds import split_rows
 from pomona.selection.top_k import top_k
 from pomona.weight import Weight, Weights
 
@@ -86,10 +88,12 @@ class DropAndGrow(Method):
 
     def check_weights(self, weights: Weights) -> None:
         k = self.budget.num_kept(weights.numel, 1)
-        if k < sum(parse(self.granularity).size(w.shape) for w in weights):
+        check_fits(weights, self.granularity)
+        kind, layers = parse(self.granularity), [matrix for w in weights for matrix in w.matrices()]
+        if k < sum(group_size(kind, layer) for layer in layers):
             each = "" if self.granularity == "weight" else f", one {self.granularity} each"
             raise ValueError(
-                f"sparsity={self.sparsity:g} leaves {k} weights for {len(weights)} layers{each}; lower the sparsity"
+                f"sparsity={self.sparsity:g} leaves {k} weights for {len(layers)} layers{each}; lower the sparsity"
             )
         self.budget.check_weights(weights)
 
@@ -104,7 +108,7 @@ class DropAndGrow(Method):
         elif Every(self.every, start=self.every, end=self.end)(step):
             for w, growth in zip(weights, self.growth(weights, step), strict=True):
                 if w.has_grad:
-                    drop_and_grow_(w, self.fraction(step), growth, self.granularity)
+                    _update_(w, self.fraction(step), growth, self.granularity)
         drop_gradients_(weights, masks_of(weights))
 
     def after_step(self, weights: Weights, step: int) -> None:
@@ -124,18 +128,24 @@ class DropAndGrow(Method):
         return {"sparsity": sparsity_of(weights)}
 
 
+def _update_(w: Weight, fraction: float, growth: Tensor, granularity: Granularity) -> None:
+    layers = w.matrices()
+    for layer, scores in zip(layers, split_rows(growth, [one.num_rows for one in layers]), strict=True):
+        drop_and_grow_(layer, fraction, scores, granularity)
+
+
 def drop_and_grow_(w: Weight, fraction: float, growth: Tensor, granularity: Granularity = "weight") -> None:
     """Replace ``fraction`` of the active weights: the smallest go, and the largest in ``growth`` come at zero."""
     kind = parse(granularity)
     active = w.state["mask"]
     (num_active,) = count([active], of=[w])
-    size = kind.size(w.shape)
+    size = group_size(kind, w)
     num = math.floor(round(fraction * (num_active // size), 6)) * size
+    scores = [among(magnitude(w.value).tensor(), active)]
     if isinstance(kind, NOfM):
-        (remaining,) = top_k([among(magnitude(w.value).tensor(), active)], num_active - num, of=[w])
-        grown = top_n_of_m(among(growth.float(), ~remaining), kind, kind.n - num_in_groups(remaining, kind))
+        (remaining,) = top_k(scores, num_active - num, of=[w])
+        grown = grow_n_of_m(among(growth.float(), ~remaining), remaining, kind, w)
     else:
-        scores = [among(magnitude(w.value).tensor(), active)]
         (remaining,) = top_k(scores, num_active - num, of=[w], granularity=granularity)
         (grown,) = top_k([among(growth, ~remaining)], num, of=[w], granularity=granularity)
     _set_mask_(w, remaining | grown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pomona.schedule import FAR_AWAY, Value, value_at
 from pomona.score import magnitude
 from pomona.selection import kth_largest
 from pomona.selection.allocation import Allocation
+from pomona.selection.kinds import split_rows
 from pomona.weight import Weight, Weights
 
 
@@ -109,10 +111,15 @@ class Feather(Method):
     def after_step(self, weights: Weights, step: int) -> None:
         for w in weights:
             w.state["v"].copy_(w.value)
-        masks = self.support(weights, step)
-        for w, mask, threshold in zip(weights, masks, self._thresholds(weights, masks), strict=True):
-            w.state["threshold"].fill_(threshold)
-            _threshold_(w.value, mask, threshold, self.power)
+        split = [(w.matrices(), mask) for w, mask in zip(weights, self.support(weights, step), strict=True)]
+        layers = [layer for some, _ in split for layer in some]
+        masks = [one for some, mask in split for one in split_rows(mask, [w.num_rows for w in some])]
+        thresholds = self._thresholds(layers, masks)
+        for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
+            _threshold_(layer.value, mask, threshold, self.power)
+        each = iter(thresholds)
+        for w, (some, _) in zip(weights, split, strict=True):
+            w.state["threshold"].fill_(max(islice(each, len(some))))
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
         return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()

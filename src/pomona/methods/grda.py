@@ -51,7 +51,7 @@ class GRDA(Method):
     one float32 copy, v, as much as a momentum buffer. Exact zeros: by itself, after every step, so that ``harden``
     removes nothing (but before step T, see below); from then on plain SGD trains what is left.
 
-    The authors prune and count all parameters, biases and norms too: ``Pruner(..., scope=Scope(min_ndim=1))``. The
+    The authors prune and count all parameters, biases and norms too: ``Pruner(..., scope=Scope(also="*"))``. The
     default scope leaves these dense. They train from random weights; trained ones are a valid start, but neither theory
     nor results are about them. After the first step v decides: edits of the weights by hand are overwritten.
 
@@ -83,7 +83,7 @@ class GRDA(Method):
     Example:
         >>> model = nn.Linear(100, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> pruner = pomona.Pruner(model, optimizer, GRDA(c=1e-3, mu=0.501), scope=pomona.Scope(min_ndim=1))
+        >>> pruner = pomona.Pruner(model, optimizer, GRDA(c=1e-3, mu=0.501), scope=pomona.Scope(also="*"))
 
     References:
         Chao, Wang, Xing, Cheng: Directional Pruning of Deep Neural Networks. NeurIPS 2020, arXiv 2006.09358.

@@ -149,7 +149,7 @@ def from_sparseml(
         raise ValueError(
             f"the recipe prunes nothing: it has none of {', '.join([*_GRADUAL, 'ConstantPruningModifier'])}"
         )
-    return SparseMLRecipe(tuple((method, _scope(names, model)) for method, names in parts), epochs)
+    return SparseMLRecipe(tuple((method, _scope(names)) for method, names in parts), epochs)
 
 
 def _may_merge(method: Method | None) -> bool:
@@ -157,9 +157,10 @@ def _may_merge(method: Method | None) -> bool:
     return not (isinstance(method, Magnitude) and method.allocation == "global")
 
 
-def _scope(names: Sequence[str], model: nn.Module) -> Scope:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return Scope(include=map(escape, names), min_ndim=min(2, *(parameters[name].ndim for name in names)))
+def _scope(names: Sequence[str]) -> Scope:
+    """These parameters, whatever they are, and no others."""
+    escaped = [escape(name) for name in names]
+    return Scope(include=escaped, also=escaped)
 
 
 # One modifier

@@ -29,7 +29,7 @@ def from_torch_prune(pruned: nn.Module | MutableMapping[str, Any]) -> list[str]:
 
     Returns:
         The names of the parameters that were pruned, e.g. ``["0.weight", "0.bias"]``. Biases are outside the
-        default scope: ``hold(model, optimizer, scope=Scope(include=names, min_ndim=1))`` holds their zeros too.
+        default scope: ``hold(model, optimizer, scope=Scope(include=names, also=names))`` holds their zeros too.
 
     Memory: one mask at a time for a model; one tensor at a time is copied for a state dict.
 

@@ -19,6 +19,7 @@ from pomona.distributed import (
     shards_of,
     sum_counts,
 )
+from pomona.layout import Layout
 from pomona.weight import Weight, Weights
 
 
@@ -29,6 +30,7 @@ class Placement:
         model: where the modules are.
         optimizer: which must hold every weight in scope.
         inside: name -> parameter in scope.
+        layouts: name -> its layout, None if that is unknown.
 
     Attributes:
         shards: name -> this rank's block; empty if nothing is sharded.
@@ -38,8 +40,15 @@ class Placement:
         ids: the ids of the parameters, as of the latest ``refresh()``.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, inside: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        inside: Mapping[str, nn.Parameter],
+        layouts: Mapping[str, Layout | None],
+    ) -> None:
         self.model = model
+        self.layouts = dict(layouts)
         self.optimizer = optimizer
         self.shards = shards_of(inside)
         self.group_of = _find_groups(optimizer, inside)
@@ -153,6 +162,7 @@ class Placement:
                 has_grad=p.grad is not None,
                 optimizer_state=OptimizerState(self.optimizer, p),
                 shard=self.shards.get(name),
+                layout=self.layouts[name],
             )
             weights.append(weight)
         return Weights(weights, self.shared)

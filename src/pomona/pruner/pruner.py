@@ -93,7 +93,7 @@ class Pruner:
         reshard(model)
         selected = self.scope.select(model)
         self._outside = selected.outside
-        self._placement = Placement(model, optimizer, selected.inside)
+        self._placement = Placement(model, optimizer, selected.inside, selected.layouts)
         method.check(optimizer, [optimizer.param_groups[i] for i in self._placement.groups()])
         self._check_agreement()
         self._start_method()
@@ -332,7 +332,8 @@ class Pruner:
             wrong.append(f"{num_survivors} weights survived, more than the budget of {budget}")
         if report.nonzero > num_survivors:
             wrong.append(f"{report.nonzero} weights are not zero, but only {num_survivors} survived the cut")
-        wrong += violations(self.method.budget.granularity, self._zeros.pruned, self._placement.shards)
+        weights = self._weights()
+        wrong += violations(self.method.budget.granularity, [self._zeros.pruned[w.name] for w in weights], weights)
         steps = f"{self.num_steps:,} steps, {self.num_skipped:,} skipped, cut after {self._hardened_at:,}"
         wrong += self._placement.disagreements(self._zeros.pruned, steps)
         if wrong:
@@ -352,8 +353,9 @@ class Pruner:
         reasons = {
             w.name: self.method.why(w, kept[w.name], density) if zeros.are_written else "not cut yet" for w in weights
         }
-        shards = self._placement.shards
-        layers = report_layers({w.name: w.value for w in weights}, shards, cuts=zeros.cuts, reasons=reasons)
+        place = self._placement
+        values = {w.name: w.value for w in weights}
+        layers = report_layers(values, place.shards, layouts=place.layouts, cuts=zeros.cuts, reasons=reasons)
         before, after = self._accuracy
         return Report(
             layers=layers,

@@ -32,6 +32,7 @@ from pomona.selection.kinds import Everything as Everything
 from pomona.selection.kinds import JoinedSelection as JoinedSelection
 from pomona.selection.kinds import MaskSelection as MaskSelection
 from pomona.selection.kinds import Selection as Selection
+from pomona.selection.kinds import StackedSelection as StackedSelection
 from pomona.selection.ranks import find_shards as find_shards
 from pomona.selection.ranks import find_threshold_over_ranks
 from pomona.selection.ranks import select_over_ranks as select_over_ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, TypeVar
 
 import torch
@@ -62,6 +63,43 @@ class JoinedSelection:
     def _in_order(answers: Sequence[tuple[list[int], Sequence[T]]]) -> list[T]:
         found = {place: one for places, many in answers for place, one in zip(places, many, strict=True)}
         return [found[place] for place in range(len(found))]
+
+
+@dataclass(frozen=True, slots=True)
+class StackedSelection:
+    """A selection of matrices, seen as one of the tensors in which they lie along dimension 0.
+
+    Attributes:
+        matrices: the selection.
+        rows: for each tensor how many rows of it, on this rank, each of its matrices has.
+    """
+
+    matrices: Selection
+    rows: list[list[int]]
+
+    @property
+    def counts(self) -> list[int | Tensor]:
+        return [sum(some) for some in self._by_tensor(self.matrices.counts)]
+
+    @property
+    def num_infinite(self) -> int | None:
+        return self.matrices.num_infinite
+
+    def masks(self) -> list[Tensor]:
+        return [some[0] if len(some) == 1 else torch.cat(list(some)) for some in self._by_tensor(self.matrices.masks())]
+
+    def multiply_(self, tensors: Sequence[Tensor]) -> None:
+        parts = zip(tensors, self.rows, strict=True)
+        self.matrices.multiply_([one for t, rows in parts for one in (split_rows(t, rows))])
+
+    def _by_tensor(self, answers: Sequence[T]) -> list[Sequence[T]]:
+        ends = list(accumulate(map(len, self.rows)))
+        return [answers[end - len(rows) : end] for end, rows in zip(ends, self.rows, strict=True)]
+
+
+def split_rows(tensor: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
+    """The parts of dimension 0 that have these numbers of rows; the tensor itself if it is one part."""
+    return [tensor] if len(rows) == 1 else torch.split(tensor, list(rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Size, Tensor
+from torch import Tensor
 
 from pomona.granularity import Block, Channel, Granularity, NOfM, check_shapes, parse
 from pomona.score import Score
 from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
 from pomona.selection.allocation import Allocation, allocate, check_allocation
-from pomona.selection.groups import block_scores, expand_blocks, top_channels, top_n_of_m
+from pomona.selection.groups import Seen, block_scores, block_weight, expand_blocks, top_channels, top_n_of_m
 
 if TYPE_CHECKING:
     from pomona.weight import Weight
@@ -114,37 +114,63 @@ def top_k(
     """
     check_allocation(allocation)
     kind = parse(granularity)
-    shapes = _shapes(scores, of)
+    shapes = _matrix_shapes(scores, of)
     names = [f"score {i}" for i in range(len(scores))] if of is None else [w.name for w in of]
     check_shapes(kind, dict(zip(names, shapes, strict=True)))
     if isinstance(kind, NOfM):
         return _n_of_m(scores, k, allocation, kind, of)
     if isinstance(kind, Block):
-        folded = [block_scores(s, kind, None if of is None else of[i]) for i, s in enumerate(scores)]
-        ranked, blocks = [score for score, _ in folded], [w for _, w in folded if w is not None]
-        masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, of=blocks or None, min_density=min_density)
-        return [expand_blocks(mask, kind) for mask in masks]
+        return _blocks(scores, k, allocation, kind, of, min_density)
     if allocation != "global":
         return top_k_each(scores, allocate(allocation, shapes, k), of=of, granularity=granularity)
     if isinstance(kind, Channel):
-        return top_channels(scores, k, kind, of, channel_floors(shapes, kind, min_density))
+        seen = _seen(scores, of)
+        floors = [floor_of(math.prod(kind.grid(one.shape)), min_density) for one in seen]
+        return [one.back(mask) for one, mask in zip(seen, top_channels(seen, k, kind, floors), strict=True)]
     return global_top_k(scores, k, of=of, min_density=min_density)
 
 
-def _shapes(scores: Sequence[Score | Tensor], of: Sequence[Weight] | None) -> list[Size]:
-    """Shapes of the whole tensors."""
-    return [score.shape for score in scores] if of is None else [w.shape for w in of]
+def _matrix_shapes(scores: Sequence[Score | Tensor], of: Sequence[Weight] | None) -> list[tuple[int, ...]]:
+    """Shapes of the whole matrices."""
+    return [tuple(score.shape) for score in scores] if of is None else [w.matrix_shape for w in of]
+
+
+def _seen(scores: Sequence[Score | Tensor], of: Sequence[Weight] | None) -> list[Seen]:
+    asked = [score if isinstance(score, Score) else Score(score) for score in scores]
+    find_shards(asked, of)  # refuses scores that are not of these weights
+    if of is None:
+        return [Seen.of(score, None) for score in asked]
+    return [Seen.of(score, w) for score, w in zip(asked, of, strict=True)]
+
+
+def _blocks(
+    scores: Sequence[Score | Tensor],
+    k: int,
+    allocation: Allocation,
+    kind: Block,
+    of: Sequence[Weight] | None,
+    min_density: float,
+) -> list[Tensor]:
+    seen = _seen(scores, of)
+    ranked = [block_scores(one, kind) for one in seen]
+    if of is None:
+        blocks, ranked = None, [one.squeeze(0) for one in ranked]  # no layout, no batch
+    else:
+        blocks = [block_weight(score, one, kind) for score, one in zip(ranked, seen, strict=True)]
+    masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, of=blocks, min_density=min_density)
+    grids = [mask.view(kind.grid(one.scores.shape)) for mask, one in zip(masks, seen, strict=True)]
+    return [one.back(expand_blocks(grid, kind)) for one, grid in zip(seen, grids, strict=True)]
 
 
 def _n_of_m(
     scores: Sequence[Score | Tensor], k: int, allocation: Allocation, kind: NOfM, of: Sequence[Weight] | None
 ) -> list[Tensor]:
-    sizes = [math.prod(shape) for shape in _shapes(scores, of)]
+    sizes = [math.prod(score.shape) for score in scores] if of is None else [w.numel for w in of]
     left = k - sum(sizes) // kind.m * kind.n
     if left < 0:
         raise ValueError(f"k must be >= {k - left}, which granularity='{kind}' keeps of {sum(sizes)} scores, got {k}")
     asked = [score if isinstance(score, Score) else Score(score) for score in scores]
-    masks = [top_n_of_m(score.tensor(), kind) for score in asked]
+    masks = [seen.back(top_n_of_m(seen.scores, kind)) for seen in _seen(asked, of)]
     if left == 0:
         return masks
     others = [score.tensor().masked_fill_(mask, 0.0) for score, mask in zip(asked, masks, strict=True)]
@@ -172,10 +198,6 @@ def top_k_each(
 def floor_of(num_groups: int, min_density: float) -> int:
     """``ceil(min_density n)``: how many of ``n`` weights or groups stay at least; 0.07 of 100 is 7, not 8."""
     return math.ceil(round(min_density * num_groups, 6))
-
-
-def channel_floors(shapes: Sequence[Sequence[int]], kind: Channel, min_density: float) -> list[int]:
-    return [floor_of(shape[kind.dim], min_density) for shape in shapes]
 
 
 def check_min_density(min_density: float) -> None:

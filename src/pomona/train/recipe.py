@@ -126,7 +126,7 @@ class Recipe:
 
     def make_scope(self) -> Scope:
         """The scope: what is pruned."""
-        _check_keys(self.scope, ("include", "exclude", "min_ndim"), prefix="scope.")
+        _check_keys(self.scope, ("include", "exclude", "also"), prefix="scope.")
         try:
             return Scope(**self.scope)
         except (TypeError, ValueError) as error:
