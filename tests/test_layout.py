@@ -371,3 +371,14 @@ def test_weight_norm_is_pruned_through_its_direction_and_stays_finite() -> None:
     assert pruner.report().sparsity == 0.5
     assert int((model[0].weight == 0).sum()) == 24
     assert bool(model(torch.randn(2, 8)).isfinite().all())
+
+
+@pytest.mark.parametrize("is_gradual", [False, True], ids=["harden", "step"])
+def test_a_weight_norm_is_never_left_to_divide_by_zero(is_gradual: bool) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].parametrizations.weight.original1[2] *= 0.1
+    with pytest.raises(
+        RuntimeError, match=r"1 of the 6 vectors that the weight norm of 0\..*Scope\(exclude=\['0\.para"
+    ):
+        prune(model, torch.randn(4, 8), pomona.Magnitude(0.5, begin=1 if is_gradual else 99))

@@ -304,7 +304,7 @@ def test_the_table_holds_the_numbers() -> None:
     assert cells(conv) == "0.weight 50x20x5x5 25,000 2,500 10.00 % 45 of 50".split()
     assert cells(fc) == "1.weight 500x800 400,000 500 0.12 % 0 of 500".split()
     assert cells(total) == "total 425,000 3,000 0.71 % 45 141.7x compression".split()
-    assert notes == ["not pruned and not counted: 0.bias"]
+    assert notes == ["not pruned and not counted: 0.bias (a vector)"]
 
 
 def test_numbers_are_flush_right_and_nothing_trails() -> None:
@@ -326,7 +326,7 @@ def test_the_notes_tell_what_the_cut_did() -> None:
         "largest weight cut 0.12, smallest kept 2",
         "decay exponent 7.5",
         "3 steps were skipped because a gradient was not finite",
-        "not pruned and not counted: fc.bias",
+        "not pruned and not counted: fc.bias (a vector)",
     ]
 
 
@@ -347,3 +347,14 @@ def test_scalars_and_vectors_have_rows_too() -> None:
 
 def test_a_table_of_nothing_left_reads_well() -> None:
     assert "infx" not in str(Report((report_layer("fc", torch.zeros(2, 2)),)))
+
+
+def test_what_is_not_counted_is_grouped_by_its_reason() -> None:
+    model = nn.Sequential(*[layer for _ in range(60) for layer in (nn.Linear(2, 2), nn.BatchNorm1d(2))])
+    line = str(report(model)).splitlines()[-1]
+    assert line == (
+        "not pruned and not counted: 1.weight, 1.bias, 3.weight and 117 more (of a norm, BatchNorm1d); "
+        "0.bias, 2.bias, 4.bias and 57 more (a vector)"
+    )
+    many = Report((report_layer("fc", torch.ones(1, 2)),), {f"w{i}": f"tied to v{i}" for i in range(20)})
+    assert str(many).endswith("w7 (tied to v7); and 12 for other reasons")

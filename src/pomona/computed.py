@@ -6,7 +6,7 @@ A zero in such a parameter is a zero of the layer only if the computation maps z
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,6 +163,25 @@ def _input_of(layer: Any) -> Tensor:
     channels = weight.shape[0] if isinstance(layer, _ConvTransposeNd) else weight.shape[1] * layer.groups
     sizes = [d * (k - 1) + 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
     return torch.randn(1, channels, *sizes).to(weight)
+
+
+def check_lengths(values: Mapping[str, Tensor], directions: Mapping[str, int | None]) -> None:
+    """RuntimeError, with the name, if a weight norm would divide by a length of zero, which makes NaN.
+
+    Args:
+        values: name -> a tensor that is zero where the direction is, or will be.
+        directions: name -> dimension of the lengths, as ``ScopedParameters`` has it.
+    """
+    for name, dim in directions.items():
+        value = values[name]
+        rows = value.reshape(1, -1) if dim is None else value.movedim(dim, 0).flatten(1)
+        num = int((rows.count_nonzero(1) == 0).sum())
+        if num:
+            raise RuntimeError(
+                f"{num} of the {len(rows)} vectors that the weight norm of {name} divides by their lengths would be "
+                f"all zero, and the layer would compute NaN. Take a lower sparsity or allocation='uniform', leave the "
+                f"layer dense (Scope(exclude=[{name!r}])), or remove the weight norm before pruning"
+            )
 
 
 def refusal(names: Iterable[tuple[str, str, str]]) -> str:

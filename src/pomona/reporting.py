@@ -18,6 +18,8 @@ from pomona.ops import PIECE
 from pomona.pages.text import table
 from pomona.scope import Scope
 
+_MOST_REASONS = 8  # for leaving parameters out, in the text of a report
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -187,7 +189,23 @@ class Report:
         if self.num_skipped:
             yield f"{self.num_skipped} steps were skipped because a gradient was not finite"
         if self.outside:
-            yield f"not pruned and not counted: {', '.join(self.outside)}"
+            yield f"not pruned and not counted: {_grouped(self.outside)}"
+
+
+def _grouped(outside: Mapping[str, str]) -> str:
+    """Names by reason, the first few of each; for the whole list there is ``Report.outside``."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in outside.items():
+        by_reason.setdefault(reason, []).append(name)
+    most = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    shown = [f"{_first(names, 3)} ({reason})" for reason, names in most[:_MOST_REASONS]]
+    num_left = sum(len(names) for _, names in most[_MOST_REASONS:])
+    return "; ".join([*shown, *([f"and {num_left} for other reasons"] if num_left else [])])
+
+
+def _first(names: Sequence[str], num: int) -> str:
+    more = f" and {len(names) - num} more" if len(names) > num else ""
+    return ", ".join(names[:num]) + more
 
 
 def _finite(value: Any) -> Any:
@@ -225,16 +243,16 @@ def report_layers(
     smallest = [-x for x in max_over([-x for _, x in counted], blocks)]
     layers = []
     for (name, value), shard, layout, counts, kept in zip(values.items(), blocks, seen, sums, smallest, strict=True):
-        shape: tuple[int, ...] = tuple(value.shape if shard is None else shard.shape)
+        shape = value.shape if shard is None else shard.shape
         nonzero, *alive = counts.tolist()
         layers.append(
             LayerReport(
                 name=name,
-                shape=shape,
-                total=math.prod(shape),
+                shape=tuple(shape),
+                total=shape.numel(),
                 nonzero=nonzero,
                 channels=len(alive) if layout is not None and shape else 0,
-                dead_channels=alive.count(0) if layout is not None and math.prod(shape) else 0,
+                dead_channels=alive.count(0) if layout is not None and shape.numel() else 0,
                 largest_cut=(cuts or {}).get(name),
                 smallest_kept=kept if nonzero else None,
                 reason=(reasons or {}).get(name, ""),

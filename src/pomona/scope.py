@@ -28,11 +28,13 @@ class ScopedParameters:
             under its first name.
         outside: name -> reason, for every other parameter (and for the other names of tied ones).
         layouts: name -> which dimension is what, for those inside; None if that is unknown.
+        directions: name -> dimension of the lengths, for the directions of weight norms; None: one length for all.
     """
 
     inside: dict[str, nn.Parameter]
     outside: dict[str, str] = field(default_factory=dict)
     layouts: dict[str, Layout | None] = field(default_factory=dict)
+    directions: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,13 @@ class Scope:
             )
         if refuse:
             _warn_of_unknown(unknown, inside)
-        return ScopedParameters(inside, outside, layouts)
+        directions = {
+            owner.name: owner.computed.dim
+            for parameter, owners in owned.items()
+            for owner in owners[:1]
+            if owner.computed is not None and owner.name in inside
+        }
+        return ScopedParameters(inside, outside, layouts, directions)
 
     def _judge(self, parameter: nn.Parameter, owners: Sequence[Owned], with_frozen: bool) -> tuple[str, Layout | None]:
         """Why a parameter with these owners is not pruned, "" if it is; and its layout."""

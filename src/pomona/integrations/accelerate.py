@@ -37,7 +37,7 @@ def prune(
         model: returned by ``prepare()``: plain, in DistributedDataParallel, compiled, or sharded by FSDP2.
         optimizer: returned by ``prepare()``.
         method: how weights are pruned; None: hold the model's current zeros.
-        scope: which weights; default: every trainable weight of two or more dimensions.
+        scope: which weights; default: every trainable weight that a layer multiplies with.
 
     Raises:
         ValueError: the model uses FSDP1 or DeepSpeed, or ``Pruner`` refuses it for another reason.

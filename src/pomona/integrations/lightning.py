@@ -44,7 +44,7 @@ class PrunerCallback(*_bases()):  # type: ignore[misc]
 
     Args:
         method: how weights are pruned, e.g. ``pomona.GSM(sparsity=0.9)``; None: hold the module's existing zeros.
-        scope: which weights, by their names in the LightningModule; default: all of two or more dimensions.
+        scope: which weights, by their names in the LightningModule; default: all that a layer multiplies with.
         optimizer: index in ``configure_optimizers``, counted from 0; needed only if there are several. Then ``scope``
             must leave out the weights of the others. Each optimizer may have its own callback.
         harden: whether to write the zeros when training ends. With False call ``callback.pruner.harden()`` yourself.

@@ -38,7 +38,7 @@ class PrunerCallback(TrainerCallback):
 
     Args:
         method: how weights are pruned; None: hold the zeros that the model has when training begins.
-        scope: which weights; default: every trainable weight of two or more dimensions.
+        scope: which weights; default: every trainable weight that a layer multiplies with.
         harden: write exact zeros at the end of training. Without a method they are exact throughout.
 
     Attributes:

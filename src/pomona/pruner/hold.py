@@ -35,7 +35,7 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     Args:
         model: a sparse model.
         optimizer: the one that trains it.
-        scope: where zeros count; default: every trainable weight of two or more dimensions.
+        scope: where zeros count; default: every trainable weight that a layer multiplies with.
 
     Returns:
         The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pomona.computed import check_lengths
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import local, refuse_flat, reshard, working_on
 from pomona.method import Method
@@ -47,7 +48,7 @@ class Pruner:
         optimizer: any ``torch.optim`` optimizer that the method accepts and that evaluates its gradients once per
             step (so not LBFGS); it must hold every weight in scope.
         method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
-        scope: which weights; default: every trainable weight of two or more dimensions.
+        scope: which weights; default: every trainable weight that a layer multiplies with.
         check_every: under ``DistributedDataParallel``, compare the ranks' weights every so many steps, at a few bytes
             per tensor; 0: never.
 
@@ -93,6 +94,7 @@ class Pruner:
         reshard(model)
         selected = self.scope.select(model)
         self._outside = selected.outside
+        self._directions = selected.directions
         self._placement = Placement(model, optimizer, selected.inside, selected.layouts)
         method.check(optimizer, [optimizer.param_groups[i] for i in self._placement.groups()])
         self._check_agreement()
@@ -185,6 +187,8 @@ class Pruner:
         elif is_real:
             with working_on(self._placement.shards):
                 self.method.after_step(self._in_step, self.num_steps)
+            if self._directions:
+                check_lengths({w.name: w.value for w in self._in_step}, self._directions)
         self.mark()
 
     def mark(self) -> None:
@@ -233,6 +237,8 @@ class Pruner:
             same_names(copy, {name: local(p) for name, p in self.parameters().items()})
         if not self.is_hardened:
             masks = self._masks()
+            if self._directions:
+                check_lengths(dict(zip(self._placement.names, masks, strict=True)), self._directions)
             self._warn_of_haste()
             self._warn_of_loss(masks)
             before = float(evaluate()) if evaluate else None
