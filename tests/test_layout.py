@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,3 +384,15 @@ def test_a_weight_norm_is_never_left_to_divide_by_zero(is_gradual: bool) -> None
         RuntimeError, match=r"1 of the 6 vectors that the weight norm of 0\..*Scope\(exclude=\['0\.para"
     ):
         prune(model, torch.randn(4, 8), pomona.Magnitude(0.5, begin=1 if is_gradual else 99))
+
+
+@pytest.mark.parametrize(
+    "model", [Experts(), Experts(is_exchanged=True), InputsFirst(32, 24)], ids=["eoi", "eio", "io"]
+)
+def test_2_4_is_exported_along_the_inputs_and_comes_back(model: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(model)
+    x = torch.randn(4, 32 if isinstance(model, InputsFirst) else 8)
+    prune(model, x, pomona.Magnitude(0.5, granularity="2:4"))
+    pomona.export(model, tmp_path / "x.2of4.safetensors")
+    loaded = pomona.load(tmp_path / "x.2of4.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())

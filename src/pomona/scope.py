@@ -221,6 +221,13 @@ class Scope:
                     )
 
 
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """Full name -> layout, of every parameter of which it is known, tied ones under each of their names."""
+    owned = _owned_by(model).values()
+    known = [(owner.name, layout) for owners in owned if (layout := _layout_of(owners)) for owner in owners]
+    return dict(known)
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a shell pattern fits the parameter of this full name, or the module that owns it."""
     owner = name.rpartition(".")[0]

@@ -44,7 +44,9 @@ def _split(name: str, stored: Stored) -> Parts | None:
     return parts if layouts.is_smaller(parts, stored) else None
 
 
-def _join(shape: tuple[int, ...], values: NDArray[Any], starts: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
+def _join(
+    name: str, shape: tuple[int, ...], values: NDArray[Any], starts: NDArray[Any], columns: NDArray[Any]
+) -> NDArray[Any]:
     check(len(shape) >= 1, "a scalar has no rows")
     rows, width = layouts.matrix_shape(shape)
     starts, columns = integers(starts), integers(columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ Parts = dict[str, tuple[str, NDArray[Any]]]
 """Suffix -> dtype and array."""
 
 
-def write(source: Source, path: Path, name: str, split: Callable[[str, Stored], Parts | None]) -> None:
+def write(
+    source: Source,
+    path: Path,
+    name: str,
+    split: Callable[[str, Stored], Parts | None],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write each tensor as the parts that `split` makes of it, or dense where it makes none.
 
     The metadata say under `shapes` what was split: JSON, name -> shape.
@@ -37,8 +43,8 @@ def write(source: Source, path: Path, name: str, split: Callable[[str, Stored], 
             if key + suffix in tensors:
                 raise ValueError(f"{key} would be stored as {key + suffix!r}, but a tensor has this name; rename one")
             tensors[key + suffix] = part
-    metadata = {"format": name, **source.metadata, "shapes": json.dumps(shapes, separators=(",", ":"))}
-    safetensors.write(path, safetensors.pack(tensors, metadata))
+    said = {"format": name, **source.metadata, "shapes": json.dumps(shapes, separators=(",", ":"))}
+    safetensors.write(path, safetensors.pack(tensors, {**said, **(metadata or {})}))
 
 
 def read(
@@ -48,7 +54,7 @@ def read(
 
     Args:
         suffixes: of the parts; the first is the one whose dtype is the tensor's.
-        join: the dense array from its shape and the parts; raises ValueError if they do not fit together.
+        join: the dense array from its name, its shape and the parts; raises ValueError if they do not fit together.
     """
     metadata, tensors = safetensors.read(path, max_bytes=max_bytes)
     found: dict[str, Stored] = {}
@@ -60,7 +66,7 @@ def read(
             raise FormatError(f"its tensors would take {dense:,} bytes, more than max_bytes={limit:,}")
         for name, shape in shapes.items():
             parts = [tensors.pop(name + suffix) for suffix in suffixes]
-            found[name] = Stored(parts[0][0], join(shape, *(array for _, array in parts)))
+            found[name] = Stored(parts[0][0], join(name, shape, *(array for _, array in parts)))
     except KeyError as error:
         raise FormatError(f"{path}: it has no tensor {error}") from None
     except ValueError as error:
