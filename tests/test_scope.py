@@ -345,9 +345,10 @@ def test_a_tied_parameter_is_pruned_once_under_its_first_name() -> None:
 
 
 def test_a_head_that_is_tied_to_an_embedding_is_an_embedding() -> None:
-    tied = "tied to an embedding (embedding.weight); types or also, with Embedding, takes it in"
+    tied = "tied to an embedding (embedding.weight), which types=[Embedding, ...] or also takes in"
     assert inside(Tied()) == ["mid.weight"]
-    assert Scope().select(Tied()).outside["head.weight"] == tied
+    outside = Scope().select(Tied()).outside
+    assert (outside["head.weight"], outside["embedding.weight"]) == (tied, "an embedding (Embedding)")
     assert inside(Tied(), Scope(types=(nn.Linear,))) == ["mid.weight"]
     assert inside(Tied(), Scope(types=(nn.Linear, nn.Embedding))) == ["embedding.weight", "mid.weight"]
     assert inside(Tied(), Scope(also=("head",))) == ["embedding.weight", "mid.weight"]
@@ -625,7 +626,7 @@ def test_weights_of_unknown_modules_are_named_with_ways_out_that_work() -> None:
 
 
 def test_a_small_table_of_an_unknown_module_is_no_reason_for_a_warning() -> None:
-    model = nn.Sequential(nn.Linear(40, 40), Unknown(4, 4))
+    model = nn.Sequential(nn.Linear(20, 20), Unknown(4, 4))
     assert Scope().select(model).outside["1.w"] == "of Unknown, which is no layer that Pomona knows"
 
 

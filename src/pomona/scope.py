@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from pomona.computed import Computed, find_computed, keeps_zeros, refusal
 from pomona.layout import Layout, Role, role_of
 
-_MATTERS = 0.01  # share of the weights above which what was left out for an unknown layer is warned of
+_TIED = "tied to an embedding"
+_MATTERS = 0.05  # share of the weights above which what was left out for an unknown layer is warned of
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,8 @@ class Scope:
                 reason = f"cannot be pruned: {trouble[0]}"
             elif not any(owner.role.is_known for owner in owners) and reason == owners[0].role.why:
                 unknown[parameter] = owners[0]
-            outside.update(dict.fromkeys((first, *further), reason))
+            for owner in owners:
+                outside[owner.name] = owner.role.why if reason.startswith(_TIED) and owner.role.is_table else reason
         if refused and refuse:
             raise ValueError(refusal(refused))
         self._check_include(owned)
@@ -174,7 +176,7 @@ class Scope:
         if table is not None and table not in of_types:
             name = type(table.module).__name__
             if len(owners) > 1:
-                return f"tied to an embedding ({table.name}); types or also, with {name}, takes it in", None
+                return f"{_TIED} ({table.name}), which types=[{name}, ...] or also takes in", None
             return table.role.why, None
         if table is not None or any(owner.role.multiplies for owner in owners):
             return "", _layout_of(owners)
@@ -320,7 +322,7 @@ def _warn_of_unknown(unknown: Mapping[nn.Parameter, Owned], inside: Mapping[str,
     owners = [unknown[p] for p in sorted(unknown, key=lambda p: -p.numel())]
     shown = ", ".join(f"{owner.name} of {type(owner.module).__name__}" for owner in owners[:3])
     more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
-    patterns = list(dict.fromkeys(re.sub(r"^.*\.", "*.", owner.name) for owner in owners))
+    patterns = list(dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", owner.name) for owner in owners))
     kinds = ", ".join(dict.fromkeys(type(owner.module).__name__ for owner in owners))
     warnings.warn(
         f"{total:,} weights stay dense, because Pomona does not know the modules that they belong to: {shown}{more}. "
