@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import random
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pomona
 from pomona.native import library
@@ -21,6 +24,7 @@ from pomona.runtime import compile as module
 from pomona.runtime import layers
 from pomona.runtime.compile import Choice, Compilation
 from pomona.runtime.layers import sparse_conv2d, sparse_linear
+from pomona.runtime.passed_over import PassedOver
 from tests.networks import NETWORKS, randomised, sparsified
 
 needs_core = pytest.mark.skipif(not library.is_available(), reason="no compiled core")
@@ -150,7 +154,7 @@ def test_what_was_made_of_a_weight_goes_with_it() -> None:
         sparse_linear(torch.randn(1, 3), kept, None, 1)
     for size in range(20):
         sparse_conv2d(torch.randn(1, 2, 4 + size, 4), kept[:, :2, None, None], None, [1, 1], [0, 0], [1, 1], 1, 1)
-    made = layers._made[layers._place(kept)]
+    made = layers._made[layers.place_of(kept)]
     assert len(made.layers) <= layers._ENGINES_PER_WEIGHT
 
 
@@ -407,6 +411,224 @@ def _graph_of(y: Tensor) -> list[str]:
             names.append(type(node).__name__)
             left += [before for before, _ in node.next_functions]
     return names
+
+
+class Operations(TorchDispatchMode):
+    """The operations that run while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return sparsified(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), 0.9).eval()
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {choice.name: choice.reason for choice in model.compilation.layers}
+
+
+@needs_core
+def test_a_layer_that_torchs_fast_path_reads_is_not_said_to_run(all_gain: None) -> None:
+    model, x = encoder(), torch.randn(2, 5, 16)
+    for _ in range(3):
+        compiled = pomona.compile(model, x)
+        assert set(kinds(compiled)) == {"Linear", "NonDynamicallyQuantizableLinear"}
+        assert set(reasons(compiled).values()) == {
+            "not called: TransformerEncoderLayer computes with its weight itself"
+        }
+        assert str(compiled.compilation).splitlines()[-1] == "0 of 6 layers run sparsely"
+        with torch.no_grad(), Operations() as ran:
+            compiled(x)
+        assert ran.names == {"aten._transformer_encoder_layer_fwd.default"}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        compiled = pomona.compile(model, x)
+        with torch.no_grad(), Operations() as ran:
+            close(compiled(x), model(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert compiled.compilation.num_sparse == 4 and "pomona.sparse_linear.default" in ran.names
+    assert reasons(compiled)["layers.0.self_attn.out_proj"].startswith("not called: MultiheadAttention computes")
+
+
+@needs_core
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_the_fast_path_of_padded_batches_too(all_gain: None) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = sparsified(nn.TransformerEncoder(layer, 2), 0.9).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    compiled = pomona.compile(model, (torch.randn(2, 5, 16), {"src_key_padding_mask": padding}))
+    assert set(reasons(compiled).values()) == {"not called: TransformerEncoderLayer computes with its weight itself"}
+
+
+@needs_core
+def test_nested_tensors_are_left_to_torch() -> None:
+    x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    linear = sparsified(nn.Linear(4, 3), 0.5).eval()
+    assert not layers._takes(x) and layers._takes(torch.zeros(1))
+    sparse = copy.deepcopy(linear)
+    sparse.__class__, sparse.threads = layers.SparseLinear, 1
+    for a, b in zip(sparse(x).unbind(), linear(x).unbind(), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_core
+def test_a_layer_whose_sparse_operation_never_runs_goes_back_to_torch(all_gain: None) -> None:
+    """As the hooks of accelerate do it: what is called is the forward of the class that the layer had."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hooked, self.free = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.free(self.hooked(x))
+
+    model = sparsified(Hooked(), 0.5).eval()
+    model.hooked.forward = lambda input: nn.Linear.forward(model.hooked, input)
+    compiled = pomona.compile(model, torch.randn(2, 4))
+    assert kinds(compiled) == ["Linear", "SparseLinear"] and "threads" not in vars(compiled.hooked)
+    assert "forward" in vars(compiled.hooked) and "forward" not in vars(compiled.free)
+    choice = compiled.compilation.layers[0]
+    assert choice.reason.startswith("never run sparsely by the model, though alone ") and not choice.is_sparse
+    assert choice.dense_us is not None and compiled.compilation.num_sparse == 1
+
+
+class Random(nn.Linear):
+    """Draws from all three global sources in evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(1), np.random.rand(), random.random()
+        return super().forward(x)
+
+
+def test_global_random_states_are_left_as_they_are(all_gain: None) -> None:
+    model = sparsified(nn.Sequential(nn.Linear(4, 4), Random(4, 4)), 0.5).eval()
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    compiled = pomona.compile(model, torch.zeros(1, 4))
+    assert compiled.compilation.num_sparse == (2 if library.is_available() else 0)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+class Named(nn.Module):
+    """Takes what models of transformers take: names, some of which may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, parts: Any = ()) -> dict[str, Tensor]:
+        out = {}
+        if x is not None:
+            out["a"] = self.a(input=x)
+        for part in ([] if y is None else [y]) + list(parts):
+            out["b"] = self.b(part)
+        return out
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("example", "called"),
+    [
+        (torch.zeros(1, 4), ["a"]),
+        ((torch.zeros(1, 4), torch.zeros(2, 4)), ["a", "b"]),
+        ((None, torch.zeros(2, 4)), ["b"]),
+        ({"y": torch.zeros(2, 4)}, ["b"]),
+        ({"y": torch.zeros(2, 4), "x": torch.zeros(1, 4)}, ["a", "b"]),
+        ((torch.zeros(1, 4), {"parts": [torch.zeros(2, 4)]}), ["a", "b"]),
+    ],
+)
+def test_examples_of_all_forms(all_gain: None, example: Any, called: list[str]) -> None:
+    model = sparsified(Named(), 0.5).eval()
+    compiled = pomona.compile(model, example)
+    assert [choice.name for choice in compiled.compilation.layers if choice.is_sparse] == called
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        close(compiled(x=x, y=x), model(x=x, y=x))
+
+
+@needs_core
+def test_of_a_wrapped_model_the_plain_one_is_taken(all_gain: None) -> None:
+    model = net()
+    wrapped = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        wrapped(X)  # its code is compiled by now
+        compiled = pomona.compile(wrapped, X)
+        assert compiled.compilation.num_sparse == 3 and list(compiled.state_dict()) == list(model.state_dict())
+        close(torch.compile(compiled, backend="aot_eager")(X), model(X))
+        parts = nn.Sequential(torch.compile(model, backend="aot_eager"), nn.Linear(6, 2)).eval()
+        expected = parts(X)
+        compiled = pomona.compile(parts, X)
+        assert compiled.compilation.num_sparse == 3 and "_orig_mod" not in str(list(compiled.state_dict()))
+        assert "_orig_mod" in str(list(parts.state_dict()))
+        close(compiled(X), expected)
+
+
+class Mixed(nn.Module):
+    """Layers of many kinds, none of which is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4, padding_idx=0)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.back = nn.ConvTranspose1d(4, 4, 1)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.memory = nn.LSTM(4, 4, batch_first=True)
+        self.experts = nn.Parameter(torch.randn(2, 4, 4))
+        self.dense = nn.Parameter(torch.randn(4, 4))
+        self.head = nn.Linear(4, 9)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.memory(self.back(self.conv(self.embed(x).mT)).mT)[0]
+        return self.head(self.attention(x, x, x)[0] @ self.experts.sum(0) @ self.dense)
+
+
+def test_weights_with_zeros_that_are_passed_over_are_listed() -> None:
+    model = sparsified(Mixed(), 0.5).eval()
+    with torch.no_grad():
+        model.dense.fill_(1)  # no zeros: no loss
+        model.experts.fill_(1)[0, 0, :2] = 0
+    compiled = pomona.compile(model, torch.tensor([[1, 2, 3]]))
+    found = {one.name: (one.kind, one.reason) for one in compiled.compilation.passed_over}
+    assert found == {
+        "conv.weight": ("Conv1d", "there is no sparse operation for a Conv1d"),
+        "back.weight": ("ConvTranspose1d", "there is no sparse operation for a ConvTranspose1d"),
+        "attention.in_proj_weight": ("MultiheadAttention", "MultiheadAttention multiplies with it itself"),
+        "memory.weight_ih_l0": ("LSTM", "torch's own LSTM multiplies with it"),
+        "memory.weight_hh_l0": ("LSTM", "torch's own LSTM multiplies with it"),
+        "experts": ("Mixed", "only a Mixed knows what it computes with it"),
+    }
+    (experts,) = (one for one in compiled.compilation.passed_over if one.name == "experts")
+    assert (experts.num_zeros, experts.num_weights) == (2, 32)
+    lines = str(compiled.compilation).splitlines()
+    assert lines[3].split() == ["not", "looked", "at", "zeros", "of", "a", "why"] and len(lines) == 11
+    assert [choice.name for choice in compiled.compilation.layers] == ["attention.out_proj", "head"]
+    model.head.weight = nn.Parameter(torch.ones(9, 4))  # no longer tied, and the embedding is nobody else's
+    assert pomona.compile(model, torch.tensor([[1]])).compilation.passed_over[1] == PassedOver(
+        "embed.weight", "Embedding", 36, int((model.embed.weight == 0).sum()), "its rows are looked up, not multiplied"
+    )
+
+
+def test_many_of_a_kind_are_one_line() -> None:
+    model = nn.Sequential(*(nn.Conv1d(2, 2, 1) for _ in range(6))).eval()
+    for part in model:
+        part.weight.data[0] = 0
+    text = str(pomona.compile(model, torch.zeros(1, 2, 1)).compilation).splitlines()
+    assert text == [
+        "layer  zeros  dense us  sparse us  choice",
+        "not looked at        zeros  of a    why",
+        "0.weight and 5 more  50.0%  Conv1d  there is no sparse operation for a Conv1d",
+        "0 of 0 layers run sparsely",
+    ]
 
 
 def test_without_the_core_nothing_is_replaced() -> None:

@@ -9,7 +9,8 @@ import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,13 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pomona.example import Example, randomness_kept
 from pomona.native import library
 from pomona.pages.text import table
 from pomona.runtime.graph import Shape
-from pomona.runtime.layers import Within, forget, padding_of, sparse_kind_of
+from pomona.runtime.layers import Within, counted, forget, padding_of, place_of, sparse_kind_of
+from pomona.runtime.passed_over import PassedOver, listing, passed_over
+from pomona.torch_compile import plain, unwrap_
 
 _GAIN = 0.95  # a replaced layer takes at most this share of the dense one's time, so that noise replaces nothing
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 0.1  # of measuring one layer at one shape
+_FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # compute with weights of layers inside of them
 
 
 Replaced = tuple[nn.Conv2d | nn.Linear, type[nn.Module], type[nn.Module]]  # a layer, its class, and the sparse one
@@ -59,6 +64,8 @@ class Compilation:
     layers: tuple[Choice, ...]
     whole_us: tuple[float, float] | None = None
     """Microseconds per call of the whole model, without and with its sparse layers; None if no layer gains alone."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """Weights with zeros of all other layers, which stay in torch."""
 
     @property
     def num_sparse(self) -> int:
@@ -71,7 +78,8 @@ class Compilation:
         if self.whole_us:
             dense, sparse = self.whole_us
             summary += f"; the whole model takes {sparse:.1f} us with sparse layers, {dense:.1f} without"
-        return f"{table(rows, right=(1, 2, 3))}\n{summary}"
+        tables = [table(rows, right=(1, 2, 3)), *([listing(self.passed_over)] if self.passed_over else [])]
+        return "\n".join([*tables, summary])
 
 
 def _row(choice: Choice) -> tuple[str, ...]:
@@ -80,25 +88,31 @@ def _row(choice: Choice) -> tuple[str, ...]:
     return choice.name, f"{100 * choice.sparsity:.1f}%", *times, f"{kind}: {choice.reason}"
 
 
-def compile(model: nn.Module, example: Tensor | Sequence[Any], *, threads: int | None = None) -> nn.Module:
+def compile(model: nn.Module, example: Any, *, threads: int | None = None) -> nn.Module:
     """A copy of ``model`` in which the layers that gain from their zeros are executed sparsely.
 
-    Every ``Conv2d`` and ``Linear`` with zeros is measured at the shapes that it sees in ``model(example)``: the torch
-    layer and the sparse one run in turns, and their medians are compared. A layer is replaced if the sparse one is
-    faster by more than 5 %. If the whole model is then no faster, all layers stay in torch; measured alone, a layer
-    finds its input in the cache, so it can gain there and not here. Print ``compiled.compilation`` to see the choices
-    and the reasons. A subclass keeps its own ``forward``: calls of ``conv2d`` or ``linear`` in it that take exactly its
-    weight are executed sparsely.
+    Every ``Conv2d`` and ``Linear`` with zeros is measured at the shapes that it sees when the model runs the example:
+    the torch layer and the sparse one run in turns, and their medians are compared. A layer is replaced if the sparse
+    one is faster by more than 5 %. Then the model runs once as it will be used, without gradients and without hooks of
+    ours, and a layer whose zeros were not skipped in it goes back to torch. If the whole model is then no faster, all
+    layers stay in torch; measured alone, a layer finds its input in the cache, so it can gain there and not here.
+    Print ``compiled.compilation`` to see the choices and the reasons, and the weights with zeros of other layers. A
+    subclass keeps its own ``forward``: calls of ``conv2d`` or ``linear`` in it that take exactly its weight are
+    executed sparsely.
 
     The copy shares all parameters and buffers with ``model`` (as ``torch.compile`` does), has the same module names and
     the same ``state_dict()``. It follows any change of the weights that torch's version counters record: optimizers,
     ``load_state_dict``, in-place operations, another tensor in their place. Torch does not record writes through
     ``weight.data``, so these are not noticed. In training mode, on other devices and in other dtypes than float32, a
-    replaced layer does what it did before. In eval mode its gradients are those of the dense layer.
+    replaced layer does what it did before. In eval mode its gradients are those of the dense layer. Of a model that
+    ``torch.compile`` has wrapped, as a whole or in parts, the plain model is taken; wrap the copy again. Global random
+    states are left as they are.
 
     Args:
         model: any module on the CPU, in eval mode.
-        example: its input, or a sequence of its arguments, with the shapes for which it should be fast.
+        example: what it is called with, with the shapes for which it should be fast: a tensor; a dictionary of keyword
+            arguments; or a tuple or list of arguments, whose last element, if it is a dictionary, holds the keyword
+            arguments.
         threads: how many threads a sparse layer may use. Default: ``torch.get_num_threads()``.
 
     Raises:
@@ -113,64 +127,117 @@ def compile(model: nn.Module, example: Tensor | Sequence[Any], *, threads: int |
         >>> compiled.state_dict().keys() == model.state_dict().keys()
         True
     """
+    model = plain(model)
     if model.training:
         raise ValueError("pomona.compile takes a model in eval mode: call model.eval() first")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    arguments = (example,) if isinstance(example, Tensor) else tuple(example)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     compiled = copy.deepcopy(model, shared)
-    calls = _calls(compiled, arguments)
-    choices = []
-    replaced: list[Replaced] = []
-    for name, layer in compiled.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            kind = type(layer)
-            choice = _choose(name, layer, calls.get(name, Counter()), threads or torch.get_num_threads())
-            choices.append(choice)
-            if choice.is_sparse:
-                replaced.append((layer, kind, type(layer)))
-    whole = None
-    if replaced:
-        dense, sparse = whole = _race(replaced, partial(compiled, *arguments))
-        if sparse >= max(_GAIN, 1.0) * dense:
-            _switch(replaced, False)
-            for layer, _, _ in replaced:
-                del layer.threads
-                forget(layer.weight)
-            lost = f"alone it gains, but the whole model takes {sparse:.0f} us instead of {dense:.0f}"
-            choices = [replace(c, is_sparse=False, reason=lost) if c.is_sparse else c for c in choices]
-    compiled.compilation = Compilation(tuple(choices), whole)  # type: ignore[assignment]  # modules have any attributes
+    unwrap_(compiled)
+    called = Example.of(example)
+    with randomness_kept(), torch.no_grad():
+        run = partial(compiled, *called.args, **called.kwargs)
+        compilation = _compile_(compiled, run, threads or torch.get_num_threads())
+    compiled.compilation = compilation  # type: ignore[assignment]  # modules have any attributes
     return compiled
 
 
-def _calls(model: nn.Module, arguments: Sequence[Any]) -> dict[str, Counter[Shape]]:
-    """How often each layer is called with each input shape."""
-    calls: dict[str, Counter[Shape]] = {}
+def _compile_(model: nn.Module, run: Callable[[], Any], threads: int) -> Compilation:
+    """Replace layers of the model, and say which; ``run`` calls it with the example."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    calls = _calls(model, layers, run)
+    choices, replaced = {}, {}
+    for name, layer in layers.items():
+        kind = type(layer)
+        idle = _reader_of(model, name, calls) or "not called with the example"
+        choices[name] = _choose(name, layer, calls[name], threads, idle)
+        if choices[name].is_sparse:
+            replaced[name] = (layer, kind, type(layer))
+    for name in _never_sparse(replaced, run):
+        _put_back([replaced.pop(name)])
+        gained = choices[name].reason
+        choices[name] = replace(
+            choices[name], is_sparse=False, reason=f"never run sparsely by the model, though alone {gained}"
+        )
+    whole = None
+    if replaced:
+        dense, sparse = whole = _race(list(replaced.values()), run)
+        if sparse >= max(_GAIN, 1.0) * dense:
+            _put_back(list(replaced.values()))
+            lost = f"alone it gains, but the whole model takes {sparse:.0f} us instead of {dense:.0f}"
+            choices |= {name: replace(choices[name], is_sparse=False, reason=lost) for name in replaced}
+    return Compilation(tuple(choices.values()), whole, passed_over(model, list(layers.values())))
 
-    def record(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
-                calls.setdefault(name, Counter())[tuple(inputs[0].shape)] += 1
 
-        return hook
-
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers]
-    try:
-        with torch.no_grad():
-            model(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _calls(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, Counter[Shape]]:
+    """How often each layer is called with each input shape, and so the modules that may read a layer's weight."""
+    readers = {name: m for name, m in model.named_modules() if isinstance(m, _FAST_PATHS)}
+    calls: dict[str, Counter[Shape]] = {name: Counter() for name in (*layers, *readers)}
+    with _recording(layers, calls), _recording(readers, calls):
+        run()
     return calls
 
 
-def _choose(name: str, layer: nn.Conv2d | nn.Linear, calls: Counter[Shape], threads: int) -> Choice:
-    """Decide about one layer, and replace it in place if it gains."""
+@contextmanager
+def _recording(modules: Mapping[str, nn.Module], calls: Mapping[str, Counter[Shape]]) -> Iterator[None]:
+    """Count calls by the shape of the input. Not by hooks: where there are any, torch leaves out its fast paths."""
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
+    for name, module in modules.items():
+        vars(module)["forward"] = _recorded(module.forward, calls[name], has_shape=not isinstance(module, _FAST_PATHS))
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            del vars(module)["forward"]
+            if before[name] is not None:
+                vars(module)["forward"] = before[name]
+
+
+def _recorded(forward: Callable[..., Any], calls: Counter[Shape], *, has_shape: bool) -> Callable[..., Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        given = next(iter((*args, *kwargs.values())), None)
+        if not has_shape:
+            calls[()] += 1
+        elif isinstance(given, Tensor) and not given.is_nested:
+            calls[tuple(given.shape)] += 1
+        return forward(*args, **kwargs)
+
+    return recorded
+
+
+def _reader_of(model: nn.Module, name: str, calls: Mapping[str, Counter[Shape]]) -> str | None:
+    """Why a layer is not called, if a module around it, which is called, computes with the layer's weight itself."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, _FAST_PATHS) and calls[name]:
+            return f"not called: {type(module).__name__} computes with its weight itself"
+    return None
+
+
+def _never_sparse(replaced: Mapping[str, Replaced], run: Callable[[], Any]) -> list[str]:
+    """The layers whose zeros are not skipped when the model runs as its users run it."""
+    if not replaced:
+        return []
+    _switch(list(replaced.values()), True)
+    with counted() as counts:
+        run()
+    return [name for name, (layer, _, _) in replaced.items() if not counts[place_of(layer.weight)]]
+
+
+def _put_back(layers: Sequence[Replaced]) -> None:
+    _switch(layers, False)
+    for layer, _, _ in layers:
+        del layer.threads
+        forget(layer.weight)
+
+
+def _choose(name: str, layer: nn.Conv2d | nn.Linear, calls: Counter[Shape], threads: int, idle: str) -> Choice:
+    """Decide about one layer, and replace it in place if it gains; ``idle`` is the reason if it is not called."""
     weight = layer.weight
     sparsity = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
-    reason = _why_not(layer, calls)
+    reason = _why_not(layer, calls) if calls or not library.is_available() else idle
     if reason is not None or sparsity == 0:
         return Choice(name, sparsity, dict(calls), None, None, False, reason or "no zeros")
     kind = type(layer)
@@ -191,8 +258,6 @@ def _choose(name: str, layer: nn.Conv2d | nn.Linear, calls: Counter[Shape], thre
 def _why_not(layer: nn.Conv2d | nn.Linear, calls: Counter[Shape]) -> str | None:
     if not library.is_available():
         return f"no compiled core ({library.why_not()})"
-    if not calls:
-        return "not called with the example"
     if not layer.weight.is_cpu or layer.weight.dtype != torch.float32:
         return f"{layer.weight.dtype} on {layer.weight.device}, not float32 on the CPU"
     if type(layer) not in (nn.Conv2d, nn.Linear):

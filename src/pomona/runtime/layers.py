@@ -9,8 +9,9 @@ and made again when the memory or the version counter of the tensor shows that i
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ class SparseConv2d(nn.Conv2d):
 
     threads: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or x.ndim != 4 or not _takes(x, self.weight, self.bias):
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:  # torch's name: a model may call layer(input=x)
+        if self.training or input.ndim != 4 or not _takes(input, self.weight, self.bias):
+            return super().forward(input)
         padding = padding_of(self)
         assert padding is not None
-        return sparse_conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.threads)
+        settings = self.stride, padding, self.dilation, self.groups, self.threads
+        return sparse_conv2d(input, self.weight, self.bias, *settings)
 
 
 class SparseLinear(nn.Linear):
@@ -45,10 +47,10 @@ class SparseLinear(nn.Linear):
 
     threads: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or x.ndim == 0 or not _takes(x, self.weight, self.bias):
-            return super().forward(x)
-        return sparse_linear(x, self.weight, self.bias, self.threads)
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training or input.ndim == 0 or not _takes(input, self.weight, self.bias):
+            return super().forward(input)
+        return sparse_linear(input, self.weight, self.bias, self.threads)
 
 
 # The sparse class of each class of layers; those of subclasses are added when they are first asked for.
@@ -128,7 +130,12 @@ def _new_within(kind: type[nn.Module]) -> nn.Module:
 
 
 def _takes(*tensors: Tensor | None) -> bool:
-    return all(t is None or (t.device.type == "cpu" and t.dtype is torch.float32) for t in tensors)
+    return all(t is None or (t.device.type == "cpu" and t.dtype is torch.float32 and _is_plain(t)) for t in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor: the fast path of torch's transformers makes nested ones of padded batches."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 # The operations. Defined by a `Library`: calls of a `custom_op` take 10 us longer.
@@ -259,8 +266,22 @@ class _Made:
         return not self._storage.expired()  # type: ignore[no-untyped-call]
 
 
-_made: dict[tuple[int, int], _Made] = {}  # by storage and address
+Place = tuple[int, int]  # of a weight in memory: storage and address
+
+_made: dict[Place, _Made] = {}
 _made_lock = threading.Lock()
+_counts: Counter[Place] | None = None  # of sparse operations by their weights, while somebody counts
+
+
+@contextmanager
+def counted() -> Iterator[Counter[Place]]:
+    """Count how often the zeros of each weight are skipped, by :func:`place_of` the weight."""
+    global _counts
+    _counts = Counter()
+    try:
+        yield _counts
+    finally:
+        _counts = None
 
 
 def _layer(
@@ -271,12 +292,14 @@ def _layer(
         return None
     state = (_state(weight), None if bias is None else _state(bias), op, shape, threads, settings)
     with _made_lock:
-        made = _made.get(_place(weight))
+        made = _made.get(place_of(weight))
         layer = made.layers.get(state) if made is not None and made.is_alive() else None
+        if _counts is not None:
+            _counts[place_of(weight)] += 1
         return _make(weight, bias, state) if layer is None else layer
 
 
-def _place(weight: Tensor) -> tuple[int, int]:
+def place_of(weight: Tensor) -> Place:
     return weight.untyped_storage()._cdata, weight.data_ptr()
 
 
@@ -295,7 +318,7 @@ def _make(weight: Tensor, bias: Tensor | None, state: tuple[Any, ...]) -> _Layer
     layer = _Layer(Graph((shape,), (node,), (1,)), tensors, threads)
     for place in [place for place, made in _made.items() if not made.is_alive()]:
         del _made[place]
-    made = _made.setdefault(_place(weight), _Made(weight))
+    made = _made.setdefault(place_of(weight), _Made(weight))
     for old in [old for old in made.layers if old[0] != state[0]]:
         del made.layers[old]  # of the weight as it was before
     made.layers[state] = layer
@@ -306,7 +329,7 @@ def _make(weight: Tensor, bias: Tensor | None, state: tuple[Any, ...]) -> _Layer
 
 def forget(weight: Tensor) -> None:
     with _made_lock:
-        _made.pop(_place(weight), None)
+        _made.pop(place_of(weight), None)
 
 
 def _pair(x: Sequence[int]) -> Pair:
