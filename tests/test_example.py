@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import UserDict
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pomona.example import Example, evaluating, randomness_kept
+from pomona.example import Example, Returned, evaluating, randomness_kept, returning_tensors
 
 X, Y = torch.zeros(1), torch.ones(1)
 
@@ -72,3 +73,38 @@ def test_random_states_and_modes_are_as_before_also_after_an_error() -> None:
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     assert [part.training for part in model.modules()] == [True, True, False]
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any = None
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    states: tuple[Any, ...] = ()
+    cache: object = None
+
+
+def test_what_a_model_returns_has_names_and_what_is_no_tensor_is_named() -> None:
+    returned = Returned.of({"out": Output(X, (Y, Pair(X, Y)), {1}), "loss": None})
+    assert list(returned.tensors) == ["out_logits", "out_states_0", "out_states_1_first", "out_states_1_second"]
+    assert returned.left_out == {"out_cache": "set"}
+    assert Returned.of(X).tensors == {"": X} and list(Returned.of([X, Y]).tensors) == ["0", "1"]
+
+
+def test_a_model_returns_tensors_for_a_while() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Output:
+            return Output(x, (x,), "cache")
+
+    model = Model()
+    with returning_tensors(model) as left_out:
+        assert model(X) == (X, X) and left_out == {"cache": "str"}
+        assert list(Example.of({"x": X}).named(model)) == ["x"]
+    assert isinstance(model(X), Output) and "forward" not in vars(model)
+    model.forward = lambda x: [x]  # as accelerate and others put it there
+    with returning_tensors(model):
+        assert model(X) == (X,)
+    assert model(X) == [X]

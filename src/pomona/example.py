@@ -1,7 +1,9 @@
-"""A model run on the side: what it is called with, and no trace of the run left behind."""
+"""A model run on the side: what it is called with, what it returns, and no trace of the run left behind."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -118,3 +120,69 @@ def randomness_kept() -> Iterator[None]:
         torch.set_rng_state(torchs)
         np.random.set_state(numpys)
         random.setstate(pythons)
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a model returned.
+
+    Attributes:
+        tensors: by name: the key of a dictionary, the field of a dataclass, the place in a tuple, joined by ``_``.
+        left_out: name -> class of what is no tensor, such as the cache of a language model; None is nothing.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, outputs: Any) -> Returned:
+        """Sort what a call of a model gave."""
+        found = cls()
+        for name, value in _parts("", outputs):
+            if isinstance(value, Tensor):
+                found.tensors[name] = value
+            elif value is not None:
+                found.left_out[name] = type(value).__name__
+        return found
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    inside: dict[Any, Any]
+    if isinstance(value, Mapping):
+        inside = dict(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inside = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        inside = dict(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        inside = dict(enumerate(value))
+    else:
+        yield name, value
+        return
+    for key, part in inside.items():
+        yield from _parts(f"{name}_{key}" if name else str(key), part)
+
+
+@contextmanager
+def returning_tensors(model: nn.Module) -> Iterator[dict[str, str]]:
+    """For a while the model returns a tensor, or a tuple of all its tensors, as exporters take it.
+
+    Yields the names and classes of what that leaves out (:class:`Returned`), known once the model has been called.
+    """
+    own, forward = vars(model).get("forward"), model.forward
+    left_out: dict[str, str] = {}
+
+    @functools.wraps(forward)
+    def returning(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        outputs = forward(*args, **kwargs)
+        returned = Returned.of(outputs)
+        left_out.update(returned.left_out)
+        return outputs if isinstance(outputs, Tensor) else tuple(returned.tensors.values())
+
+    vars(model)["forward"] = returning
+    try:
+        yield left_out
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own

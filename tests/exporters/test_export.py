@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pomona
+import pomona.runtime
 from pomona.exporters import FORMATS, FormatError
 from pomona.exporters import onnx as onnx_format
 from pomona.files.quantize import Quantization
@@ -204,6 +205,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (lambda: pomona.export({}, path, quantize="k-means:4", evaluate=lambda: 1.0), ValueError, "in a module"),
         (lambda: pomona.export(model.state_dict(), path, example=IMAGES), ValueError, "a state dict does not say that"),
         (lambda: pomona.export(model, path, "onnx"), ValueError, "export needs example="),
+        (lambda: pomona.export(model, path, dynamic_shapes={}), ValueError, "is for format 'onnx', got 'pomona'"),
         (lambda: pomona.export([1], path), TypeError, "a module or a state dict, got list"),
         (lambda: pomona.load(tmp_path / "missing"), FileNotFoundError, "missing"),
     ]
@@ -288,6 +290,91 @@ def test_with_an_example_the_file_runs_without_torch(quantize: Quantization | No
     )
 
 
+def test_a_network_that_the_runtime_cannot_run_is_refused_with_two_ways_out(tmp_path: Path) -> None:
+    model, path = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)).eval(), tmp_path / "x.pomona.safetensors"
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    ways = r"pomona.compile\(model, example\) takes any model, .* Leave out example= to write the file without a graph"
+    with pytest.raises(ValueError, match=rf"cannot run aten.embedding.default in 0; {ways}"):
+        pomona.export(model, path, example=tokens)
+    with pytest.raises(ValueError, match=rf"example 0 must be a tensor of .* 2 to 5 dimensions, .*; {ways}"):
+        pomona.export(nn.EmbeddingBag(9, 4), path, example=tokens[0])
+    assert not path.exists()
+    pomona.export(model, path)  # as the message advises
+    assert same(pomona.load(path), dict(model.state_dict()))
+
+
+class Gated(nn.Module):
+    """Takes and returns dictionaries, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, *, gate: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.a(x) * self.b(gate).sigmoid()}
+
+
+def test_examples_by_name_for_a_file_that_runs(tmp_path: Path) -> None:
+    model, path = pruned(Gated(), 0.5), tmp_path / "x.pomona.safetensors"
+    x, gate = torch.randn(3, 4), torch.randn(3, 5)
+    wanted = model(x, gate=gate)["logits"].detach().numpy()
+    for example in ({"gate": gate, "x": x}, (x, {"gate": gate}), (x, None, {"gate": gate})):
+        pomona.export(model, path, example=example, calibrate=example)
+        network = pomona.runtime.load(path)
+        assert np.abs(network.run(x.numpy(), gate.numpy()) - wanted).max() < 1e-6
+        assert network.calibrated(x.numpy(), gate.numpy()).graph.ranges == network.graph.ranges
+    with pytest.raises(TypeError, match=r"does not fit Gated.forward: missing a required.* argument: 'gate'"):
+        pomona.export(model, path, example=x)
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("format", ["pomona", "safetensors"])
+def test_files_hold_the_plain_names_of_a_model_that_torch_compiled(format: str, tmp_path: Path) -> None:
+    model, path = small(), tmp_path / f"x{SUFFIX[format]}"
+    parts = nn.Sequential(*(wrapped(part) if isinstance(part, nn.Linear) else part for part in model))
+    for given in (wrapped(model), parts, wrapped(parts), wrapped(model).state_dict()):
+        pomona.export(given, path)
+        assert same(pomona.load(path), dict(model.state_dict()))
+    assert "4._orig_mod.weight" in parts.state_dict()
+    safetensors.torch.save_file(wrapped(parts).state_dict(), tmp_path / "old")  # by torch's names
+    for file in (path, tmp_path / "old"):
+        for other in (small(), wrapped(small()), nn.Sequential(*(wrapped(part) for part in small()))):
+            for tensor in other.state_dict().values():
+                tensor.fill_(7)
+            assert pomona.load(file, other) is other
+            for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_a_model_that_torch_compiled_runs_from_its_file_and_is_measured(tmp_path: Path) -> None:
+    model, path = small(), tmp_path / "x.pomona.safetensors"
+    given = wrapped(model)
+    told = pomona.export(
+        given, path, example=IMAGES, quantize="k-means:4", evaluate=lambda: len(model[4].weight.unique())
+    )
+    assert told.accuracy_before > 100 and told.accuracy_after <= 5
+    pomona.load(path, model)
+    wanted = model.eval()(IMAGES).detach().numpy()
+    assert np.abs(pomona.runtime.load(path).run(IMAGES.numpy()) - wanted).max() <= 1e-2 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "dense_bytes", "words"),
+    [
+        (50, 1000, "50 bytes (csr), 20.0 times smaller than the 1,000 of the dense tensors"),
+        (990, 1000, "990 bytes (csr), about as large as the 1,000 of the dense tensors"),
+        (2000, 1000, "2,000 bytes (csr), 2.0 times as large as the 1,000 of the dense tensors"),
+        (20, 0, "20 bytes (csr), beside the 0 of the dense tensors"),
+    ],
+)
+def test_a_file_larger_than_its_tensors_is_said_to_be_larger(num_bytes: int, dense_bytes: int, words: str) -> None:
+    told = pomona.Exported(Path("x"), "csr", num_bytes, dense_bytes, 0.5, notes=("and more",))
+    assert str(told) == f"x: {words}; 50.00 % of the weights are zero\nand more"
+
+
 def test_names_with_an_at_are_refused_with_a_graph(tmp_path: Path) -> None:
     model = nn.Sequential()
     model.add_module("a@b", nn.Linear(2, 2))
@@ -321,6 +408,9 @@ def test_onnx_gives_the_same_outputs_and_stores_sparse_initializers(tmp_path: Pa
     (outputs,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
     wanted = model.eval()(IMAGES).detach().numpy()
     assert np.abs(outputs - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    assert told.notes == ("inputs: input (batch, 1, 8, 8)",) and str(told).endswith("\ninputs: input (batch, 1, 8, 8)")
+    (one,) = session.run(None, {session.get_inputs()[0].name: IMAGES[:1].numpy()})
+    assert np.abs(one - wanted[:1]).max() <= 1e-5 * np.abs(wanted).max()
 
 
 class _Refuses:
@@ -356,7 +446,7 @@ def test_onnx_stays_dense_where_the_runtime_refuses_and_says_so(
         refusing = _Refuses(always=always)
         monkeypatch.setattr(onnx_format, "_import", lambda n, p, r=refusing: r if n == "onnxruntime" else find(n, p))
         if always:
-            with pytest.raises(RuntimeError, match="no sparse tensors here"):
+            with pytest.raises(ValueError, match="does not reproduce the model: no sparse tensors here"):
                 pomona.export(small(), tmp_path / "y.onnx", example=IMAGES)
             assert not (tmp_path / "y.onnx").exists()
         else:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from pomona.runtime import reference
+from pomona.runtime import Network, reference
 from pomona.runtime.readers.trace import UnsupportedError, trace
 from pomona.zoo.models import build_model
 from tests.networks import NETWORKS, conv_norm, randomised, sparsified
@@ -304,3 +305,32 @@ def test_integers_are_inputs_that_operations_of_floats_refuse() -> None:
 
 def test_values_of_four_dimensions() -> None:
     check(Lambda(lambda x: F.silu(x + x.tanh()).flatten(1)), (2, 3, 4, 5))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, gate: None = None, *, y: Tensor, cache: bool = False) -> dict[str, Any]:
+        return {"sum": self.a(x) + self.b(y), "cache": {1} if cache else None}
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_keyword_arguments_are_inputs_in_the_order_of_forward(wrap: bool) -> None:
+    model = Two().eval()
+    given = torch.compile(model, backend="eager") if wrap else model
+    x, y = torch.randn(2, 4), torch.randn(2, 5)
+    for example in ({"y": y, "x": x}, (x, None, {"y": y})):
+        graph, tensors = trace(given, example)
+        assert graph.inputs == ((4,), (5,)) and set(tensors) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+        network = Network.from_model(given, example)
+        assert np.allclose(network.run(x.numpy(), y.numpy()), model(x, y=y)["sum"].detach(), atol=1e-6)
+    model.forward = lambda x: {"x": x.relu(), "cache": {1}}  # type: ignore[assignment]
+    with pytest.raises(UnsupportedError, match=r"the model returns cache \(set\), which is no value of a graph"):
+        trace(given, x)
+
+
+def test_what_is_no_tensor_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UnsupportedError, match=r"got True. The runtime takes no other inputs; pomona.compile\(model"):
+        trace(Two(), {"x": torch.zeros(1, 4), "y": torch.zeros(1, 5), "cache": True})

@@ -82,9 +82,10 @@ def _run(options: argparse.Namespace) -> int:
         given = example if is_graph or not options.no_graph else None
         print(pomona.export(model, options.out, options.format, example=given, calibrate=calibrate, **arguments))
     except UnsupportedError as error:
+        why = error.__cause__ or error  # without the advice to leave out example=, which is done here
         if options.calibrate:
-            raise ValueError(f"--calibrate needs the graph of the network: {error}") from None
-        warnings.warn(f"the file holds tensors only, for pomona.load: {error}", stacklevel=1)
+            raise ValueError(f"--calibrate needs the graph of the network: {why}") from None
+        warnings.warn(f"the file holds tensors only, for pomona.load: {why}", stacklevel=1)
         print(pomona.export(model, options.out, options.format, **arguments))
     return 0
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from torch import Tensor, nn
 
 from pomona._version import __version__
+from pomona.example import Example, evaluating
 from pomona.exporters import bitmask, csr, mnn, onnx, plain, pomona_file, two_four
 from pomona.exporters.channels import shrink
 from pomona.exporters.source import Exported, Source, from_state, sparsity, to_tensors
@@ -22,6 +23,7 @@ from pomona.files.quantize import Quantization, half
 from pomona.files.quantize import quantize as quantized
 from pomona.files.safetensors import FormatError, read_metadata
 from pomona.files.stored import Stored
+from pomona.torch_compile import plain_names, unwrapped
 
 if TYPE_CHECKING:
     from pomona.pruner import Pruner
@@ -60,8 +62,9 @@ def export(
     quantize: str | Quantization | None = None,
     evaluate: Callable[[], float] | None = None,
     graph: Any = None,
-    example: Tensor | tuple[Any, ...] | None = None,
-    calibrate: Tensor | tuple[Any, ...] | None = None,
+    example: Any = None,
+    calibrate: Any = None,
+    dynamic_shapes: Any = None,
     pruner: Pruner | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
@@ -78,16 +81,24 @@ def export(
         evaluate: returns the model's accuracy (any number). It is called before and after quantisation, the second
             time with the quantised weights in the model. Both numbers are in the file and in the result.
         graph: what the network computes (`pomona.runtime.graph`), if you already have it; format "pomona".
-        example: an input with the batch in front, or a tuple of them. Format "pomona": the graph is traced, and the
-            file runs without torch (`pomona.runtime.load`). "onnx" and "mnn" need it.
-        calibrate: inputs of a few dozen typical samples. The file then also holds the ranges of all values on them,
-            and can be run in 16-bit fixed point (`pomona.runtime.load(path, precision="int16")`); format "pomona",
-            with a graph.
+        example: what the model is called with, batch in front: a tensor; a dictionary of keyword arguments; or a tuple
+            or list of arguments, whose last element, if it is a dictionary, holds the keyword arguments. Format
+            "pomona": the graph is traced, and the file runs without torch (`pomona.runtime.load`); a network that the
+            runtime cannot run is an error, and without an example the file holds its tensors. "onnx" and "mnn" need it.
+        calibrate: the same with a few dozen typical samples. The file then also holds the ranges of all values on
+            them, and can be run in 16-bit fixed point (`pomona.runtime.load(path, precision="int16")`); format
+            "pomona", with a graph.
+        dynamic_shapes: format "onnx": which dimensions are free. By default the batch is, and in tensors of up to three
+            dimensions and of integers every other one that the model leaves free, such as the length of a text.
+            ``{}`` fixes all to those of the example, ``{"input_ids": {0: torch.export.Dim.DYNAMIC}}`` and the like go
+            to `torch.export` as they are.
         pruner: whose method and scope the file is to name.
         metadata: further strings for the file to hold.
 
     Returns:
         What was written; print it.
+
+    Names are those of the model itself, also where `torch.compile` has wrapped it or parts of it.
 
     Raises:
         ValueError: the model or the options do not fit the format; says why.
@@ -106,40 +117,51 @@ def export(
     """
     path = Path(path)
     format = _format_of(path, format)
-    module = model if isinstance(model, nn.Module) else None
-    state: Any = model.state_dict() if isinstance(model, nn.Module) else model
-    if not isinstance(state, Mapping):
+    if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(f"export takes a module or a state dict, got {type(model).__name__}")
-    if evaluate and (quantize is None or module is None):
+    if evaluate and (quantize is None or not isinstance(model, nn.Module)):
         raise ValueError("export(evaluate=...) measures what quantize=... changes, in a module: give both")
-    tensors = from_state(state)
-    dense_bytes = sum(s.dense().nbytes for s in {id(s): s for s in tensors.values()}.values())
-    described = _metadata(tensors, pruner) | dict(metadata or {})
-    before = after = None
-    if quantize is not None:
-        if format != "pomona":
-            raise ValueError(f"quantize={str(quantize)!r} is for format 'pomona', got {format!r}, which cannot hold it")
-        how = Quantization.parse(quantize) if isinstance(quantize, str) else quantize
-        tensors = quantized(tensors, how)
-        described |= {"quantize": str(how), "sparsity": f"{sparsity(tensors):.6g}"}
-        if evaluate and module is not None:
-            before = float(evaluate())
-            with _holding(module, to_tensors(tensors)):
-                after = float(evaluate())
-            described |= {"accuracy_before": f"{before:.10g}", "accuracy_after": f"{after:.10g}"}
-    zeros = sparsity(tensors)
-    inputs = example if isinstance(example, tuple) or example is None else (example,)
-    if format == "pomona" and graph is None and inputs is not None:
-        graph, tensors = _traced(module, inputs, tensors)
-    if calibrate is not None:
-        if graph is None:
-            raise ValueError(
-                "export(calibrate=...) measures the values of a graph: give example= too, and the format 'pomona'"
-            )
-        graph = _calibrated(graph, tensors, calibrate if isinstance(calibrate, tuple) else (calibrate,))
-    graph = graph.to_json() if hasattr(graph, "to_json") else graph
-    FORMATS[format].write(Source(tensors, described, graph, module, inputs), path)
-    return Exported(path, format, path.stat().st_size, dense_bytes, zeros, before, after)
+    if dynamic_shapes is not None and format != "onnx":
+        raise ValueError(f"export(dynamic_shapes=...) is for format 'onnx', got {format!r}")
+    called = None if example is None else Example.of(example)
+    with _opened(model) as (module, tensors):
+        dense_bytes = sum(s.dense().nbytes for s in {id(s): s for s in tensors.values()}.values())
+        described = _metadata(tensors, pruner) | dict(metadata or {})
+        before = after = None
+        if quantize is not None:
+            how = _quantization(quantize, format)
+            tensors = quantized(tensors, how)
+            described |= {"quantize": str(how), "sparsity": f"{sparsity(tensors):.6g}"}
+            if evaluate and module is not None:
+                before = float(evaluate())
+                with _holding(module, to_tensors(tensors)):
+                    after = float(evaluate())
+                described |= {"accuracy_before": f"{before:.10g}", "accuracy_after": f"{after:.10g}"}
+        zeros = sparsity(tensors)
+        if format == "pomona" and graph is None and called is not None:
+            graph, tensors = _traced(module, called, tensors)
+        if calibrate is not None:
+            graph = _calibrated(graph, tensors, module, Example.of(calibrate))
+        graph = graph.to_json() if hasattr(graph, "to_json") else graph
+        source = Source(tensors, described, graph, module, called, dynamic_shapes)
+        notes = FORMATS[format].write(source, path) or ()
+    return Exported(path, format, path.stat().st_size, dense_bytes, zeros, before, after, notes)
+
+
+@contextmanager
+def _opened(model: nn.Module | Mapping[str, Any]) -> Iterator[tuple[nn.Module | None, dict[str, Stored]]]:
+    """The model, if it is one, and its tensors, all with plain names for a while."""
+    if not isinstance(model, nn.Module):
+        yield None, from_state(plain_names(model))
+        return
+    with unwrapped(model) as module:
+        yield module, from_state(module.state_dict())
+
+
+def _quantization(quantize: str | Quantization, format: str) -> Quantization:
+    if format != "pomona":
+        raise ValueError(f"quantize={str(quantize)!r} is for format 'pomona', got {format!r}, which cannot hold it")
+    return Quantization.parse(quantize) if isinstance(quantize, str) else quantize
 
 
 def _format_of(path: Path, format: str | None) -> str:
@@ -162,39 +184,43 @@ def _metadata(tensors: Mapping[str, Stored], pruner: Pruner | None) -> dict[str,
     return metadata
 
 
-def _traced(
-    module: nn.Module | None, inputs: tuple[Any, ...], tensors: Mapping[str, Stored]
-) -> tuple[Any, dict[str, Stored]]:
+def _traced(module: nn.Module | None, example: Example, tensors: Mapping[str, Stored]) -> tuple[Any, dict[str, Stored]]:
     """The graph of the module with these tensors in it, and the tensors with those that the graph adds.
 
     Their names have an ``@`` in them: batch norms as scale and shift, say. ``load`` leaves them out.
     """
-    from pomona.runtime.readers.trace import trace
+    from pomona.runtime.readers.trace import UnsupportedError, trace
 
     if module is None:
         raise ValueError("export(example=...) traces what a module computes; a state dict does not say that")
     taken = [name for name in tensors if "@" in name]
     if taken:
         raise ValueError(f"export(example=...) keeps names with an '@' for itself, but the model has {taken[0]!r}")
-    modes = {part: part.training for part in module.modules()}
     try:
-        with _holding(module, to_tensors(tensors)):
-            graph, used = trace(module.eval(), inputs, folded=False)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+        with _holding(module, to_tensors(tensors)), evaluating(module):
+            graph, used = trace(module, example, folded=False)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"{error}. Leave out example= to write the file without a graph; it then holds the tensors, for pomona.load"
+        ) from error
     is_exact = all(not s.storage for s in tensors.values())
     derived = {name: Stored("F32", array) for name, array in used.items() if name not in tensors}
     return graph, {**tensors, **(derived if is_exact else {name: half(s) for name, s in derived.items()})}
 
 
-def _calibrated(graph: Any, tensors: Mapping[str, Stored], inputs: tuple[Any, ...]) -> Any:
+def _calibrated(graph: Any, tensors: Mapping[str, Stored], module: nn.Module | None, samples: Example) -> Any:
     """The graph with ranges, as it will be computed with what the file holds."""
     from pomona.runtime import Graph
     from pomona.runtime.network import tensors_of
     from pomona.runtime.ranges import with_ranges
 
+    if graph is None:
+        raise ValueError(
+            "export(calibrate=...) measures the values of a graph: give example= too, and the format 'pomona'"
+        )
     graph = graph if isinstance(graph, Graph) else Graph.from_json(graph)
+    given = samples if module is None else samples.in_order(module)
+    inputs = [x for x in (*given.args, *given.kwargs.values()) if x is not None]
     arrays = [x.detach().cpu().float().numpy() if isinstance(x, Tensor) else x for x in inputs]
     return with_ranges(graph, tensors_of(graph, tensors), *arrays)
 
@@ -221,7 +247,7 @@ def load(path: str | os.PathLike[str], model: Any = None, *, max_bytes: int | No
 
     Args:
         path: of the file; which format it is stands in it. Nothing in it is executed.
-        model: filled with the tensors, if given.
+        model: filled with the tensors, if given; `torch.compile` may have wrapped it.
         max_bytes: the most that the tensors may take; default: a thousand times the file, and at least 1 GiB.
 
     Returns:
@@ -238,5 +264,6 @@ def load(path: str | os.PathLike[str], model: Any = None, *, max_bytes: int | No
     state = to_tensors(reader.read(path, max_bytes))
     if model is None:
         return state
-    model.load_state_dict(state)
+    with unwrapped(model) as inner:
+        inner.load_state_dict(plain_names(state))
     return model

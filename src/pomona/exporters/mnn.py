@@ -24,7 +24,7 @@ def write(source: Source, path: Path) -> None:
         raise ImportError("MNN's converter is not installed: pip install MNN")
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
-        export_dense(model, example, onnx)
+        export_dense(model, example.in_order(model), onnx)
         made = Path(folder) / "model.mnn"
         command = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(made)]
         command += ["--bizCode", "pomona", "--detectSparseSpeedUp"]

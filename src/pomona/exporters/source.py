@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pomona.example import Example
 from pomona.files.safetensors import DTYPES
 from pomona.files.sparse import bits
 from pomona.files.stored import FLOATS, Stored
@@ -46,14 +47,16 @@ class Source:
         metadata: strings about it: pomona (our version), sparsity, scope, method, ...
         graph: JSON of `pomona.runtime.graph`, if known.
         model: the module, where one was given; formats of whole networks need it.
-        example: its inputs, ditto.
+        example: what it is called with, ditto.
+        dynamic_shapes: as given to `export`.
     """
 
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str] = field(default_factory=dict)
     graph: Mapping[str, Any] | None = None
     model: nn.Module | None = None
-    example: tuple[Any, ...] | None = None
+    example: Example | None = None
+    dynamic_shapes: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Exported:
         sparsity: fraction of zeros of the floating-point tensors of two or more dimensions.
         accuracy_before: what `evaluate` gave before quantisation, if it was asked.
         accuracy_after: the same after it.
+        notes: what else is to be known about the file, such as its inputs with the dimensions that are free.
     """
 
     path: Path
@@ -77,6 +81,7 @@ class Exported:
     sparsity: float
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -85,14 +90,22 @@ class Exported:
 
     def __str__(self) -> str:
         text = (
-            f"{self.path}: {self.num_bytes:,} bytes ({self.format}), {self.compression:.1f} times smaller than the "
+            f"{self.path}: {self.num_bytes:,} bytes ({self.format}), {_relation(self.compression)} the "
             f"{self.dense_bytes:,} of the dense tensors; {100 * self.sparsity:.2f} % of the weights are zero"
         )
         if self.accuracy_before is not None and self.accuracy_after is not None:
             change = self.accuracy_after - self.accuracy_before
             text += f"\naccuracy {self.accuracy_before:.2f} before quantisation, {self.accuracy_after:.2f} after"
             text += f" ({change:+.2f})"
-        return text
+        return "\n".join([text, *self.notes])
+
+
+def _relation(compression: float) -> str:
+    if compression >= 1.05:
+        return f"{compression:.1f} times smaller than"
+    if compression > 0.95:
+        return "about as large as"
+    return f"{1 / compression:.1f} times as large as" if compression else "beside"
 
 
 def from_state(state: Mapping[str, Any]) -> dict[str, Stored]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -105,9 +105,7 @@ class Network:
             self._execute = partial(reference.run, self.graph, self.tensors)
 
     @classmethod
-    def from_model(
-        cls, model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor], *, threads: int = 1
-    ) -> Network:
+    def from_model(cls, model: torch.nn.Module, example: Any, *, threads: int = 1) -> Network:
         """Make a network of a torch model in eval mode; see :func:`pomona.runtime.readers.trace.trace`.
 
         Raises:

@@ -12,7 +12,6 @@ that mixes samples is refused.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,20 +21,20 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pomona.example import Example, returning_tensors
 from pomona.runtime.fold import fold
 from pomona.runtime.graph import Graph
 from pomona.runtime.operations import MAX_DIMENSIONS, DType
 from pomona.runtime.readers.aten import BATCH, HANDLERS, NOT_VALUES, VIEWS, WAY_OUT, AtenBuilder, Constant, Value
 from pomona.runtime.readers.builder import UnsupportedError
+from pomona.torch_compile import unwrapped
 
 __all__ = ["UnsupportedError", "trace"]
 
 _INTEGERS: dict[torch.dtype, DType] = {torch.int32: "int32", torch.int64: "int64"}
 
 
-def trace(
-    model: nn.Module, example: Tensor | Sequence[Tensor], *, folded: bool = True
-) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
+def trace(model: nn.Module, example: Any, *, folded: bool = True) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
     """Read a model into a graph and the tensors that it needs.
 
     Weights keep the names of the state dict. Tensors made here (batch norm as scale and shift, a transposed matrix, the
@@ -43,7 +42,9 @@ def trace(
 
     Args:
         model: in eval mode, of any floating dtype; it is not changed.
-        example: its input with the batch in front, or a sequence of inputs; only shapes and dtypes matter.
+        example: its input with the batch in front; a dictionary of keyword arguments; or a tuple or list of arguments,
+            whose last element, if it is a dictionary, holds the keyword arguments. Only shapes and dtypes matter. The
+            inputs of the graph are its tensors, in the order of the model's ``forward``.
         folded: fold scales into the layers before them, and padding into those after it (``pomona.runtime.fold``).
             Otherwise all weights keep their values, as in a file.
 
@@ -59,27 +60,34 @@ def trace(
         >>> [node.op for node in graph.nodes], list(tensors)
         (['conv', 'relu'], ['0.weight@1@scale', '1@shift'])
     """
-    examples = (example,) if isinstance(example, Tensor) else tuple(example)
-    for i, x in enumerate(examples):
-        is_fitting = isinstance(x, Tensor) and (x.is_floating_point() or x.dtype in _INTEGERS)
-        if not is_fitting or not 2 <= x.ndim <= 1 + MAX_DIMENSIONS:
-            what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(
-                f"example {i} must be a tensor of floats, int32 or int64 with 2 to {1 + MAX_DIMENSIONS} dimensions, "
-                f"batch first; got {what}"
-            )
-    with torch.no_grad():
-        inputs = tuple(x.new_zeros((BATCH, *x.shape[1:])) for x in examples)
+    called = Example.of(example)
+    _check(called)
+    with unwrapped(model) as plain, torch.no_grad(), returning_tensors(plain) as left_out:
+        inputs = called.in_order(plain).map(lambda x: x.new_zeros((BATCH, *x.shape[1:])))
         try:
-            program = torch.export.export(model, inputs, strict=False)
+            program = torch.export.export(plain, inputs.args, inputs.kwargs, strict=False)
         except Exception as error:  # torch documents no closed list
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            shapes = ", ".join(str(tuple(x.shape)) for x in examples)
+            shapes = ", ".join(str(tuple(x.shape)) for x in called.tensors())
             raise UnsupportedError(
                 f"torch.export could not trace the model for an example of shape {shapes} ({reason}); {WAY_OUT}"
             ) from error
         graph, tensors = _Tracer(program).run()
+    for name, kind in left_out.items():
+        raise UnsupportedError(f"the model returns {name} ({kind}), which is no value of a graph; {WAY_OUT}")
     return fold(graph, tensors) if folded else (graph, tensors)  # type: ignore[return-value]  # dense stays dense
+
+
+def _check(called: Example) -> None:
+    given = [x for x in tree_leaves((called.args, called.kwargs)) if x is not None]
+    for i, x in enumerate(given):
+        is_fitting = isinstance(x, Tensor) and (x.is_floating_point() or x.dtype in _INTEGERS)
+        if not is_fitting or not 2 <= x.ndim <= 1 + MAX_DIMENSIONS:
+            what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+            raise UnsupportedError(
+                f"example {i} must be a tensor of floats, int32 or int64 with 2 to {1 + MAX_DIMENSIONS} dimensions, "
+                f"batch first; got {what}. The runtime takes no other inputs; {WAY_OUT}"
+            )
 
 
 class _Tracer:
@@ -106,11 +114,13 @@ class _Tracer:
                 raise self.builder.refuse(f"a {node.op}")
         return self.builder.finish(outputs)
 
-    def _placeholder(self, node: torch.fx.Node, spec: Any) -> Value | Constant:
+    def _placeholder(self, node: torch.fx.Node, spec: Any) -> Value | Constant | None:
         if spec.kind is not InputKind.USER_INPUT:
             state = self.program.state_dict
             return Constant(spec.target, (state if spec.target in state else self.program.constants)[spec.target])
         given = node.meta["val"]
+        if given is None:
+            return None
         return Value(
             self.builder.input(tuple(given.shape[1:]), _INTEGERS.get(given.dtype, "float32")), tuple(given.shape)
         )
