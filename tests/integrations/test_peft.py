@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 import pomona
-from pomona.integrations.peft import merge
+from pomona.integrations.peft import _rewriting, merge
 from pomona.integrations.transformers import PrunerCallback
 from tests.integrations.test_transformers import MAGNITUDE, sparse_bert, trainer_of
 
@@ -77,7 +77,9 @@ def test_what_cannot_be_merged_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be a peft.PeftModel, got Sequential"):
         merge(wrong)
     dense = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"the base has no zeros to keep"):
+    with pytest.raises(
+        ValueError, match=r"no zeros to keep: none of its 1 weights of two .*; merge\(model, masks=...\)"
+    ):
         merge(with_adapter(dense, torch.ones(1, 2), torch.ones(2, 1)))
     model = with_adapter(two_layers(), torch.ones(1, 2), torch.ones(2, 1))
     model.merge_adapter()
@@ -86,6 +88,94 @@ def test_what_cannot_be_merged_is_refused() -> None:
     prefix = get_peft_model(sparse_bert(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     with pytest.raises(ValueError, match=r"adds nothing to the weights, so there is nothing to merge"):
         merge(prefix)
+
+
+def sparse_pair() -> nn.Sequential:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    for layer in (base[0], base[2]):
+        layer.weight.data *= torch.rand_like(layer.weight) < 0.2
+    return base
+
+
+def trained(base: nn.Module, how: Any, **options: Any) -> PeftModel:
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"], init_lora_weights=how, **options))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        model(torch.randn(16, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "OLoRA"])
+def test_adapters_that_rewrote_the_base_are_refused_and_the_advice_works(how: str) -> None:
+    base = sparse_pair()
+    before, masks = pomona.report(base).sparsity, {name: p != 0 for name, p in base.named_parameters()}
+    model = trained(base, how)
+    left = model.get_base_model()[0].base_layer.weight == 0
+    assert left.sum() < (~masks["0.weight"]).sum()
+    with pytest.raises(
+        ValueError, match=rf"'default' was made with init_lora_weights='{how}', which rewrote .*True; or"
+    ):
+        merge(model)
+    with pytest.raises(ValueError, match=r"and masks= does not name 0.weight"):
+        merge(model, masks={"2.weight": masks["2.weight"]})
+    merged, report = merge(model, masks=masks)
+    assert pomona.report(merged).sparsity == report.sparsity == before
+    assert report.metrics == {} and report.layers[0].reason == "the zeros of the mask given"
+    assert torch.equal(merged[0].weight != 0, masks["0.weight"])
+
+    merged, report = merge(trained(sparse_pair(), True))
+    assert report.sparsity == pomona.report(merged).sparsity == before and report.metrics["update_lost"] > 0.5
+
+
+@pytest.mark.parametrize("how", [True, "gaussian", "orthogonal", "eva"])
+@pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*EVA:UserWarning")
+def test_adapters_that_leave_the_base_alone_are_merged(how: Any) -> None:
+    base = sparse_pair()
+    before = pomona.report(base).sparsity
+    merged, report = merge(trained(base, how))
+    assert report.sparsity == pomona.report(merged).sparsity == before
+
+
+def test_all_that_rewrite_are_known_by_their_settings() -> None:
+    for how in ("corda", "loftq", "lora_ga", "pissa_niter_16"):
+        config = LoraConfig()
+        config.init_lora_weights = how
+        assert _rewriting(config) == f"init_lora_weights={how!r}"
+    config = LoraConfig()
+    assert _rewriting(config) == "" == _rewriting(PrefixTuningConfig())
+    config.kasa_config = object()
+    assert _rewriting(config) == "kasa_config"
+
+
+def test_masks_for_an_ordinary_adapter_add_to_the_zeros_of_the_base() -> None:
+    model = with_adapter(two_layers(), torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [2.0]]))
+    for masks, message in (
+        (
+            {"base.0.weight": torch.ones(2, 2, dtype=torch.bool)},
+            r"'base.0.weight', but the base has no such parameter; .*'0.w",
+        ),
+        (
+            {"0.weight": torch.ones(2, 2)},
+            r"masks\['0.weight'\] must be a boolean tensor of shape \(2, 2\), .* got torch.fl",
+        ),
+        ({"0.weight": torch.ones(3, dtype=torch.bool)}, r"of shape \(2, 2\), .* got torch.bool of shape \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(model, masks=masks)
+    merged, report = merge(model, masks={"0.weight": torch.tensor([[False, True], [True, True]])})
+    assert merged[0].weight.tolist() == [[0.0, 2.0], [4.0, 7.0]] and merged[1].weight.tolist() == [[4.0, 0.0]]
+    assert report.metrics == {"update_lost": 4 / 25}
+
+
+def test_a_layer_without_zeros_is_said_to_have_none() -> None:
+    base = two_layers()
+    base[0].weight.data.fill_(1)
+    _, report = merge(with_adapter(base, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [2.0]])))
+    assert report.layers[0].reason == "the base has no zeros here" and report.metrics == {"update_lost": 0.0}
 
 
 def adapted_bert() -> PeftModel:
