@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from pomona.computed import Computed, find_computed, keeps_zeros, refusal
 from pomona.layout import Layout, Role, role_of
+from pomona.torch_compile import plain_name
 
 _TIED = "tied to an embedding"
 _MATTERS = 0.05  # share of the weights above which what was left out for an unknown layer is warned of
@@ -276,7 +277,7 @@ def _owned_by(model: nn.Module) -> dict[nn.Parameter, list[Owned]]:
                 role = Role(False, why="the lengths of a weight norm")
             else:
                 role = role_of(owner, tensor, parameter)
-            owned.setdefault(parameter, []).append(Owned(name, owner, role, how))
+            owned.setdefault(parameter, []).append(Owned(plain_name(name), owner, role, how))
     return owned
 
 

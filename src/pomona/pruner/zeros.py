@@ -12,6 +12,7 @@ from pomona.distributed import Shard, local, max_over, reshard, sum_counts
 from pomona.native import core
 from pomona.ops import PIECE
 from pomona.pruner.placement import Placement
+from pomona.torch_compile import plain_names
 from pomona.weight import Weights
 
 
@@ -130,7 +131,7 @@ def zero_copy_(copy: nn.Module, pruned: Mapping[str, Tensor]) -> None:
 def same_names(copy: nn.Module, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's blocks of the copy's weights, by the names in the pruned model. Raises if names or shapes differ."""
     reshard(copy)
-    parameters = dict(copy.named_parameters(remove_duplicate=False))  # tied ones under each of their names
+    parameters = plain_names(dict(copy.named_parameters(remove_duplicate=False)))  # tied ones under each of their names
     found = {}
     for name, mask in pruned.items():
         parameter = next(
