@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pomona.distributed import is_sharded
 from pomona.pruner.zeros import largest_among, zero_
 from pomona.reporting import Report, report_layers
+from pomona.scope import Scope
 
 # Values of init_lora_weights with which PEFT takes what the adapter begins with out of the base, or quantizes the base.
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -47,26 +48,14 @@ def merge(
         evaluate: called with the model before and after, e.g. for the accuracy.
 
     Returns:
-        The base model with the adapters merged into it, and a report on all weights of two or more dimensions.
+        The base model with the adapters merged into it, and a report on the weights that :func:`pomona.report` counts;
+        all others of two or more dimensions keep their zeros too.
 
     Raises:
         ValueError: the base has no zeros, was rewritten by the adapters, or is sharded; the adapters are already merged
             or cannot be; or a mask does not fit.
     """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"model must be a peft.PeftModel, got {type(model).__name__}")
-    if not hasattr(model.base_model, "merge_and_unload"):
-        raise ValueError(
-            f"{model.peft_type} adds nothing to the weights, so there is nothing to merge; the zeros of the base are "
-            f"unchanged"
-        )
-    if any(is_sharded(p) for p in model.parameters()):
-        raise ValueError("merge() works on one process; gather the model first (its full state dict)")
-    if any(getattr(module, "merged", False) for module in model.modules()):
-        raise ValueError(
-            "adapters are already merged into this model, so the zeros of its base are no longer visible; call "
-            "unmerge_adapter() first"
-        )
+    _check_mergeable(model)
     before = {name: p.detach().clone() for name, p in _base(model).items() if p.ndim >= 2 and p.is_floating_point()}
     rewritten = _check_rewriting(model, masks)
     zeros = _zeros(before, masks or {}, set(_base(model)))
@@ -97,8 +86,11 @@ def merge(
         values[name], cuts[name] = value, largest_among(value, zeros[name])
         zero_(value, zeros[name])
     accuracy = float(evaluate(merged)) if evaluate else None
+    counted = Scope().select(merged, with_frozen=True, refuse=False)
+    values = {name: value for name, value in values.items() if name in counted.inside}
     return merged, Report(
-        layers=report_layers(values, cuts=cuts, reasons=reasons),
+        layers=report_layers(values, cuts=cuts, reasons=reasons, layouts=counted.layouts),
+        outside=counted.outside,
         accuracy_before=with_adapters,
         accuracy_after=accuracy,
         metrics={} if rewritten else {"update_lost": lost / total if total else 0.0},
@@ -115,6 +107,23 @@ def _base(model: PeftModel) -> dict[str, nn.Parameter]:
             continue
         found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = parameter
     return found
+
+
+def _check_mergeable(model: Any) -> None:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model must be a peft.PeftModel, got {type(model).__name__}")
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"{model.peft_type} adds nothing to the weights, so there is nothing to merge; the zeros of the base are "
+            f"unchanged"
+        )
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError("merge() works on one process; gather the model first (its full state dict)")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            "adapters are already merged into this model, so the zeros of its base are no longer visible; call "
+            "unmerge_adapter() first"
+        )
 
 
 def _check_rewriting(model: PeftModel, masks: Mapping[str, Tensor] | None) -> bool:
