@@ -28,7 +28,7 @@ class Placement:
 
     Args:
         model: where the modules are.
-        optimizer: which must hold every weight in scope.
+        optimizers: those of a step, the outermost first; the last one must hold every weight in scope.
         inside: name -> parameter in scope.
         layouts: name -> its layout, None if that is unknown.
 
@@ -43,15 +43,16 @@ class Placement:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         inside: Mapping[str, nn.Parameter],
         layouts: Mapping[str, Layout | None],
     ) -> None:
         self.model = model
         self.layouts = dict(layouts)
-        self.optimizer = optimizer
+        self.optimizers = list(optimizers)
+        self.optimizer = self.optimizers[-1]
         self.shards = shards_of(inside)
-        self.group_of = _find_groups(optimizer, inside)
+        self.group_of = _find_groups(self.optimizer, inside)
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in inside}
         self.shared: dict[str, Tensor] = {}
         self._owners = {name: _owner(model, name) for name in inside}
@@ -139,6 +140,11 @@ class Placement:
             w.renew(local(p), gradient(w.name, p, grad), grad is not None)
         return self._in_step
 
+    def follow(self) -> None:
+        """After the step of an optimizer around another one, which may have given parameters new tensors."""
+        for w, p in zip(self._in_step or (), self._known, strict=True):
+            w.renew(local(p), w.grad, w.has_grad)
+
     def release(self) -> None:
         """After a step: hold neither weights nor gradients."""
         for w in self._in_step or ():
@@ -160,7 +166,7 @@ class Placement:
                 group=group,
                 state=self.state[name],
                 has_grad=p.grad is not None,
-                optimizer_state=OptimizerState(self.optimizer, p),
+                optimizer_state=OptimizerState(self.optimizers, p),
                 shard=self.shards.get(name),
                 layout=self.layouts[name],
             )
@@ -232,14 +238,14 @@ class Placement:
 
 
 class OptimizerState(Mapping[str, Any]):
-    """What an optimizer remembers about a parameter, looked up when it is asked for."""
+    """What the optimizers of a step remember about a parameter, looked up when it is asked for."""
 
-    def __init__(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
-        self._optimizer, self._parameter = optimizer, parameter
+    def __init__(self, optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> None:
+        self._optimizers, self._parameter = optimizers, parameter
 
     def _now(self) -> Mapping[str, Any]:
-        now: Mapping[str, Any] = self._optimizer.state.get(self._parameter, {})
-        return now
+        found: list[Mapping[str, Any]] = [one.state.get(self._parameter, {}) for one in self._optimizers]
+        return found[0] if len(found) == 1 else {key: value for state in found for key, value in state.items()}
 
     def __getitem__(self, key: str) -> Any:
         return self._now()[key]

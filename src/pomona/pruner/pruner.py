@@ -18,7 +18,8 @@ from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import local, refuse_flat, reshard, working_on
 from pomona.method import Method
 from pomona.ops import count
-from pomona.pruner.hooks import StepHooks, unwrap
+from pomona.pruner.chain import chain_of
+from pomona.pruner.hooks import StepHooks
 from pomona.pruner.placement import Placement
 from pomona.pruner.saved import check_method_state, collect, describe, restore
 from pomona.pruner.watch import Watch
@@ -46,7 +47,8 @@ class Pruner:
     Args:
         model: parameters are neither renamed nor replaced; its ``state_dict()`` stays plain.
         optimizer: any ``torch.optim`` optimizer that the method accepts and that evaluates its gradients once per
-            step (so not LBFGS); it must hold every weight in scope.
+            step (so not LBFGS); it must hold every weight in scope. An optimizer around another one is taken as the
+            loop steps it: Lookahead, sharpness-aware ones (with either way to step them), Accelerate's.
         method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
         scope: which weights; default: every trainable weight that a layer multiplies with.
         check_every: under ``DistributedDataParallel``, compare the ranks' weights every so many steps, at a few bytes
@@ -77,7 +79,7 @@ class Pruner:
         check_every: int = 100,
     ) -> None:
         refuse_flat(model, optimizer)
-        optimizer = unwrap(optimizer)
+        optimizers = chain_of(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if scope is not None and not isinstance(scope, Scope):
@@ -86,7 +88,7 @@ class Pruner:
             raise TypeError(f"method must be a pomona.Method such as GSM(sparsity=0.9), got {method!r}")
         check_count("check_every", check_every, low=0)
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = optimizers[-1]
         self.method = method
         self.scope = scope or Scope()
         self.check_every = check_every
@@ -95,8 +97,9 @@ class Pruner:
         selected = self.scope.select(model)
         self._outside = selected.outside
         self._directions = selected.directions
-        self._placement = Placement(model, optimizer, selected.inside, selected.layouts)
-        method.check(optimizer, [optimizer.param_groups[i] for i in self._placement.groups()])
+        self._placement = Placement(model, optimizers, selected.inside, selected.layouts)
+        for one in reversed(optimizers):
+            method.check(one, [self.optimizer.param_groups[i] for i in self._placement.groups()])
         self._check_agreement()
         self._start_method()
         self._zeros = Zeros()
@@ -105,7 +108,7 @@ class Pruner:
         self._accuracy: tuple[float | None, float | None] = (None, None)  # before and after harden()
         self._watch = Watch(self._placement)
         self._hooks = StepHooks(
-            optimizer, self._placement, before=self._before, after=self._after, checks_gradients=self._checks_gradients
+            optimizers, self._placement, before=self._before, after=self._after, checks_gradients=self._checks_gradients
         )
         self._hooks.attach()
 
@@ -182,8 +185,8 @@ class Pruner:
         self._in_step = weights
 
     def _after(self, is_real: bool) -> None:
-        if is_real and self.is_hardened:
-            self._zeros.write_(self._in_step)
+        if self.is_hardened:
+            self._zeros.write_(self._in_step if is_real else self._weights())
         elif is_real:
             with working_on(self._placement.shards):
                 self.method.after_step(self._in_step, self.num_steps)
