@@ -59,7 +59,7 @@ def bert() -> nn.Module:
 def sparse_bert() -> nn.Module:
     model = bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pomona.Pruner(model, optimizer, pomona.Magnitude(SPARSITY)).harden()
+    pomona.Pruner(model, optimizer, pomona.Magnitude(SPARSITY)).harden(one_shot=True)
     return model
 
 

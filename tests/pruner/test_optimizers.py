@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import pomona
 from pomona import GRDA, Feather, Magnitude, Pruner
@@ -319,3 +320,130 @@ def test_a_step_that_was_replaced_before_its_hooks_were_seen_to_is_named() -> No
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     train(model, optimizer, batches(2))
     assert pruner.num_steps == 2
+
+
+# Optimizers with a second copy of the weights
+
+
+class ScheduleFree(Optimizer):
+    """SGD whose gradients are taken at y, between the moving z and its average x; eval() puts x into the model."""
+
+    def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "k": 0, "is_training": True})
+
+    @property
+    def is_training(self) -> bool:
+        return bool(self.param_groups[0]["is_training"])
+
+    def turn(self, is_training: bool) -> None:
+        for group in self.param_groups:
+            group["is_training"] = is_training
+
+    def pairs(self) -> list[tuple[Tensor, Tensor, float]]:
+        groups = [(p, group["beta"]) for group in self.param_groups for p in group["params"]]
+        return [(p, self.state[p]["z"], beta) for p, beta in groups if "z" in self.state[p]]
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for p, z, beta in self.pairs() if self.is_training else ():
+            p.lerp_(z, 1 - 1 / beta)
+        self.turn(False)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        for p, z, beta in () if self.is_training else self.pairs():
+            p.lerp_(z, 1 - beta)
+        self.turn(True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert self.is_training
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z, 1 / group["k"])
+                p.add_(p.grad, alpha=group["lr"] * (group["beta"] * (1 - 1 / group["k"]) - 1))
+                z.sub_(p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("is_evaluating", [False, True], ids=["hardened in training", "hardened in evaluation"])
+@each_method
+def test_zeros_are_zero_in_both_modes(make: Callable[[], pomona.Method], is_evaluating: bool) -> None:
+    model = net()
+    optimizer = ScheduleFree(model.parameters())
+    pruner = Pruner(model, optimizer, make())
+    train(model, optimizer, batches(10))
+    if is_evaluating:
+        optimizer.eval()
+    assert pruner.harden().nonzero <= KEPT
+    for batch in batches(5, seed=1):
+        for mode in (optimizer.eval, optimizer.train):
+            mode()
+            assert pomona.report(model).nonzero <= KEPT
+            pruner.verify()
+        train(model, optimizer, [batch])
+    other, copied, twin = copy.deepcopy((model, optimizer, pruner))
+    train(other, copied, batches(1))
+    copied.eval()
+    assert twin.verify().nonzero <= KEPT
+
+
+def test_a_dense_copy_of_the_weights_that_is_loaded_after_the_cut_is_cut_at_the_next_step() -> None:
+    model = net()
+    optimizer = ScheduleFree(model.parameters())
+    pruner = Pruner(model, optimizer, pomona.ADMM(0.75, every=2))
+    train(model, optimizer, batches(5))
+    dense = copy.deepcopy(optimizer.state_dict())
+    pruner.harden()
+    optimizer.load_state_dict(dense)
+    with pytest.raises(RuntimeError, match=r"\d+ of the zeros of 0.weight are not zero in the copies .* swaps in"):
+        pruner.verify()
+    train(model, optimizer, batches(1))
+    pruner.verify()
+    optimizer.eval()
+    assert pruner.verify().nonzero == KEPT
+
+
+def test_the_average_that_an_optimizer_keeps_is_cut_and_stays_zero() -> None:
+    model = net()
+    optimizer = torch.optim.ASGD(model.parameters(), lr=0.05, t0=3)
+    pruner = Pruner(model, optimizer, pomona.ADMM(0.75, every=2))
+    train(model, optimizer, batches(10))
+    pruner.harden()
+    train(model, optimizer, batches(10, seed=1))
+    for name, kept in pruner.state_dict()["pruned"].items():
+        average = optimizer.state[model.get_parameter(name)]["ax"]
+        assert torch.equal(average == 0, kept)
+
+
+def test_momentum_that_is_loaded_after_the_cut_is_dropped_once_more() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    pruner = Pruner(model, optimizer, pomona.ADMM(0.75, every=2))
+    train(model, optimizer, batches(5))
+    dense = copy.deepcopy(optimizer.state_dict())
+    pruner.harden()
+    optimizer.load_state_dict(dense)
+    train(model, optimizer, batches(1))
+    for name, pruned in pruner.state_dict()["pruned"].items():
+        assert not optimizer.state[model.get_parameter(name)]["exp_avg"][pruned].any()
+
+
+def test_quantised_state_is_left_alone() -> None:
+    # A zero in it is not the number 0.
+    class EightBit(SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p].setdefault("code", torch.full(p.shape, 7, dtype=torch.uint8))
+            super().step(closure)
+
+    model = net()
+    optimizer = EightBit(model.parameters(), lr=0.1)
+    pruner = Pruner(model, optimizer, Magnitude(0.75))
+    train(model, optimizer, batches(3))
+    pruner.harden()
+    assert all(bool((optimizer.state[p]["code"] == 7).all()) for p in model.parameters())
+    assert pruner.verify().nonzero == KEPT

@@ -713,16 +713,20 @@ def test_training_with_another_optimizer_is_noticed(way: str, kind: dict[str, bo
     train(model, other, batches(3))
     assert pruner.num_steps == NUM_STEPS
     with pytest.warns(UserWarning, match="since the last optimizer step that this Pruner saw"):
-        pruner.state_dict()
-    with pytest.warns(UserWarning, match="make the Pruner with that copy"):
+        state = pruner.state_dict()
+    with pytest.warns(UserWarning, match="make a new Pruner with that one and load this one's state_dict"):
         pruner.harden()
+    again = Pruner(model, other, GSM(sparsity=0.75))  # as the message advises
+    again.load_state_dict(state)
+    train(model, other, batches(3))
+    assert again.harden().nonzero == KEPT and again.num_steps == NUM_STEPS + 3
 
 
 def test_a_trial_cut_does_not_hide_training_with_another_optimizer() -> None:
     model, optimizer, pruner = pruned()
     train(model, optimizer, batches(NUM_STEPS))
     train(model, copy.copy(optimizer), batches(3))
-    with pytest.warns(UserWarning, match="make the Pruner with that copy"):
+    with pytest.warns(UserWarning, match="make a new Pruner with that one"):
         with pruner.trial_cut():
             pass
         pruner.state_dict()
@@ -733,7 +737,7 @@ def test_training_a_copied_pair_is_noticed_at_harden_of_the_original() -> None:
     other, copied = copy.deepcopy((model, optimizer))
     train(other, copied, batches(NUM_STEPS))
     assert pruner.num_steps == 0
-    with pytest.warns(UserWarning, match="decay exponent 0.00 over 0 steps"):
+    with pytest.raises(RuntimeError, match="this Pruner has seen no step of its SGD"):
         pruner.harden()
 
 

@@ -194,7 +194,7 @@ class StepHooks:
             self._skip()
             return
         try:
-            self._before(self._placement.weights_in_step(), self.num_steps + 1)
+            self._before(self._placement.weights_in_step(self.num_steps + 1), self.num_steps + 1)
         except NonFiniteError:
             if not is_left or all_finite(grads):
                 raise

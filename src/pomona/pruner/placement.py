@@ -38,6 +38,8 @@ class Placement:
         state: name -> what the method remembers about the weight.
         shared: what the method remembers about the network.
         ids: the ids of the parameters, as of the latest ``refresh()``.
+        frozen_since: name -> the step after which a weight has been frozen (``requires_grad`` is False), as of the
+            latest step.
     """
 
     def __init__(
@@ -60,6 +62,13 @@ class Placement:
         self._known: list[nn.Parameter] = []  # what `_in_step` was made of
         self.ids: frozenset[int] = frozenset()
         self._in_step: Weights | None = None
+        self.frozen_since: dict[str, int] = {}
+        self._kept: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []  # what is frozen: values, gradient
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the optimizer has a second copy of the weights, which its ``eval()`` brings in (schedule-free)."""
+        return any(callable(getattr(one, "eval", None)) for one in self.optimizers)
 
     @property
     def names(self) -> list[str]:
@@ -128,17 +137,50 @@ class Placement:
         self.ids = frozenset(map(id, self._known))
         self._in_step = self._make(self._known)
 
-    def weights_in_step(self) -> Weights:
+    def weights_in_step(self, step: int) -> Weights:
         """The weights with the gradients of this step, after ``refresh``.
 
         They are the same objects at every step, because to make each anew would cost more than the optimizer's own
-        step. ``release`` them when the step is over.
+        step. ``thaw`` and ``release`` them when the step is over.
         """
         assert self._in_step is not None
+        self._freeze(step)
         for w, p in zip(self._in_step, self._known, strict=True):
             grad = p.grad
             w.renew(local(p), gradient(w.name, p, grad), grad is not None)
         return self._in_step
+
+    def _freeze(self, step: int) -> None:
+        """Take what is frozen out of the step, and remember its values: a method may write into all weights.
+
+        A torch optimizer moves whatever has a gradient. So a weight that has one, as where a loop calls ``backward``,
+        then freezes and then steps, is not frozen in this step.
+        """
+        self._kept = []
+        places = [i for i, p in enumerate(self._known) if not p.requires_grad]
+        if places or self.frozen_since:
+            moves = [(grad := self._known[i].grad) is not None and bool(local(grad).any()) for i in places]
+            if self.shards and places:
+                moves = [bool(most) for most in next(iter(self.shards.values())).ranks.max(moves)]
+            places = [i for i, does_move in zip(places, moves, strict=True) if not does_move]
+            names = self.names
+            self.frozen_since = {names[i]: self.frozen_since.get(names[i], step - 1) for i in places}
+        for i in places:
+            p = self._known[i]
+            self._kept.append((p, local(p).clone(), p.grad))
+            p.grad = None
+
+    def thaw(self) -> None:
+        """After a step: what is frozen is as it was before."""
+        kept, self._kept = self._kept, []
+        for p, value, grad in kept:
+            local(p).copy_(value)
+            p.grad = grad
+
+    def frozen(self, step: int) -> dict[str, int]:
+        """Name -> the step after which a weight was frozen, of those that are frozen now, after ``step``."""
+        now = [name for name, p in self.parameters().items() if not p.requires_grad]
+        return {name: self.frozen_since.get(name, step) for name in now}
 
     def follow(self) -> None:
         """After the step of an optimizer around another one, which may have given parameters new tensors."""
@@ -230,7 +272,7 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be copied; shards are found anew.
-        return {**self.__dict__, "shards": {}, "_known": [], "ids": frozenset(), "_in_step": None}
+        return {**self.__dict__, "shards": {}, "_known": [], "ids": frozenset(), "_in_step": None, "_kept": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
