@@ -59,6 +59,7 @@ class Placement:
         self.shared: dict[str, Tensor] = {}
         self._owners = {name: _owner(model, name) for name in inside}
         self._is_sharded = [is_sharded(p) for p in inside.values()]
+        self._shapes = [p.shape for p in inside.values()]
         self._known: list[nn.Parameter] = []  # what `_in_step` was made of
         self.ids: frozenset[int] = frozenset()
         self._in_step: Weights | None = None
@@ -117,13 +118,37 @@ class Placement:
         assert first is not None  # a scope is never empty
         return first
 
-    def replaced(self) -> str | None:
-        """The first name under which the model now has another parameter than when this was made."""
-        for name, (module, leaf) in self._owners.items():
-            now, then = _owner(self.model, name)[0], module
-            if getattr(now, leaf) is not getattr(then, leaf):
-                return name
-        return None
+    def check_in_place(self) -> None:
+        """RuntimeError if a weight has been replaced: in the model, under the optimizer, or by one of another shape."""
+        parameters = self.parameters()
+        for name, (module, _) in self._owners.items():
+            self._check_module(name, module)
+        held = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        for (name, p), shape in zip(parameters.items(), self._shapes, strict=True):
+            if p.shape != shape:
+                raise RuntimeError(
+                    f"{name} has the shape {tuple(p.shape)} now, and had {tuple(shape)} when the Pruner was made; make "
+                    f"the optimizer and the Pruner anew, after what cuts or replaces layers"
+                )
+            if id(p) not in held:
+                raise RuntimeError(
+                    f"{name} was replaced in the model after the Pruner was made, and the "
+                    f"{type(self.optimizer).__name__} does not hold the new parameter, so it does not train. Write "
+                    f"into the old one (p.data.copy_(), load_state_dict() without assign=True), or make optimizer and "
+                    f"Pruner anew"
+                )
+        self.group_of = {name: held[id(p)] for name, p in parameters.items()}
+
+    def _check_module(self, name: str, module: nn.Module) -> None:
+        path, _, leaf = name.rpartition(".")
+        try:
+            now = getattr(self.model.get_submodule(path), leaf)
+        except AttributeError:
+            now = None
+        if now is not getattr(module, leaf) and all(module is not one for one in self.model.modules()):
+            raise RuntimeError(
+                f"{name} was replaced in the model after the Pruner was made; make optimizer and Pruner anew"
+            )
 
     def weights(self) -> Weights:
         """The weights as a method sees them, without gradients."""
@@ -134,7 +159,10 @@ class Placement:
         if self._in_step is not None and self._is_known():
             return
         self._known = list(self.parameters().values())
-        self.ids = frozenset(map(id, self._known))
+        ids = frozenset(map(id, self._known))
+        if ids != self.ids or not self.shards:  # sharded ones are looked up at every step
+            self.check_in_place()
+        self.ids = ids
         self._in_step = self._make(self._known)
 
     def weights_in_step(self, step: int) -> Weights:
@@ -147,6 +175,8 @@ class Placement:
         self._freeze(step)
         for w, p in zip(self._in_step, self._known, strict=True):
             grad = p.grad
+            if grad is None and w.has_grad:  # the first step without one: has its module been replaced?
+                self._check_module(w.name, self._owners[w.name][0])
             w.renew(local(p), gradient(w.name, p, grad), grad is not None)
         return self._in_step
 

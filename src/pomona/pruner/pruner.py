@@ -179,7 +179,10 @@ class Pruner:
         return self._placement.parameters()
 
     def detach(self) -> None:
-        """Take the hooks off the optimizer: nothing is pruned and no zero is held any more."""
+        """Take the hooks off the optimizer: nothing is pruned and no zero is held any more.
+
+        ``state_dict()``, ``masks()`` and ``report()`` work as before, e.g. to go on with another optimizer.
+        """
         self._hooks.detach()
 
     # Around optimizer.step()
@@ -256,13 +259,9 @@ class Pruner:
         if not self.is_attached:
             raise RuntimeError(
                 "this Pruner is not attached to its optimizer any more (detach() was called, or the optimizer's hooks "
-                "were removed); make a new Pruner and load_state_dict() into it"
+                "were removed); make a new Pruner and load this one's state_dict() into it"
             )
-        self.parameters()  # raises if a weight has been sharded since
-        if name := self._placement.replaced():
-            raise RuntimeError(
-                f"{name} was replaced in the model after the Pruner was made; make optimizer and Pruner anew"
-            )
+        self._placement.check_in_place()
         self._watch.warn_if_changed(self.num_steps, stacklevel=3)
 
     # Zeros
@@ -539,8 +538,10 @@ class Pruner:
 
         The tensors are the live ones, as in ``torch.optim``; it loads under ``torch.load(weights_only=True)``. Those of
         sharded weights are DTensors, which ``torch.distributed.checkpoint`` saves, and loads on any number of ranks.
+        After ``detach()`` it is the state at that time, for another Pruner to go on with.
         """
-        self._check_attached()
+        if self.is_attached:
+            self._check_attached()
         return {
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,
