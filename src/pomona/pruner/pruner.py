@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pomona.computed import check_lengths
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
-from pomona.distributed import local, refuse_flat, reshard, working_on
+from pomona.distributed import like, local, refuse_flat, reshard, working_on
 from pomona.method import Method
 from pomona.ops import count
 from pomona.pruner.chain import chain_of
@@ -508,6 +508,19 @@ class Pruner:
         else:
             kept = dict(zip(self._placement.names, count(self._masks()[0], of=weights), strict=True))
         return {w.name: kept[w.name] / w.numel for w in weights}
+
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> boolean mask, True = kept: by ``harden()``, or before it what it would keep if it came now.
+
+        New tensors of the weights' shapes, on their devices; those of sharded weights are DTensors. Save them like any
+        tensors; ``pomona.apply_masks(model, masks)`` puts them on another model.
+        """
+        if self.is_hardened:
+            kept = {name: ~mask for name, mask in self._zeros.pruned.items()}
+        else:
+            masks, _ = self._masks()
+            kept = {name: mask.clone() for name, mask in zip(self._placement.names, masks, strict=True)}
+        return {name: like(p, kept[name]) for name, p in self.parameters().items()}
 
     def diagnose(
         self, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1
