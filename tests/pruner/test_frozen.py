@@ -148,6 +148,43 @@ def test_a_gradient_of_zeros_does_not_move_what_is_frozen() -> None:
     assert pruner.num_steps == 6
 
 
+def test_a_step_with_something_frozen_counts_once_in_a_subclass_that_calls_super() -> None:
+    class Sub(SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+
+    model = net()
+    optimizer = Sub(model.parameters(), lr=0.05)
+    pruner = Pruner(model, optimizer, pomona.Magnitude(0.75))
+    model[0].requires_grad_(False)
+    for batch in batches(3):
+        optimizer.zero_grad(set_to_none=False)
+        model[0].weight.grad = torch.zeros_like(model[0].weight)
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert pruner.num_steps == 3
+
+
+def test_two_networks_that_take_turns_are_both_pruned() -> None:
+    # As generator and critic: one is frozen while the other trains, and in the end one is left frozen.
+    nets = [net(0), net(1)]
+    optimizers = [AdamW(model.parameters(), lr=0.01) for model in nets]
+    pruners = [Pruner(m, o, pomona.Magnitude(0.75)) for m, o in zip(nets, optimizers, strict=True)]
+    for batch in batches(6):
+        for model, other, optimizer in zip(nets, reversed(nets), optimizers, strict=True):
+            model.requires_grad_(True)
+            other.requires_grad_(False)
+            optimizer.zero_grad()
+            (loss_of(model, batch) + loss_of(other, batch)).backward()
+            optimizer.step()
+            assert int(model[0].weight.count_nonzero() + model[2].weight.count_nonzero()) == KEPT
+    assert [pruner.num_steps for pruner in pruners] == [6, 6]
+    assert pruners[1].harden().nonzero == KEPT
+    assert pruners[0].harden().nonzero == KEPT  # frozen now, and its zeros are there
+    assert [pruner.verify().nonzero for pruner in pruners] == [KEPT, KEPT]
+
+
 def test_freezing_after_the_cut_changes_nothing() -> None:
     model, optimizer, pruner = start("magnitude")
     train(model, optimizer, batches(12))

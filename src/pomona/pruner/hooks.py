@@ -188,8 +188,8 @@ class StepHooks:
             return
         # Over ranks the gradients are checked here, because all ranks have to go the same way.
         is_left = self._checks_gradients() and not self._placement.shards
-        left = self._placement.ids if is_left else ()
-        checked = [grad for p, grad in pairs if id(p) not in left or not p.is_cpu] if left else grads
+        ours = self._placement.ids if is_left else ()
+        checked = [grad for p, grad in pairs if id(p) not in ours or not p.is_cpu] if ours else grads
         if not self._are_usable(grads, checked):
             self._skip()
             return
@@ -202,7 +202,8 @@ class StepHooks:
             return
         self.num_steps += 1
         self._in_step = True
-        self._prepared = _version_of(grads)
+        left = (p.grad for p in self._all_parameters() if p.grad is not None)  # what is frozen has none any more
+        self._prepared = _version_of([next(left, grads[0])])
 
     def _all_parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]

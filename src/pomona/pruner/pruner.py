@@ -42,6 +42,12 @@ class Pruner:
     a whole, counted in ``num_skipped``, and the first one is warned of; weights, momentum and step count do not change.
     A step with all learning rates and all gradients zero does not count (distributed checkpointing takes such steps).
 
+    What is frozen keeps its values. A weight in scope with ``requires_grad`` False (and no gradient) is taken out of
+    the step: no method and no optimizer writes into it. It stays in the ranking, and when it is unfrozen, the method's
+    masks apply again from the next step. If it is frozen at ``harden()``, it is left as it is, and a warning says how
+    many weights stay that the budget would have cut; ``verify()`` accepts these. A weight that is frozen when the
+    Pruner is made is outside of the scope; if it trains at ``harden()``, a warning names it.
+
     On several ranks, first wrap or shard the model (``DistributedDataParallel``, ``fully_shard``,
     ``parallelize_module``), then make the optimizer and the Pruner, on each rank. All ranks share one budget, and the
     masks equal those of one process. Where weights are sharded, every method of a Pruner except ``detach`` must be
