@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pomona.methods.rounds import Candidate, progressive
     from pomona.migrate.sparseml import SparseMLRecipe, from_sparseml
     from pomona.migrate.torch_prune import from_torch_prune
-    from pomona.pruner import Pruner, hold
+    from pomona.pruner import Pruner, apply_masks, hold
     from pomona.reporting import LayerReport, Report, report
     from pomona.runtime.compile import compile
     from pomona.schedule import Constant, Cosine, Cubic, Every, Geometric, Linear, Schedule
@@ -47,7 +47,7 @@ _NAMES_IN = {
     "methods.rounds": ("Candidate", "progressive"),
     "migrate.sparseml": ("SparseMLRecipe", "from_sparseml"),
     "migrate.torch_prune": ("from_torch_prune",),
-    "pruner": ("Pruner", "hold"),
+    "pruner": ("Pruner", "apply_masks", "hold"),
     "reporting": ("LayerReport", "Report", "report"),
     "runtime.compile": ("compile",),
     "schedule": ("Constant", "Cosine", "Cubic", "Every", "Geometric", "Linear", "Schedule"),
@@ -89,6 +89,7 @@ __all__ = [
     "Weight",
     "WeightMom",
     "Weights",
+    "apply_masks",
     "compile",
     "export",
     "from_sparseml",

@@ -44,11 +44,14 @@ class Method(ABC):
         granularity: what goes together, see :mod:`pomona.granularity`.
         checks_gradients: True if ``before_step`` itself raises NonFiniteError for a gradient that is not finite, before
             it changes anything. It saves the Pruner one pass over the gradients.
+        takes_frozen: True if weights are in scope too that are frozen (``requires_grad`` is False) when the Pruner is
+            made, provided that the optimizer holds them: for a method that keeps what is there, such as ``hold``'s.
     """
 
     __slots__ = ()
     granularity: Granularity = "weight"
     checks_gradients: ClassVar[bool] = False
+    takes_frozen: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -292,6 +292,8 @@ def _survey(value: Tensor) -> tuple[Tensor, float]:
 def report(model: nn.Module, scope: Scope | None = None) -> Report:
     """Count the zeros of any model, pruned by any means. If the model is sharded, call this on every rank.
 
+    What is frozen counts like the rest, so a checkpoint that was saved for inference has the same report.
+
     Example:
         >>> model = nn.Linear(2, 2)
         >>> model.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])

@@ -17,6 +17,8 @@ from pomona.computed import Computed, find_computed, keeps_zeros, refusal
 from pomona.layout import Layout, Role, role_of
 from pomona.torch_compile import plain_name
 
+FROZEN = "frozen (requires_grad is False)"
+"""The reason in ``ScopedParameters.outside`` of what only waits to be trained."""
 _TIED = "tied to an embedding"
 _MATTERS = 0.05  # share of the weights above which what was left out for an unknown layer is warned of
 
@@ -164,7 +166,7 @@ class Scope:
         if parameter.numel() == 0:
             return "empty", None
         if not parameter.requires_grad and not (with_frozen and parameter.is_floating_point()):
-            return "frozen (requires_grad is False)", None
+            return FROZEN, None
         return "", layout
 
     def _judge_role(self, parameter: nn.Parameter, owners: Sequence[Owned]) -> tuple[str, Layout | None]:

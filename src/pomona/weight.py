@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from pomona.distributed import Shard, local
 from pomona.layout import ROWS, Layout
@@ -46,9 +47,14 @@ class Weight:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """What the optimizer remembers about each single weight, such as momentum or Adam's moments; edit in place."""
-        blocks = [local(t) for t in self.optimizer_state.values() if isinstance(t, Tensor) and t.ndim]
-        return [t for t in blocks if t.shape == self.value.shape]
+        """What the optimizer remembers about each single weight; edit in place.
+
+        Such as momentum, Adam's moments, an average of the weights or another copy of them. State that is quantised is
+        not among it: a zero there is not the number 0.
+        """
+        blocks = [local(t) for t in self.optimizer_state.values() if isinstance(t, Tensor) and t.is_floating_point()]
+        plain = (Tensor, Parameter)
+        return [t for t in blocks if t.ndim and t.shape == self.value.shape and type(t) in plain]
 
     @property
     def shape(self) -> torch.Size:

@@ -329,7 +329,7 @@ class Both:
     def harden(self) -> tuple[pomona.Report, pomona.Report]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # these runs are short
-            return self.pruner.harden(), self.alone.harden()
+            return self.pruner.harden(one_shot=True), self.alone.harden(one_shot=True)
 
 
 def both_of(way: str, name: str) -> Both | None:
@@ -472,7 +472,8 @@ def what_is_refused() -> dict[str, str]:
         return pomona.Pruner(model, sgd(model.parameters()), method)
 
     for which in ("global_top_k", "kth_largest", "others"):
-        messages[which] = error_of(pruner_of(shard_(net(), mesh), Forgetful(which)).harden)
+        pruner = pruner_of(shard_(net(), mesh), Forgetful(which))
+        messages[which] = error_of(partial(pruner.harden, one_shot=True))
     messages["shape of state"] = error_of(lambda: pruner_of(shard_(net(), mesh), Shaped("")))
 
     model = net()
@@ -531,10 +532,33 @@ def whole_and_shared_weights_in_one_scope() -> pomona.Report | None:
             fully_shard(model[0], mesh=mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         pruner = pomona.Pruner(model, optimizer, pomona.Magnitude(sparsity=0.75))
-        reports.append(pruner.harden())
+        reports.append(pruner.harden(one_shot=True))
         assert pruner.verify().nonzero == 18
     assert reports[0] == reports[1]
     return reports[0]
+
+
+def what_is_frozen_is_left() -> tuple[int, int] | None:
+    """Survivors, and those of the layer that is frozen."""
+    run = both_of("fsdp over 2", "magnitude, gradual")
+    if run is None:
+        return None
+    run.train(data_of(run.way, 3))
+    for model in (run.model, run.reference):
+        model[0].requires_grad_(False)
+    before = bits(local(run.model[0].weight))
+    run.train(data_of(run.way, 9)[3:])
+    assert bits(local(run.model[0].weight)) == before
+    reports = run.harden()
+    assert reports[0] == reports[1] and reports[0].layers[0].reason == "frozen since step 3: keeps its values"
+    run.compare("after harden")
+    run.train(data_of(run.way, 3))
+    assert bits(local(run.model[0].weight)) == before
+    assert run.pruner.verify() == run.alone.verify()
+    again = run.pruner.state_dict()
+    run.begin(seed=1)
+    run.pruner.load_state_dict(again)
+    return reports[0].nonzero, reports[0].layers[0].nonzero
 
 
 def mixed_precision() -> int | None:

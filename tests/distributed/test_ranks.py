@@ -182,6 +182,12 @@ def test_mixed_precision_prunes_the_weights_in_float32(world: World) -> None:
     assert world.run(checks.mixed_precision)[:2] == [18, 18]
 
 
+def test_what_is_frozen_is_left_alone_on_all_ranks(world: World) -> None:
+    (survivors, frozen), second, *_ = world.run(checks.what_is_frozen_is_left)
+    assert second == (survivors, frozen)
+    assert 18 < survivors < 72 and frozen > 12
+
+
 def test_zeros_are_held_and_copied(world: World) -> None:
     assert world.run(checks.holds_zeros_and_those_of_copies)[:2] == [36, 36]
 

@@ -59,7 +59,7 @@ def bert() -> nn.Module:
 def sparse_bert() -> nn.Module:
     model = bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pomona.Pruner(model, optimizer, pomona.Magnitude(SPARSITY)).harden()
+    pomona.Pruner(model, optimizer, pomona.Magnitude(SPARSITY)).harden(one_shot=True)
     return model
 
 
@@ -113,6 +113,24 @@ CASES: dict[str, tuple[pomona.Method | None, Callable[[], nn.Module], dict[str, 
     "bf16": (MAGNITUDE, bert, {"bf16": True}),
     "hold": (None, sparse_bert, {}),
 }
+
+
+@pytest.mark.parametrize("method", [MAGNITUDE, pomona.Feather(SPARSITY), pomona.ADMM(SPARSITY, every=3)], ids=str)
+def test_a_model_that_was_trained_without_a_schedule_is_saved_with_its_zeros(
+    method: pomona.Method, tmp_path: Path
+) -> None:
+    # The Trainer puts the optimizer's second copy of the weights into the model for evaluating and saving.
+    callback = PrunerCallback(method)
+    options = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "learning_rate": 1e-2}
+    trainer = trainer_of(tmp_path, callback, **options)
+    trainer.train()
+    assert callback.report.sparsity == pytest.approx(SPARSITY, abs=1e-3)
+    for turn in (trainer.evaluate, trainer.optimizer.train, trainer.optimizer.eval):
+        turn()
+        assert callback.pruner.verify().sparsity == callback.report.sparsity
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert pomona.report(saved).sparsity == callback.report.sparsity
 
 
 @pytest.mark.filterwarnings("ignore:.*passive weights shrink")  # of GSM: twelve steps are not enough

@@ -188,7 +188,7 @@ def test_shares_are_of_the_dense_layer_in_every_round() -> None:
     model = nn.Linear(24, 10, bias=False)
     optimizer = SGD(model.parameters(), lr=0.01)
     pruner = pomona.Pruner(model, optimizer, ADMM(0.9, every=2))
-    assert pruner.harden().nonzero == 24
+    assert pruner.harden(one_shot=True).nonzero == 24
     pruner.detach()
     second = pomona.Pruner(model, optimizer, ADMM(1 - 1 / 24, every=2, hold_zeros=True))
     for _ in range(5):
@@ -365,7 +365,7 @@ def test_the_report_says_where_the_shares_come_from() -> None:
     def reasons(method: ADMM) -> list[str]:
         model = net()
         pruner = pomona.Pruner(model, SGD(model.parameters(), lr=0.1), method)
-        return [layer.reason for layer in pruner.harden().layers]
+        return [layer.reason for layer in pruner.harden(one_shot=True).layers]
 
     assert reasons(ADMM(densities={"0": 0.25, "2": 0.5})) == ["its share by densities"] * 2
     assert reasons(ADMM(0.75, allocation="uniform")) == ["1x the network's share, by allocation='uniform'"] * 2
@@ -482,7 +482,8 @@ def test_densities_that_do_not_fit_the_model_are_refused(densities: dict[str, fl
 
 
 def test_a_pattern_is_of_the_parameter_or_of_its_module() -> None:
-    assert [layer.nonzero for layer in attach(ADMM(densities={"0": 0.25, "2.w*": 0.5})).harden().layers] == [12, 12]
+    report = attach(ADMM(densities={"0": 0.25, "2.w*": 0.5})).harden(one_shot=True)
+    assert [layer.nonzero for layer in report.layers] == [12, 12]
 
 
 def test_a_budget_that_would_empty_a_layer_is_refused() -> None:
@@ -496,7 +497,7 @@ def test_densities_cannot_be_edited_behind_its_back() -> None:
     shares = {"*": 0.25}
     method = ADMM(densities=shares)
     shares["*"] = 1.0
-    assert attach(method).harden().nonzero == 18
+    assert attach(method).harden(one_shot=True).nonzero == 18
 
 
 def test_the_pull_is_that_of_the_squared_norm() -> None:

@@ -374,9 +374,9 @@ def test_making_a_pruner_changes_no_weight_and_the_first_step_draws(kind: type[R
 
 @both
 @each_allocation
-def test_harden_before_the_first_step_cuts_by_magnitude(kind: type[RigL | SET], allocation: Distribution) -> None:
+def test_a_cut_before_the_first_step_is_by_magnitude(kind: type[RigL | SET], allocation: Distribution) -> None:
     model, _, pruner = pruned(kind(0.5, allocation=allocation))
-    report = pruner.harden()
+    report = pruner.harden(one_shot=True)
     expected = allocate(allocation, SHAPES, 33)
     assert [layer.nonzero for layer in report.layers] == expected
     for p, start, count in zip(model.w, draw(0), expected, strict=True):

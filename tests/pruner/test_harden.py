@@ -107,21 +107,23 @@ def test_the_cut_keeps_the_largest_writes_plus_zero_and_changes_nothing_else() -
     with torch.no_grad():
         model[0].weight[0, 0] = -0.0
     before = copy.deepcopy(model)
-    state = bits(optimizer.state_dict())
+    momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    groups = optimizer.state_dict()["param_groups"]
     grads = bits([p.grad for p in model.parameters()])
     rng = bits(torch.get_rng_state())
     report = pruner.harden()
 
     magnitudes = torch.cat([before[0].weight.detach().abs().view(-1), before[2].weight.detach().abs().view(-1)])
     smallest = magnitudes.topk(KEPT).values[-1]
-    for p, old in zip(model.parameters(), before.parameters(), strict=True):
+    for p, old, known in zip(model.parameters(), before.parameters(), momentum, strict=True):
         kept = (old.abs() >= smallest) if p.ndim == 2 else torch.ones_like(old, dtype=torch.bool)
         assert bits(p[kept]) == bits(old[kept])
         assert bits(p[~kept]) == bits(torch.zeros_like(p[~kept]))
+        assert bits(optimizer.state[p]["momentum_buffer"]) == bits(torch.where(kept, known, 0.0))
     assert report.nonzero == KEPT
     assert (report.total, report.smallest_kept) == (NUM_WEIGHTS, smallest.item())
     assert report.largest_cut == magnitudes.sort().values[-KEPT - 1].item()
-    assert bits(optimizer.state_dict()) == state
+    assert optimizer.state_dict()["param_groups"] == groups
     assert bits([p.grad for p in model.parameters()]) == grads
     assert bits(torch.get_rng_state()) == rng
 
@@ -133,7 +135,7 @@ def test_equal_magnitudes_are_cut_to_the_exact_count() -> None:
             p.copy_(torch.sign(p))
     pruner = Pruner(model, SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5), GSM(sparsity=0.75))
     with pytest.warns(UserWarning, match="have not decayed"):
-        assert pruner.harden().nonzero == KEPT
+        assert pruner.harden(one_shot=True).nonzero == KEPT
     assert pruner.verify().nonzero == KEPT
 
 
@@ -188,6 +190,30 @@ def test_a_cut_of_nothing_is_not_warned_of() -> None:
     pruner = Pruner(model, optimizer, GSM(sparsity=0.0))
     train(model, optimizer, batches(3))
     assert pruner.harden().nonzero == NUM_WEIGHTS
+
+
+def test_before_the_first_step_there_is_nothing_to_harden_unless_one_asks_for_it() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    pruner = Pruner(model, optimizer, pomona.Magnitude(0.75))
+    before = bits(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"this Pruner has seen no step of its AdamW, so Magnitude has pruned noth"):
+        pruner.harden()
+    assert bits(model.state_dict()) == before and not pruner.is_hardened
+    assert pruner.harden(one_shot=True).nonzero == KEPT  # as the message advises
+    train(model, optimizer, batches(3))
+    assert pruner.verify().num_steps == 3
+
+
+def test_a_run_of_skipped_steps_is_no_run() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    pruner = Pruner(model, optimizer, pomona.Magnitude(0.75))
+    x, y = batches(1)[0]
+    with pytest.warns(UserWarning, match="a gradient is not finite"):
+        train(model, optimizer, [(x, y * math.nan)] * 2)
+    with pytest.raises(RuntimeError, match="all 2 steps were skipped because a gradient was not finite"):
+        pruner.harden()
 
 
 def test_a_detached_pruner_does_not_cut() -> None:
@@ -293,7 +319,8 @@ def test_a_nan_at_a_pruned_place_becomes_zero_at_the_next_step() -> None:
         pruner.verify()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    with pytest.warns(UserWarning, match=r"1 of the zeros that harden\(\) wrote \(0.weight\) were not zero any more"):
+        optimizer.step()
     assert_plus_zero(model, zeros)
     assert pruner.verify().nonzero == KEPT
 
@@ -304,8 +331,23 @@ def test_dense_weights_loaded_by_mistake_are_noticed_and_cut_at_the_next_step() 
     model.load_state_dict(net(1).state_dict())
     with pytest.raises(RuntimeError, match="the sparsity contract is broken"):
         pruner.verify()
-    train(model, optimizer, batches(1))
+    with pytest.warns(UserWarning, match=r"54 of the zeros .* when step 21 began.*call harden\(\) again"):
+        train(model, optimizer, batches(1))
     assert_plus_zero(model, zeros)
+    assert pruner.verify().nonzero == KEPT
+
+
+def test_hardening_again_writes_the_zeros_into_weights_that_were_loaded() -> None:
+    # Back to the first weights, as of a lottery ticket.
+    model, optimizer, pruner = hardened()
+    zeros = zeros_of(model)
+    model.load_state_dict(net().state_dict())
+    assert pruner.harden().nonzero == KEPT
+    assert_plus_zero(model, zeros)
+    for name, p in net().named_parameters():
+        kept = ~zeros[name] if name in zeros else torch.ones_like(p, dtype=torch.bool)
+        assert bits(model.get_parameter(name)[kept]) == bits(p[kept])
+    train(model, optimizer, batches(3))  # without a warning
     assert pruner.verify().nonzero == KEPT
 
 
@@ -520,7 +562,7 @@ def test_a_method_that_keeps_more_than_its_budget_is_found_out() -> None:
     model = net()
     pruner = Pruner(model, Adam(model.parameters()), Greedy())
     with pytest.raises(RuntimeError, match="a budget of 1 weights, but its support has 2"):
-        pruner.harden()
+        pruner.harden(one_shot=True)
     state = pruner.state_dict()
     pruner.load_state_dict(
         state | {"is_hardened": True, "pruned": {name: p == 0 for name, p in pruner.parameters().items()}}
@@ -735,6 +777,6 @@ def test_a_plain_copy_of_a_wrapped_model_gets_the_zeros() -> None:
     model = Wrapped(copy.deepcopy(plain))
     optimizer = SGD(model.parameters(), lr=0.1)
     pruner = Pruner(model, optimizer, pomona.Magnitude(0.75))
-    pruner.harden(plain)
+    pruner.harden(plain, one_shot=True)
     assert pomona.report(plain).nonzero == KEPT
     assert pruner.verify(plain).nonzero == KEPT

@@ -630,8 +630,19 @@ def test_after_detach_another_pruner_may_follow() -> None:
     assert (first.num_steps, second.num_steps) == (0, 2)
     with pytest.raises(RuntimeError, match="not attached"):
         first.harden()
-    with pytest.raises(RuntimeError, match="not attached"):
-        first.state_dict()
+
+
+def test_the_state_of_a_detached_pruner_goes_on_with_another_optimizer() -> None:
+    model, optimizer, first = pruned()
+    train(model, optimizer, batches(NUM_STEPS))
+    kept = first.harden().nonzero
+    first.detach()
+    assert first.report().nonzero == sum(int(mask.sum()) for mask in first.masks().values()) == kept
+    other = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.05)
+    second = Pruner(model, other, GSM(sparsity=0.75))
+    second.load_state_dict(first.state_dict())
+    train(model, other, batches(3))
+    assert (second.verify().nonzero, second.num_steps) == (kept, NUM_STEPS + 3)
 
 
 def test_after_detach_training_is_plain_sgd() -> None:
@@ -713,16 +724,20 @@ def test_training_with_another_optimizer_is_noticed(way: str, kind: dict[str, bo
     train(model, other, batches(3))
     assert pruner.num_steps == NUM_STEPS
     with pytest.warns(UserWarning, match="since the last optimizer step that this Pruner saw"):
-        pruner.state_dict()
-    with pytest.warns(UserWarning, match="make the Pruner with that copy"):
+        state = pruner.state_dict()
+    with pytest.warns(UserWarning, match="make a new Pruner with that one and load this one's state_dict"):
         pruner.harden()
+    again = Pruner(model, other, GSM(sparsity=0.75))  # as the message advises
+    again.load_state_dict(state)
+    train(model, other, batches(3))
+    assert again.harden().nonzero == KEPT and again.num_steps == NUM_STEPS + 3
 
 
 def test_a_trial_cut_does_not_hide_training_with_another_optimizer() -> None:
     model, optimizer, pruner = pruned()
     train(model, optimizer, batches(NUM_STEPS))
     train(model, copy.copy(optimizer), batches(3))
-    with pytest.warns(UserWarning, match="make the Pruner with that copy"):
+    with pytest.warns(UserWarning, match="make a new Pruner with that one"):
         with pruner.trial_cut():
             pass
         pruner.state_dict()
@@ -733,7 +748,7 @@ def test_training_a_copied_pair_is_noticed_at_harden_of_the_original() -> None:
     other, copied = copy.deepcopy((model, optimizer))
     train(other, copied, batches(NUM_STEPS))
     assert pruner.num_steps == 0
-    with pytest.warns(UserWarning, match="decay exponent 0.00 over 0 steps"):
+    with pytest.raises(RuntimeError, match="this Pruner has seen no step of its SGD"):
         pruner.harden()
 
 
@@ -849,6 +864,41 @@ def test_a_layer_replaced_behind_the_optimizers_back_is_noticed() -> None:
     model[2] = nn.Linear(8, 3)  # a new head, as for transfer learning
     with pytest.raises((ValueError, RuntimeError), match=r"2\.weight"):
         pruner.harden()
+
+
+@pytest.mark.parametrize("way", ["assign", "parameter", "another shape", "module"])
+def test_a_weight_replaced_under_the_optimizer_is_named_at_the_next_step(way: str) -> None:
+    model, optimizer, pruner = pruned()
+    train(model, optimizer, batches(3))
+    if way == "assign":
+        model.load_state_dict(net(1).state_dict(), assign=True)
+    elif way == "parameter":
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    elif way == "module":
+        model[0] = nn.Linear(6, 8)
+    else:  # as a tool that takes out channels
+        model[0].weight = nn.Parameter(model[0].weight.detach()[:5])
+        model[0].bias = nn.Parameter(model[0].bias.detach()[:5])
+        model[2].weight = nn.Parameter(model[2].weight.detach()[:, :5])
+    before = bits([model.state_dict(), optimizer.state_dict(), pruner.masks() if way == "module" else None])
+    with pytest.raises(RuntimeError, match=r"^0.weight (was replaced in the model after|has the shape \(5, 6\) now)"):
+        train(model, optimizer, batches(1))
+    assert bits([model.state_dict(), optimizer.state_dict(), pruner.masks() if way == "module" else None]) == before
+    with pytest.raises(RuntimeError, match=r"^0.weight .*make (the )?optimizer and (the )?Pruner anew"):
+        pruner.harden()
+    anew = sgd(model)  # as the message advises
+    again = Pruner(model, anew, GSM(sparsity=0.75))
+    train(model, anew, batches(3))
+    assert again.harden().nonzero == again.method.budget.num_kept(again.report().total, 3)
+
+
+def test_a_module_that_was_moved_inside_the_model_is_not_replaced() -> None:
+    model, optimizer, pruner = pruned()
+    train(model, optimizer, batches(3))
+    model[0] = nn.Sequential(model[0], nn.Identity())  # as fusing and adapters do
+    train(model, optimizer, batches(3))
+    assert pruner.num_steps == 6
+    assert pruner.harden().nonzero == KEPT
 
 
 def test_loading_weights_into_the_model_is_followed() -> None:

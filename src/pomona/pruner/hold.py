@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +18,8 @@ from pomona.weight import Weight, Weights
 @dataclass(frozen=True, slots=True)
 class _Zeros(Method):
     """What is zero now stays zero."""
+
+    takes_frozen: ClassVar[bool] = True
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
         return [w.value != 0 for w in weights]
@@ -35,7 +38,8 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     Args:
         model: a sparse model.
         optimizer: the one that trains it.
-        scope: where zeros count; default: every trainable weight that a layer multiplies with.
+        scope: where zeros count; default: every weight that a layer multiplies with and that the optimizer holds. One
+            that is frozen now, as in a model that was loaded for inference, keeps its zeros when it trains later.
 
     Returns:
         The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.
@@ -56,7 +60,7 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
         0.0
     """
     pruner = Pruner(model, optimizer, _Zeros(), scope=scope)
-    report = pruner.harden()
+    report = pruner.harden(one_shot=True)
     if report.nonzero == report.total:
         pruner.detach()
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pomona.distributed import local
@@ -25,13 +25,17 @@ class StepHooks:
     gradients zero is not a step (distributed checkpointing makes such ones). A subclass that calls ``super().step()``
     fires the hooks twice; the second time is passed over.
 
+    Where an optimizer steps inside another one (:func:`pomona.pruner.chain.chain_of`), ``before`` comes with the inner
+    one, which gets the final gradients, and ``after`` with the outer one, which may write the weights last.
+
     Args:
-        optimizer: whose steps are meant.
+        optimizers: whose steps are meant, the outermost first.
         placement: knows which parameters are in scope, and asks the other ranks.
         before: called with the weights and the step's number when gradients are final and finite. If
             ``checks_gradients()`` is True, it checks those of the weights in scope itself and raises NonFiniteError
             before it has changed anything.
-        after: called after each step, with True if it was a real one.
+        after: called after each step, with True if it was a real one. (A subclass that calls ``super().step()`` ends
+            twice, the second time with False.)
         checks_gradients: see ``before``.
 
     Attributes:
@@ -42,7 +46,7 @@ class StepHooks:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         placement: Placement,
         *,
         before: Callable[[Weights, int], None],
@@ -52,7 +56,10 @@ class StepHooks:
         self.num_steps = 0
         self.num_skipped = 0
         self.refusal = ""
-        self._optimizer = optimizer
+        self._optimizers = list(optimizers)
+        self._optimizer = self._optimizers[-1]  # which computes the update
+        self._under_way: Optimizer | None = None  # the outermost one whose step has begun
+        self._start: Tensor | None = None  # where a weight was when the outer step began
         self._placement = placement
         self._before, self._after, self._checks_gradients = before, after, checks_gradients
         self._in_step = False
@@ -74,9 +81,10 @@ class StepHooks:
                 "this Pruner is attached already; copy it together with the others: "
                 "copy.deepcopy((model, optimizer, pruner))"
             )
-        pre = self._optimizer.register_step_pre_hook(self._on_step)
-        self._handles = [pre, self._optimizer.register_step_post_hook(self._on_stepped)]
-        for hook in _hooks(pre).values():
+        before = [optimizer.register_step_pre_hook(self._on_step) for optimizer in self._optimizers]
+        after = [optimizer.register_step_post_hook(self._on_stepped) for optimizer in self._optimizers]
+        self._handles = [*before, *after]
+        for hook in [hook for handle in before for hook in _hooks(handle).values()]:
             other = getattr(hook, "__self__", None)
             if isinstance(other, StepHooks) and other is not self:
                 theirs = {id(p) for p in other._placement.parameters().values()}
@@ -96,7 +104,7 @@ class StepHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks do not survive deepcopy and pickle; a copied Pruner attaches itself to its copied optimizer.
-        return {**self.__dict__, "_handles": []}
+        return {**self.__dict__, "_handles": [], "_under_way": None, "_start": None}
 
     # Before the step
 
@@ -104,6 +112,10 @@ class StepHooks:
     def _on_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._begin(optimizer)
+        if optimizer is not self._optimizer:
+            return None
+        self._check_start()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._prepare()
@@ -113,13 +125,43 @@ class StepHooks:
             return (args[0], pruning, *args[2:]), kwargs
         return args, {**kwargs, "closure": pruning}
 
+    def _begin(self, optimizer: Optimizer) -> None:
+        """Note which step is under way: this one, unless it happens inside that of an outer optimizer."""
+        places = [id(one) for one in self._optimizers]
+        if self._under_way is None or places.index(id(optimizer)) <= places.index(id(self._under_way)):
+            is_outer = optimizer is not self._optimizer
+            self._start = local(self._placement.first()).clone() if is_outer else None
+            self._under_way = optimizer
+
+    def _check_start(self) -> None:
+        """RuntimeError if an outer optimizer has left the weights elsewhere than where the gradient was taken."""
+        start, self._start = self._start, None
+        if start is None:
+            return
+        rounding = 8 * torch.finfo(start.dtype).eps  # of w + e - e, by which sharpness-aware optimizers return
+        now = local(self._placement.first())
+        if not torch.allclose(now, start.to(now.device), rtol=rounding, atol=rounding, equal_nan=True):
+            outer, inner = type(self._under_way).__name__, type(self._optimizer).__name__
+            raise RuntimeError(
+                f"{outer} moves the weights before the step of the {inner} inside, so that the gradient does not "
+                f"belong to them, and Pomona cannot prune with it; use an optimizer that does without one inside "
+                f"(schedulefree.SGDScheduleFree and AdamWScheduleFree instead of a schedule-free wrapper)"
+            )
+
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """With ``step(closure)`` the gradients do not exist before the closure has run."""
         num_calls = 0
+        version = self._placement.first()._version
 
         def pruning_closure() -> Any:
             nonlocal num_calls
             num_calls += 1
+            if num_calls == 1 and self._placement.first()._version != version:
+                raise RuntimeError(
+                    f"{type(self._optimizer).__name__} moves the weights before it calls its closure, as "
+                    f"sharpness-aware optimizers do, so the gradient is not that of the weights; use one that steps "
+                    f"by an optimizer inside, such as SAM(..., base_optimizer=SGD)"
+                )
             if num_calls > 1:
                 raise RuntimeError(
                     f"{type(self._optimizer).__name__} called its closure twice in one step; Pomona prunes by the one "
@@ -146,13 +188,13 @@ class StepHooks:
             return
         # Over ranks the gradients are checked here, because all ranks have to go the same way.
         is_left = self._checks_gradients() and not self._placement.shards
-        left = self._placement.ids if is_left else ()
-        checked = [grad for p, grad in pairs if id(p) not in left or not p.is_cpu] if left else grads
+        ours = self._placement.ids if is_left else ()
+        checked = [grad for p, grad in pairs if id(p) not in ours or not p.is_cpu] if ours else grads
         if not self._are_usable(grads, checked):
             self._skip()
             return
         try:
-            self._before(self._placement.weights_in_step(), self.num_steps + 1)
+            self._before(self._placement.weights_in_step(self.num_steps + 1), self.num_steps + 1)
         except NonFiniteError:
             if not is_left or all_finite(grads):
                 raise
@@ -160,7 +202,8 @@ class StepHooks:
             return
         self.num_steps += 1
         self._in_step = True
-        self._prepared = _version_of(grads)
+        left = (p.grad for p in self._all_parameters() if p.grad is not None)  # what is frozen has none any more
+        self._prepared = _version_of([next(left, grads[0])])
 
     def _all_parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -174,14 +217,15 @@ class StepHooks:
 
     def _are_usable(self, grads: Sequence[Tensor], checked: Sequence[Tensor]) -> bool:
         """Undo a loss scale that the optimizer itself would undo; True if the checked gradients are finite."""
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        if found_inf is not None and self._placement.on_any_rank(bool(local(found_inf))):
-            return False
-        scale = getattr(self._optimizer, "grad_scale", None)
-        if scale is not None:
-            for grad in map(local, grads):
-                grad.div_(local(scale).to(grad.device))
-            self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
+        for optimizer in self._optimizers:
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is not None and self._placement.on_any_rank(bool(local(found_inf))):
+                return False
+            scale = getattr(optimizer, "grad_scale", None)
+            if scale is not None:
+                for grad in map(local, grads):
+                    grad.div_(local(scale).to(grad.device))
+                optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler for fused steps
         checked = [local(grad) for grad in checked] if self._placement.shards else checked
         return not self._placement.on_any_rank(not all_finite(checked))
 
@@ -204,7 +248,12 @@ class StepHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _on_stepped(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if optimizer is not self._under_way and self._under_way is not None:
+            return  # the outer one goes on
+        self._under_way = None
         was_real, self._in_step = self._in_step, False
+        if was_real and optimizer is not self._optimizer:
+            self._placement.follow()
         hidden, self._hidden = self._hidden, []
         for parameter, grad in hidden:
             parameter.grad = grad
@@ -212,20 +261,6 @@ class StepHooks:
             self._after(was_real)
         finally:
             self._placement.release()
-
-
-def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a wrapper that does not forward hooks, such as accelerate's."""
-    inner = getattr(optimizer, "optimizer", None)
-    found = inner if isinstance(inner, Optimizer) else optimizer
-    if not isinstance(found, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(found, LBFGS):
-        raise ValueError(
-            "LBFGS evaluates its closure several times a step, so there is no one gradient to prune by; use SGD "
-            "or another optimizer that evaluates it once"
-        )
-    return found
 
 
 def _hooks(handle: RemovableHandle) -> Mapping[int, Any]:

@@ -28,7 +28,7 @@ class Placement:
 
     Args:
         model: where the modules are.
-        optimizer: which must hold every weight in scope.
+        optimizers: those of a step, the outermost first; the last one must hold every weight in scope.
         inside: name -> parameter in scope.
         layouts: name -> its layout, None if that is unknown.
 
@@ -38,27 +38,38 @@ class Placement:
         state: name -> what the method remembers about the weight.
         shared: what the method remembers about the network.
         ids: the ids of the parameters, as of the latest ``refresh()``.
+        frozen_since: name -> the step after which a weight has been frozen (``requires_grad`` is False), as of the
+            latest step.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         inside: Mapping[str, nn.Parameter],
         layouts: Mapping[str, Layout | None],
     ) -> None:
         self.model = model
         self.layouts = dict(layouts)
-        self.optimizer = optimizer
+        self.optimizers = list(optimizers)
+        self.optimizer = self.optimizers[-1]
         self.shards = shards_of(inside)
-        self.group_of = _find_groups(optimizer, inside)
+        self.group_of = _find_groups(self.optimizer, inside)
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in inside}
         self.shared: dict[str, Tensor] = {}
         self._owners = {name: _owner(model, name) for name in inside}
         self._is_sharded = [is_sharded(p) for p in inside.values()]
+        self._shapes = [p.shape for p in inside.values()]
         self._known: list[nn.Parameter] = []  # what `_in_step` was made of
         self.ids: frozenset[int] = frozenset()
         self._in_step: Weights | None = None
+        self.frozen_since: dict[str, int] = {}
+        self._kept: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []  # what is frozen: values, gradient
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the optimizer has a second copy of the weights, which its ``eval()`` brings in (schedule-free)."""
+        return any(callable(getattr(one, "eval", None)) for one in self.optimizers)
 
     @property
     def names(self) -> list[str]:
@@ -107,13 +118,37 @@ class Placement:
         assert first is not None  # a scope is never empty
         return first
 
-    def replaced(self) -> str | None:
-        """The first name under which the model now has another parameter than when this was made."""
-        for name, (module, leaf) in self._owners.items():
-            now, then = _owner(self.model, name)[0], module
-            if getattr(now, leaf) is not getattr(then, leaf):
-                return name
-        return None
+    def check_in_place(self) -> None:
+        """RuntimeError if a weight has been replaced: in the model, under the optimizer, or by one of another shape."""
+        parameters = self.parameters()
+        for name, (module, _) in self._owners.items():
+            self._check_module(name, module)
+        held = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        for (name, p), shape in zip(parameters.items(), self._shapes, strict=True):
+            if p.shape != shape:
+                raise RuntimeError(
+                    f"{name} has the shape {tuple(p.shape)} now, and had {tuple(shape)} when the Pruner was made; make "
+                    f"the optimizer and the Pruner anew, after what cuts or replaces layers"
+                )
+            if id(p) not in held:
+                raise RuntimeError(
+                    f"{name} was replaced in the model after the Pruner was made, and the "
+                    f"{type(self.optimizer).__name__} does not hold the new parameter, so it does not train. Write "
+                    f"into the old one (p.data.copy_(), load_state_dict() without assign=True), or make optimizer and "
+                    f"Pruner anew"
+                )
+        self.group_of = {name: held[id(p)] for name, p in parameters.items()}
+
+    def _check_module(self, name: str, module: nn.Module) -> None:
+        path, _, leaf = name.rpartition(".")
+        try:
+            now = getattr(self.model.get_submodule(path), leaf)
+        except AttributeError:
+            now = None
+        if now is not getattr(module, leaf) and all(module is not one for one in self.model.modules()):
+            raise RuntimeError(
+                f"{name} was replaced in the model after the Pruner was made; make optimizer and Pruner anew"
+            )
 
     def weights(self) -> Weights:
         """The weights as a method sees them, without gradients."""
@@ -124,20 +159,63 @@ class Placement:
         if self._in_step is not None and self._is_known():
             return
         self._known = list(self.parameters().values())
-        self.ids = frozenset(map(id, self._known))
+        ids = frozenset(map(id, self._known))
+        if ids != self.ids or not self.shards:  # sharded ones are looked up at every step
+            self.check_in_place()
+        self.ids = ids
         self._in_step = self._make(self._known)
 
-    def weights_in_step(self) -> Weights:
+    def weights_in_step(self, step: int) -> Weights:
         """The weights with the gradients of this step, after ``refresh``.
 
         They are the same objects at every step, because to make each anew would cost more than the optimizer's own
-        step. ``release`` them when the step is over.
+        step. ``thaw`` and ``release`` them when the step is over.
         """
         assert self._in_step is not None
+        self._freeze(step)
         for w, p in zip(self._in_step, self._known, strict=True):
             grad = p.grad
+            if grad is None and w.has_grad:  # the first step without one: has its module been replaced?
+                self._check_module(w.name, self._owners[w.name][0])
             w.renew(local(p), gradient(w.name, p, grad), grad is not None)
         return self._in_step
+
+    def _freeze(self, step: int) -> None:
+        """Take what is frozen out of the step, and remember its values: a method may write into all weights.
+
+        A torch optimizer moves whatever has a gradient. So a weight that has one, as where a loop calls ``backward``,
+        then freezes and then steps, is not frozen in this step.
+        """
+        self._kept = []
+        places = [i for i, p in enumerate(self._known) if not p.requires_grad]
+        if places or self.frozen_since:
+            moves = [(grad := self._known[i].grad) is not None and bool(local(grad).any()) for i in places]
+            if self.shards and places:
+                moves = [bool(most) for most in next(iter(self.shards.values())).ranks.max(moves)]
+            places = [i for i, does_move in zip(places, moves, strict=True) if not does_move]
+            names = self.names
+            self.frozen_since = {names[i]: self.frozen_since.get(names[i], step - 1) for i in places}
+        for i in places:
+            p = self._known[i]
+            self._kept.append((p, local(p).clone(), p.grad))
+            p.grad = None
+
+    def thaw(self) -> None:
+        """After a step: what is frozen is as it was before."""
+        kept, self._kept = self._kept, []
+        for p, value, grad in kept:
+            local(p).copy_(value)
+            p.grad = grad
+
+    def frozen(self, step: int) -> dict[str, int]:
+        """Name -> the step after which a weight was frozen, of those that are frozen now, after ``step``."""
+        now = [name for name, p in self.parameters().items() if not p.requires_grad]
+        return {name: self.frozen_since.get(name, step) for name in now}
+
+    def follow(self) -> None:
+        """After the step of an optimizer around another one, which may have given parameters new tensors."""
+        for w, p in zip(self._in_step or (), self._known, strict=True):
+            w.renew(local(p), w.grad, w.has_grad)
 
     def release(self) -> None:
         """After a step: hold neither weights nor gradients."""
@@ -160,7 +238,7 @@ class Placement:
                 group=group,
                 state=self.state[name],
                 has_grad=p.grad is not None,
-                optimizer_state=OptimizerState(self.optimizer, p),
+                optimizer_state=OptimizerState(self.optimizers, p),
                 shard=self.shards.get(name),
                 layout=self.layouts[name],
             )
@@ -224,7 +302,7 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be copied; shards are found anew.
-        return {**self.__dict__, "shards": {}, "_known": [], "ids": frozenset(), "_in_step": None}
+        return {**self.__dict__, "shards": {}, "_known": [], "ids": frozenset(), "_in_step": None, "_kept": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -232,14 +310,14 @@ class Placement:
 
 
 class OptimizerState(Mapping[str, Any]):
-    """What an optimizer remembers about a parameter, looked up when it is asked for."""
+    """What the optimizers of a step remember about a parameter, looked up when it is asked for."""
 
-    def __init__(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
-        self._optimizer, self._parameter = optimizer, parameter
+    def __init__(self, optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> None:
+        self._optimizers, self._parameter = optimizers, parameter
 
     def _now(self) -> Mapping[str, Any]:
-        now: Mapping[str, Any] = self._optimizer.state.get(self._parameter, {})
-        return now
+        found: list[Mapping[str, Any]] = [one.state.get(self._parameter, {}) for one in self._optimizers]
+        return found[0] if len(found) == 1 else {key: value for state in found for key, value in state.items()}
 
     def __getitem__(self, key: str) -> Any:
         return self._now()[key]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,19 +16,22 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pomona.computed import check_lengths
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
-from pomona.distributed import local, refuse_flat, reshard, working_on
+from pomona.distributed import like, local, refuse_flat, reshard, working_on
 from pomona.method import Method
 from pomona.ops import count
-from pomona.pruner.hooks import StepHooks, unwrap
+from pomona.pruner.chain import chain_of
+from pomona.pruner.hooks import StepHooks
 from pomona.pruner.placement import Placement
 from pomona.pruner.saved import check_method_state, collect, describe, restore
 from pomona.pruner.watch import Watch
-from pomona.pruner.zeros import Zeros, largest_among, same_names, zero_copy_
+from pomona.pruner.zeros import Frozen, Zeros, largest_among, same_names, zero_copy_
 from pomona.reporting import Report, report_layers
 from pomona.schedule import FAR_AWAY, Schedule, check_count
-from pomona.scope import Scope
+from pomona.scope import FROZEN, Scope, ScopedParameters
 from pomona.selection.groups import violations
 from pomona.weight import Weights
+
+_UNFROZEN = "was frozen when the Pruner was made and trains now: make a new Pruner to prune it"
 
 
 class Pruner:
@@ -38,6 +42,12 @@ class Pruner:
     a whole, counted in ``num_skipped``, and the first one is warned of; weights, momentum and step count do not change.
     A step with all learning rates and all gradients zero does not count (distributed checkpointing takes such steps).
 
+    What is frozen keeps its values. A weight in scope with ``requires_grad`` False (and no gradient) is taken out of
+    the step: no method and no optimizer writes into it. It stays in the ranking, and when it is unfrozen, the method's
+    masks apply again from the next step. If it is frozen at ``harden()``, it is left as it is, and a warning says how
+    many weights stay that the budget would have cut; ``verify()`` accepts these. A weight that is frozen when the
+    Pruner is made is outside of the scope; if it trains at ``harden()``, a warning names it.
+
     On several ranks, first wrap or shard the model (``DistributedDataParallel``, ``fully_shard``,
     ``parallelize_module``), then make the optimizer and the Pruner, on each rank. All ranks share one budget, and the
     masks equal those of one process. Where weights are sharded, every method of a Pruner except ``detach`` must be
@@ -46,7 +56,8 @@ class Pruner:
     Args:
         model: parameters are neither renamed nor replaced; its ``state_dict()`` stays plain.
         optimizer: any ``torch.optim`` optimizer that the method accepts and that evaluates its gradients once per
-            step (so not LBFGS); it must hold every weight in scope.
+            step (so not LBFGS); it must hold every weight in scope. An optimizer around another one is taken as the
+            loop steps it: Lookahead, sharpness-aware ones (with either way to step them), Accelerate's.
         method: how weights are pruned, e.g. ``GSM(sparsity=0.9)``.
         scope: which weights; default: every trainable weight that a layer multiplies with.
         check_every: under ``DistributedDataParallel``, compare the ranks' weights every so many steps, at a few bytes
@@ -77,7 +88,7 @@ class Pruner:
         check_every: int = 100,
     ) -> None:
         refuse_flat(model, optimizer)
-        optimizer = unwrap(optimizer)
+        optimizers = chain_of(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if scope is not None and not isinstance(scope, Scope):
@@ -86,32 +97,51 @@ class Pruner:
             raise TypeError(f"method must be a pomona.Method such as GSM(sparsity=0.9), got {method!r}")
         check_count("check_every", check_every, low=0)
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = optimizers[-1]
         self.method = method
         self.scope = scope or Scope()
         self.check_every = check_every
 
         reshard(model)
-        selected = self.scope.select(model)
+        selected = self._select(optimizers[-1])
         self._outside = selected.outside
         self._directions = selected.directions
-        self._placement = Placement(model, optimizer, selected.inside, selected.layouts)
-        method.check(optimizer, [optimizer.param_groups[i] for i in self._placement.groups()])
+        self._placement = Placement(model, optimizers, selected.inside, selected.layouts)
+        for one in reversed(optimizers):
+            method.check(one, [self.optimizer.param_groups[i] for i in self._placement.groups()])
         self._check_agreement()
         self._start_method()
         self._zeros = Zeros()
         self._in_step = Weights(())
         self._hardened_at = 0  # step
+        self._memory: list[Any] = []  # the optimizers' states, as of when pruned weights were dropped from them
+        self._has_warned = False  # of zeros that something revived
         self._accuracy: tuple[float | None, float | None] = (None, None)  # before and after harden()
         self._watch = Watch(self._placement)
         self._hooks = StepHooks(
-            optimizer, self._placement, before=self._before, after=self._after, checks_gradients=self._checks_gradients
+            optimizers, self._placement, before=self._before, after=self._after, checks_gradients=self._checks_gradients
         )
         self._hooks.attach()
 
     def __repr__(self) -> str:
         done = "hardened" if self.is_hardened else f"step {self.num_steps:,}"
         return f"Pruner({self.method}, {len(self._placement.names)} tensors, {done})"
+
+    def _select(self, optimizer: Optimizer) -> ScopedParameters:
+        selected = self.scope.select(self.model, with_frozen=self.method.takes_frozen)
+        if not self.method.takes_frozen:
+            return selected
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        resting = [name for name, p in selected.inside.items() if not p.requires_grad and id(p) not in held]
+        inside = {name: p for name, p in selected.inside.items() if name not in resting}
+        if not inside:
+            raise ValueError(
+                f"nothing to hold: all weights in scope are frozen ({_some(resting)}), and the optimizer holds none of "
+                f"them, so nothing moves their zeros. If they train later, give them to the optimizer"
+            )
+        directions = {name: dim for name, dim in selected.directions.items() if name in inside}
+        outside = selected.outside | dict.fromkeys(resting, FROZEN)
+        return dataclasses.replace(selected, inside=inside, outside=outside, directions=directions)
 
     def _check_agreement(self) -> None:
         names = self._placement.names
@@ -155,7 +185,10 @@ class Pruner:
         return self._placement.parameters()
 
     def detach(self) -> None:
-        """Take the hooks off the optimizer: nothing is pruned and no zero is held any more."""
+        """Take the hooks off the optimizer: nothing is pruned and no zero is held any more.
+
+        ``state_dict()``, ``masks()`` and ``report()`` work as before, e.g. to go on with another optimizer.
+        """
         self._hooks.detach()
 
     # Around optimizer.step()
@@ -168,6 +201,7 @@ class Pruner:
 
     def _before(self, weights: Weights, step: int) -> None:
         if self.is_hardened:
+            self._warn_if_revived(weights, step)
             self._zeros.drop_gradients_(weights)
         else:
             with working_on(self._placement.shards):
@@ -182,14 +216,42 @@ class Pruner:
         self._in_step = weights
 
     def _after(self, is_real: bool) -> None:
-        if is_real and self.is_hardened:
-            self._zeros.write_(self._in_step)
+        if self.is_hardened:
+            weights = self._in_step if is_real else self._weights()
+            self._zeros.write_(weights)
+            if self._placement.swaps or not self._has_same_memory():
+                self._forget(weights)
         elif is_real:
             with working_on(self._placement.shards):
                 self.method.after_step(self._in_step, self.num_steps)
-            if self._directions:
-                check_lengths({w.name: w.value for w in self._in_step}, self._directions)
+        self._placement.thaw()
+        if is_real and self._directions and not self.is_hardened:
+            check_lengths({w.name: w.value for w in self._in_step}, self._directions)
         self.mark()
+
+    def _forget(self, weights: Weights) -> None:
+        """Nothing that the optimizer remembers can revive a zero; without gradients there it learns nothing new."""
+        self._zeros.forget_(weights)
+        self._memory = [one.state for one in self._placement.optimizers]
+
+    def _has_same_memory(self) -> bool:
+        """False after the optimizer has loaded another state."""
+        now = [one.state for one in self._placement.optimizers]
+        return len(now) == len(self._memory) and all(map(operator.is_, now, self._memory))
+
+    def _warn_if_revived(self, weights: Weights, step: int) -> None:
+        if self._has_warned or not self._watch.is_touched:
+            return
+        revived = self._zeros.revived(weights)
+        if revived:
+            self._has_warned = True
+            warnings.warn(
+                f"{sum(revived.values()):,} of the zeros that harden() wrote ({', '.join(list(revived)[:3])}) were not "
+                f"zero any more when step {step:,} began. It writes them again, but a model that is saved in between "
+                f"lacks them. What writes weights between two steps? If weights were loaded, call harden() again; if "
+                f"it is a wrapper around the optimizer, let it subclass torch.optim.Optimizer and call its __init__",
+                stacklevel=2,
+            )
 
     def mark(self) -> None:
         """The weights are as they should be: changes up to here are no reason for a warning.
@@ -203,30 +265,33 @@ class Pruner:
         if not self.is_attached:
             raise RuntimeError(
                 "this Pruner is not attached to its optimizer any more (detach() was called, or the optimizer's hooks "
-                "were removed); make a new Pruner and load_state_dict() into it"
+                "were removed); make a new Pruner and load this one's state_dict() into it"
             )
-        self.parameters()  # raises if a weight has been sharded since
-        if name := self._placement.replaced():
-            raise RuntimeError(
-                f"{name} was replaced in the model after the Pruner was made; make optimizer and Pruner anew"
-            )
+        self._placement.check_in_place()
         self._watch.warn_if_changed(self.num_steps, stacklevel=3)
 
     # Zeros
 
-    def harden(self, *copies: nn.Module, evaluate: Callable[[], float] | None = None) -> Report:
+    def harden(self, *copies: nn.Module, evaluate: Callable[[], float] | None = None, one_shot: bool = False) -> Report:
         """Write exact zeros outside the method's support, and keep them from here on.
 
         Every later step of the optimizer trains the survivors only; zeros survive momentum, Adam and weight decay.
-        Calling it again writes no new zeros (except into ``copies``) and reports anew.
+        What the optimizer remembers of a pruned weight is cleared, also where it is a copy of the weights that
+        ``optimizer.eval()`` swaps in (schedule-free optimizers). Calling it again chooses no new zeros: it writes the
+        same ones, also into ``copies`` and into weights that were loaded since, and reports anew.
 
         Args:
             copies: models with the same parameters that get the same zeros, e.g. an ``AveragedModel``. An average
                 that goes on stays zero there.
             evaluate: called before and after the cut, e.g. for the accuracy; both stand in the report.
+            one_shot: cut the weights as they are, even if not one step has been taken.
 
         Returns:
             The report, counted from the tensors.
+
+        Raises:
+            RuntimeError: the Pruner has seen no step, and ``one_shot`` is False; it is detached; or a weight has been
+                replaced.
         """
         self._check_attached()
         if self._hooks.refusal:
@@ -235,20 +300,39 @@ class Pruner:
             )
         for copy in copies:
             same_names(copy, {name: local(p) for name, p in self.parameters().items()})
-        if not self.is_hardened:
-            masks = self._masks()
+        if self.is_hardened:
+            self._zeros.write_(self._weights())
+        else:
+            if not self.num_steps and not one_shot:
+                raise RuntimeError(self._why_no_step())
+            masks, frozen = self._masks()
             if self._directions:
                 check_lengths(dict(zip(self._placement.names, masks, strict=True)), self._directions)
             self._warn_of_haste()
             self._warn_of_loss(masks)
+            self._warn_of_unfrozen()
             before = float(evaluate()) if evaluate else None
-            self._zeros = Zeros.cut_(self._weights(), masks)
+            self._zeros = Zeros.cut_(self._weights(), masks, frozen)
+            self._warn_of_frozen()
             self._accuracy = (before, float(evaluate()) if evaluate else None)
             self._hardened_at = self.num_steps
-            self.mark()
+        self._forget(self._weights())
+        self.mark()
         for copy in copies:
             zero_copy_(copy, self._zeros.pruned)
         return self.report()
+
+    def _why_no_step(self) -> str:
+        if self.num_skipped:
+            return (
+                f"harden() before the first step: all {self.num_skipped:,} steps were skipped because a gradient was "
+                f"not finite"
+            )
+        return (
+            f"harden() before the first step: this Pruner has seen no step of its {type(self.optimizer).__name__}, "
+            f"so {type(self.method).__name__} has pruned nothing. Train with the optimizer that the Pruner was made "
+            f"with (not a copy of it); or cut the weights as they are: harden(one_shot=True)"
+        )
 
     @contextmanager
     def trial_cut(self) -> Iterator[Report]:
@@ -263,7 +347,7 @@ class Pruner:
         )
         with self._watch.paused():
             try:
-                yield self._report(self._zeros if self.is_hardened else Zeros.cut_(self._weights(), self._masks()))
+                yield self._report(self._zeros if self.is_hardened else Zeros.cut_(self._weights(), *self._masks()))
             finally:
                 with torch.no_grad():
                     for w, value in zip(self._weights(), saved, strict=True):
@@ -271,16 +355,25 @@ class Pruner:
                 self._hooks.refusal = refusal
 
     @torch.no_grad()
-    def _masks(self) -> list[Tensor]:
-        """The method's support, which must not be larger than its budget; it is smaller where scores are zero."""
+    def _masks(self) -> tuple[list[Tensor], dict[str, Frozen]]:
+        """What stays: the method's support, or all of a weight that is frozen; and which ones those are.
+
+        The support must not be larger than the budget; it is smaller where scores are zero.
+        """
         weights = self._weights()
         with working_on(self._placement.shards):
             masks = self.method.support(weights, self.num_steps)
         budget = self.method.budget.num_kept(weights.numel, self.num_steps)
-        kept = sum(count(masks, of=weights))
-        if kept > budget:
-            raise RuntimeError(f"{self.method} has a budget of {budget} weights, but its support has {kept}")
-        return masks
+        kept = count(masks, of=weights)
+        if sum(kept) > budget:
+            raise RuntimeError(f"{self.method} has a budget of {budget} weights, but its support has {sum(kept)}")
+        since = self._placement.frozen(self.num_steps)
+        if not since:
+            return masks, {}
+        masks = [w.value != 0 if w.name in since else mask for w, mask in zip(weights, masks, strict=True)]
+        left = count(masks, of=weights)
+        surplus = {w.name: b - a for w, a, b in zip(weights, kept, left, strict=True)}
+        return masks, {name: Frozen(step, surplus[name]) for name, step in since.items()}
 
     def _warn_of_haste(self) -> None:
         """Warn if the method or one of its schedules has not finished: the result is not what the user configured."""
@@ -299,6 +392,34 @@ class Pruner:
                     f"{self.num_steps:,} and goes to {value(FAR_AWAY):g} with {value}",
                     stacklevel=3,
                 )
+
+    def _warn_of_frozen(self) -> None:
+        left = {name: one.surplus for name, one in self._zeros.frozen.items() if one.surplus > 0}
+        if not left:
+            return
+        num_kept = sum(self._zeros.num_kept(self._placement).values())
+        total = sum(w.numel for w in self._weights())
+        warnings.warn(
+            f"harden() leaves {_some(left)} as before, because frozen weights keep their values: "
+            f"{sum(left.values()):,} weights stay that the budget would have cut, and the sparsity is "
+            f"{1 - num_kept / total:.4g}. To cut them too, unfreeze them before harden(): requires_grad_(True)",
+            stacklevel=3,
+        )
+
+    def _warn_of_unfrozen(self) -> None:
+        if names := self._unfrozen():
+            warnings.warn(
+                f"{_some(names)} {'were' if len(names) > 1 else 'was'} frozen when the Pruner was made and "
+                f"{'train' if len(names) > 1 else 'trains'} now: not pruned, not counted; make a new Pruner to prune "
+                f"them (detach() this one first), after requires_grad_(True)",
+                stacklevel=3,
+            )
+
+    def _unfrozen(self) -> list[str]:
+        """What is outside because it was frozen when the Pruner was made, and is not frozen any more."""
+        frozen = [name for name, reason in self._outside.items() if reason == FROZEN]
+        now = dict(self.model.named_parameters(remove_duplicate=False)) if frozen else {}
+        return [name for name in frozen if name in now and now[name].requires_grad]
 
     def _warn_of_loss(self, masks: list[Tensor]) -> None:
         if not isinstance(self.method, Diagnosed):
@@ -331,15 +452,18 @@ class Pruner:
         for model in (self.model, *copies):
             for name, num in self._zeros.count_revived(model, self._placement.shards).items():
                 wrong.append(f"{num} of the zeros of {name} in {type(model).__name__} are not zero any more")
+        if self._placement.swaps:
+            for name, num in self._zeros.count_remembered(self._weights()).items():
+                wrong.append(f"{num} of the zeros of {name} are not zero in the copies that the optimizer swaps in")
         report = self.report()
-        budget = self.method.budget.num_kept(report.total, self._hardened_at)
+        budget = self.method.budget.num_kept(report.total, self._hardened_at) + self._zeros.surplus
         num_survivors = sum(self._zeros.num_kept(self._placement).values())
         if num_survivors > budget:
             wrong.append(f"{num_survivors} weights survived, more than the budget of {budget}")
         if report.nonzero > num_survivors:
             wrong.append(f"{report.nonzero} weights are not zero, but only {num_survivors} survived the cut")
-        weights = self._weights()
-        wrong += violations(self.method.budget.granularity, [self._zeros.pruned[w.name] for w in weights], weights)
+        cut = [w for w in self._weights() if w.name not in self._zeros.frozen]
+        wrong += violations(self.method.budget.granularity, [self._zeros.pruned[w.name] for w in cut], cut)
         steps = f"{self.num_steps:,} steps, {self.num_skipped:,} skipped, cut after {self._hardened_at:,}"
         wrong += self._placement.disagreements(self._zeros.pruned, steps)
         if wrong:
@@ -359,13 +483,16 @@ class Pruner:
         reasons = {
             w.name: self.method.why(w, kept[w.name], density) if zeros.are_written else "not cut yet" for w in weights
         }
+        since = {name: one.since for name, one in zeros.frozen.items()}
+        for name, step in (since if zeros.are_written else self._placement.frozen(self.num_steps)).items():
+            reasons[name] = f"frozen since step {step:,}: keeps its values"
         place = self._placement
         values = {w.name: w.value for w in weights}
         layers = report_layers(values, place.shards, layouts=place.layouts, cuts=zeros.cuts, reasons=reasons)
         before, after = self._accuracy
         return Report(
             layers=layers,
-            outside=self._outside,
+            outside=self._outside | dict.fromkeys(self._unfrozen(), _UNFROZEN),
             granularity=str(self.method.budget.granularity),
             accuracy_before=before,
             accuracy_after=after,
@@ -385,8 +512,21 @@ class Pruner:
         if self.is_hardened:
             kept = self._zeros.num_kept(self._placement)
         else:
-            kept = dict(zip(self._placement.names, count(self._masks(), of=weights), strict=True))
+            kept = dict(zip(self._placement.names, count(self._masks()[0], of=weights), strict=True))
         return {w.name: kept[w.name] / w.numel for w in weights}
+
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> boolean mask, True = kept: by ``harden()``, or before it what it would keep if it came now.
+
+        New tensors of the weights' shapes, on their devices; those of sharded weights are DTensors. Save them like any
+        tensors; ``pomona.apply_masks(model, masks)`` puts them on another model.
+        """
+        if self.is_hardened:
+            kept = {name: ~mask for name, mask in self._zeros.pruned.items()}
+        else:
+            masks, _ = self._masks()
+            kept = {name: mask.clone() for name, mask in zip(self._placement.names, masks, strict=True)}
+        return {name: like(p, kept[name]) for name, p in self.parameters().items()}
 
     def diagnose(
         self, num_steps: int, scheduler: LRScheduler | None = None, *, steps_per_update: int = 1
@@ -417,8 +557,10 @@ class Pruner:
 
         The tensors are the live ones, as in ``torch.optim``; it loads under ``torch.load(weights_only=True)``. Those of
         sharded weights are DTensors, which ``torch.distributed.checkpoint`` saves, and loads on any number of ranks.
+        After ``detach()`` it is the state at that time, for another Pruner to go on with.
         """
-        self._check_attached()
+        if self.is_attached:
+            self._check_attached()
         return {
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,
@@ -450,3 +592,8 @@ class Pruner:
         self.mark()
         if was_attached:
             self._hooks.attach()
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(list(names)[:3])}{more}"

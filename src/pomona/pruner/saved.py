@@ -12,7 +12,7 @@ import torch
 from pomona.distributed import like, local, take
 from pomona.method import Method
 from pomona.pruner.placement import Placement
-from pomona.pruner.zeros import Zeros
+from pomona.pruner.zeros import Frozen, Zeros
 from pomona.weight import Weight, Weights
 
 FORMAT = 2  # of Pruner.state_dict()
@@ -40,7 +40,7 @@ def collect(method: Method, placement: Placement, zeros: Zeros) -> dict[str, Any
         "format": FORMAT,
         "method": describe(method),
         "is_hardened": zeros.are_written,
-        "cuts": {name: zeros.cuts.get(name, 0.0) for name in parameters},
+        "cuts": {name: _cut_of(name, zeros, placement) for name in parameters},
         "shapes": placement.shapes(),
         "state": {
             name: {key: like(parameters[name], t) if t.ndim else t for key, t in state.items()}
@@ -49,6 +49,16 @@ def collect(method: Method, placement: Placement, zeros: Zeros) -> dict[str, Any
         "shared": dict(placement.shared),
         "pruned": {name: like(parameters[name], mask) for name, mask in pruned.items()},
     }
+
+
+def _cut_of(name: str, zeros: Zeros, placement: Placement) -> float | list[int]:
+    """The largest magnitude that was cut; of a frozen weight, of which nothing was or will be cut, since when and why.
+
+    Under one key, because distributed checkpoints of earlier versions have no other.
+    """
+    if zeros.are_written:
+        return list(zeros.frozen[name]) if name in zeros.frozen else zeros.cuts.get(name, 0.0)
+    return [placement.frozen_since[name], 0] if name in placement.frozen_since else 0.0
 
 
 def restore(state: Mapping[str, Any], method: Method, placement: Placement) -> Zeros:
@@ -76,11 +86,14 @@ def restore(state: Mapping[str, Any], method: Method, placement: Placement) -> Z
             mine.copy_(take(state["state"][w.name][key], parameters[w.name], w.shard))
     for key, mine in weights.shared.items():
         mine.copy_(take(state["shared"][key], mine, None))
+    cuts = {name: cut for name, cut in state["cuts"].items() if not isinstance(cut, list)}
+    frozen = {name: Frozen(*cut) for name, cut in state["cuts"].items() if isinstance(cut, list)}
+    placement.frozen_since = {name: one.since for name, one in frozen.items()}
     if not state["is_hardened"]:
         return Zeros()
     masks = {w.name: take(state["pruned"][w.name], parameters[w.name], w.shard) for w in weights}
     pruned = {w.name: masks[w.name].to(w.value.device, torch.bool, copy=True) for w in weights}
-    return Zeros(pruned, state["cuts"])
+    return Zeros(pruned, {**dict.fromkeys(frozen, 0.0), **cuts}, frozen)
 
 
 def check_state(state: Mapping[str, Any], method: Method, shapes: Mapping[str, list[int]], weights: Weights) -> None:

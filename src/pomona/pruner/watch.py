@@ -34,6 +34,11 @@ class Watch:
         finally:
             self._version += self._placement.first()._version - before
 
+    @property
+    def is_touched(self) -> bool:
+        """Whether something has written the weight since; it may have the same values."""
+        return self._placement.first()._version != self._version
+
     def warn_if_changed(self, num_steps: int, *, stacklevel: int) -> None:
         """Warn if the weight has changed otherwise than by steps that the Pruner saw."""
         watched = self._placement.first()
@@ -43,8 +48,9 @@ class Watch:
             times = f"{num_changes} times " if num_changes else ""
             warnings.warn(
                 f"the weights were changed {times}since the last optimizer step that this Pruner saw "
-                f"(step {num_steps}). If the training loop uses a copy of the optimizer (deepcopy and pickle lose "
-                f"hooks), make the Pruner with that copy. If it edits the weights after each step, ignore this.",
+                f"(step {num_steps}). If the training loop steps another optimizer, or a copy of this one (deepcopy "
+                f"and pickle lose hooks), make a new Pruner with that one and load this one's state_dict() into it. If "
+                f"it edits the weights after each step, ignore this.",
                 stacklevel=stacklevel + 1,
             )
 

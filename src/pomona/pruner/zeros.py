@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,45 @@ from pomona.torch_compile import plain_names
 from pomona.weight import Weights
 
 
+class Frozen(NamedTuple):
+    """A weight that ``harden()`` has left as it was, because it was frozen.
+
+    Attributes:
+        since: the step after which it was frozen.
+        surplus: how many more of its weights stay than the method's budget would have left; may be negative.
+    """
+
+    since: int
+    surplus: int
+
+
 class Zeros:
     """What ``harden()`` has zeroed, and holds at zero.
 
     Attributes:
         pruned: name -> True where the weight is held at zero; empty before ``harden()``.
         cuts: name -> largest magnitude that the cut removed, on all ranks.
+        frozen: name -> why no more was cut, of weights that were frozen.
     """
 
-    def __init__(self, pruned: Mapping[str, Tensor] | None = None, cuts: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        pruned: Mapping[str, Tensor] | None = None,
+        cuts: Mapping[str, float] | None = None,
+        frozen: Mapping[str, Frozen] | None = None,
+    ) -> None:
         self.pruned = dict(pruned or {})
         self.cuts = dict(cuts or {})
+        self.frozen = dict(frozen or {})
 
     @classmethod
     @torch.no_grad()
-    def cut_(cls, weights: Weights, masks: Sequence[Tensor]) -> Zeros:
+    def cut_(cls, weights: Weights, masks: Sequence[Tensor], frozen: Mapping[str, Frozen]) -> Zeros:
         """Zero all but the masks (True = kept), which must not be used afterwards."""
         pruned = all_but(masks, [*weights.shared.values(), *(t for w in weights for t in w.state.values())])
         largest = max_over(cut_([w.value for w in weights], pruned), [w.shard for w in weights])
         names = [w.name for w in weights]
-        return cls(dict(zip(names, pruned, strict=True)), dict(zip(names, largest, strict=True)))
+        return cls(dict(zip(names, pruned, strict=True)), dict(zip(names, largest, strict=True)), frozen)
 
     @property
     def are_written(self) -> bool:
@@ -49,6 +69,16 @@ class Zeros:
         """After a step: undo what momentum, moments or weight decay did to pruned weights."""
         zero_all_([w.value for w in weights], [self.pruned[w.name] for w in weights])
 
+    @property
+    def surplus(self) -> int:
+        """How many more weights stay than the budget allows, because they were frozen."""
+        return sum(one.surplus for one in self.frozen.values())
+
+    def forget_(self, weights: Weights) -> None:
+        """Zero what the optimizer remembers of pruned weights: moments, and copies of the weights that it swaps in."""
+        pairs = [(buffer, self.pruned[w.name]) for w in weights for buffer in w.buffers]
+        zero_all_([buffer for buffer, _ in pairs], [mask for _, mask in pairs])
+
     def num_kept(self, placement: Placement) -> dict[str, int]:
         """Name -> how many survive in the whole tensor; empty before ``harden()``."""
         return placement.sum_counts({name: mask.numel() - mask.count_nonzero() for name, mask in self.pruned.items()})
@@ -59,6 +89,21 @@ class Zeros:
         here = [(value[self.pruned[name].to(value.device)] != 0).sum() for name, value in found.items()]
         counts = sum_counts(here, [shards.get(name) for name in found])
         return {name: count for name, count in zip(found, counts, strict=True) if count}
+
+    def count_remembered(self, weights: Weights) -> dict[str, int]:
+        """Name -> how much of what the optimizer remembers of pruned weights is not zero; only where any is."""
+        here = [_count_at(w.buffers, self.pruned[w.name]) for w in weights]
+        counts = sum_counts(here, [w.shard for w in weights])
+        return {w.name: count for w, count in zip(weights, counts, strict=True) if count}
+
+    def revived(self, weights: Weights) -> dict[str, int]:
+        """Name -> number of pruned weights that are not zero, on this rank; only where any are."""
+        counts = {w.name: _count_at([w.value], self.pruned[w.name]) for w in weights}
+        return {name: count for name, count in counts.items() if count}
+
+
+def _count_at(values: Sequence[Tensor], chosen: Tensor) -> int:
+    return sum(int((value[chosen] != 0).sum()) for value in values)
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from pomona.pruner import apply_masks
 from pomona.scope import Scope
 from pomona.score import magnitude
 from pomona.selection.top_k import global_top_k
@@ -58,9 +58,7 @@ def _initial(mask: str) -> Callable[[Recipe, Memory], nn.Module]:
     def start(recipe: Recipe, memory: Memory) -> nn.Module:
         model = build_model(recipe.model, seed=recipe.seed)
         masks: dict[str, Tensor] = memory["masks"][mask]
-        with torch.no_grad():
-            for name, p in _weights(model).items():
-                p.mul_(masks[name])
+        apply_masks(model, masks)
         return model
 
     return start
