@@ -9,12 +9,12 @@ from itertools import islice
 
 from torch import Tensor
 
-from pomona.granularity import Channel, Granularity, Kind, NOfM, Single, canonical, check_granularity, parse
+from pomona.granularity import Channel, Granularity, Kind, NOfM, canonical, check_granularity, parse
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score
 from pomona.selection import Everything, MaskSelection, Selection, StackedSelection
 from pomona.selection.allocation import Allocation, allocate, check_allocation
-from pomona.selection.groups import check_fits
+from pomona.selection.groups import check_fits, group_size
 from pomona.selection.top_k import check_floors, check_min_density, floor_of, select, top_k
 from pomona.weight import Weight, Weights
 
@@ -120,7 +120,7 @@ class Budget:
         k = self.num_kept(total, step)
         if k == total:
             return Everything([w.value for w in of], [w.numel for w in of])
-        if are_stacked(of):
+        if _are_stacked(of):
             return self._keep_matrices(scores, k, of)
         return self._keep(scores, k, of)
 
@@ -176,22 +176,13 @@ def _total(weights: Sequence[Weight]) -> int:
     return weights.numel if isinstance(weights, Weights) else sum(w.numel for w in weights)
 
 
-def are_stacked(weights: Sequence[Weight]) -> bool:
+def _are_stacked(weights: Sequence[Weight]) -> bool:
     """Whether several matrices lie in one of the tensors."""
     if isinstance(weights, Weights):
         return weights.are_stacked
     return any(w.num_matrices > 1 for w in weights)
 
 
-def group_size(kind: Kind, w: Weight) -> int:
-    """How many weights a group of a layer has."""
-    return 1 if isinstance(kind, Single) else kind.size((1, *_at_least_two(w.matrix_shape)))
-
-
 def _num_groups(w: Weight, kind: Kind) -> int:
     """How many groups a matrix has."""
     return w.numel // max(1, group_size(kind, w))
-
-
-def _at_least_two(shape: Sequence[int]) -> tuple[int, ...]:
-    return (*shape, *(1,) * (2 - len(shape)))

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from pomona.budget import group_size, num_kept
+from pomona.budget import num_kept
 from pomona.granularity import Granularity, parse
 from pomona.method import Method
 from pomona.ops import count, drop_gradients_, drop_weights_, total
@@ -17,6 +17,7 @@ from pomona.schedule import Schedule, Value, check_count, check_value, value_at
 from pomona.scope import matches
 from pomona.score import Score, magnitude
 from pomona.selection.allocation import Allocation
+from pomona.selection.groups import group_size
 from pomona.selection.top_k import top_k_each
 from pomona.weight import Weight, Weights
 

@@ -11,7 +11,6 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pomona.budget import group_size
 from pomona.granularity import Granularity, NOfM, parse
 from pomona.method import Method
 from pomona.ops import (
@@ -26,7 +25,7 @@ from pomona.ops import (
 )
 from pomona.schedule import Every, Schedule, check_count, check_value
 from pomona.score import magnitude
-from pomona.selection.groups import check_fits, grow_n_of_m
+from pomona.selection.groups import check_fits, group_size, grow_n_of_m
 from pomona.selection.kinds import split_rows
 from pomona.selection.top_k import top_k
 from pomona.weight import Weight, Weights

@@ -105,6 +105,14 @@ class Seen:
         return self._layout.back(mask, self._own_shape).contiguous()
 
 
+def group_size(kind: Kind, w: Weight) -> int:
+    """How many weights a group of a layer has."""
+    if isinstance(kind, Single):
+        return 1
+    shape = w.matrix_shape
+    return kind.size((1, *shape, *(1,) * (2 - len(shape))))
+
+
 # n:m
 
 
