@@ -31,6 +31,7 @@ from pomona.files.sparse import Sparse
 from pomona.files.stored import Stored
 from pomona.native import library
 from pomona.runtime.ranges import with_ranges
+from pomona.runtime.readers import onnx
 from pomona.runtime.readers.trace import trace
 from pomona.train.finished import open_finished
 
@@ -57,8 +58,8 @@ def bench(
     """Compare the paths of one network.
 
     Args:
-        model: a run's folder, a ``.pomona.safetensors`` file with a graph, or ``MODULE:FUNCTION`` that returns a torch
-            module; see :func:`pomona.benchmark.paths.open_module`.
+        model: a run's folder, a ``.pomona.safetensors`` file with a graph, an ONNX file, or ``MODULE:FUNCTION`` that
+            returns a torch module; see :func:`pomona.benchmark.paths.open_module`.
         inputs: shapes with the batch dimension. Default for a file or a run: a batch of one.
         threads: number of threads of each path.
         seconds: time to spend on each path; at least three rounds are run.
@@ -76,30 +77,32 @@ def bench(
     names = ["pomona", *(name for name in paths if name != "pomona")]
     known = _read_data(model, data)
     with tempfile.TemporaryDirectory() as folder:
-        module = open_module(model).eval().requires_grad_(False)
-        shapes = _shapes(model, inputs, known)
+        source = _from_onnx(model, inputs, folder) if _is_onnx(model) else model
+        module = open_module(source).eval().requires_grad_(False)
+        shapes = _shapes(source, inputs, known)
         examples = [torch.zeros(shape) for shape in shapes]
         case = Case(
             inputs=str(Path(folder) / "inputs.npz"),
-            file=model if _is_file(model) else str(Path(folder) / "net.pomona.safetensors"),
-            onnx=str(Path(folder) / "net.onnx"),
+            file=source if _is_file(source) else str(Path(folder) / "net.pomona.safetensors"),
+            onnx=model if _is_onnx(model) else str(Path(folder) / "net.onnx"),
             int8=str(Path(folder) / "int8.onnx"),
-            source=model,
-            state="" if _is_file(model) else str(Path(folder) / "state.pt"),
+            source=source,
+            state="" if _is_file(source) else str(Path(folder) / "state.pt"),
         )
         arrays = _arrays(shapes, known)
         np.savez(case.inputs, **{str(i): x for i, x in enumerate(arrays)})  # type: ignore[arg-type]  # by name
         with torch.no_grad():
             outputs = module(*map(torch.from_numpy, arrays))
         right = [y.numpy() for y in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
-        if not _is_file(model):
+        if not _is_file(source):
             torch.save(module.state_dict(), case.state)
             write_network(case.file, module, examples)
         unfit = None
         try:
             if importlib.util.find_spec("onnx") is None:
                 raise ImportError("the package onnx is missing: pip install 'pomona[bench]'")
-            export_onnx(module, examples, case.onnx)
+            if not _is_onnx(model):
+                export_onnx(module, examples, case.onnx)
         except Exception as error:  # torch documents no closed list
             unfit = f"torch.onnx cannot export it: {str(error).partition(chr(10))[0]}"
         measured = _measure(case, right, threads, seconds, names, known, unfit)
@@ -118,6 +121,18 @@ def bench(
             paths=tuple(measured),
             layers=tuple(layers),
         )
+
+
+def _is_onnx(model: str) -> bool:
+    return model.endswith(".onnx")
+
+
+def _from_onnx(model: str, inputs: Sequence[Sequence[int]], folder: str) -> str:
+    """The network of an ONNX model as a file of Pomona's."""
+    graph, tensors = onnx.read(model, shapes=[tuple(shape)[1:] for shape in inputs])
+    path = str(Path(folder) / "net.pomona.safetensors")
+    write(path, {name: Stored("F32", tensor) for name, tensor in tensors.items()}, {}, graph.to_json())
+    return path
 
 
 def _is_file(model: str) -> bool:

@@ -20,7 +20,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL_OR_FILE",
-        help="a .pomona.safetensors file with a graph, a run's folder, or MODULE:FUNCTION that returns a torch module",
+        help="a .pomona.safetensors file with a graph, an .onnx file, a run's folder, or MODULE:FUNCTION that returns "
+        "a torch module",
     )
     parser.add_argument(
         "--input",

@@ -17,8 +17,8 @@ def add_to(commands: Any) -> None:
         "export",
         help="write a run's network, or any state dict, as a small file, or in another format",
         description="Write the network of a finished run, in a form that runs without torch, or the tensors in a "
-        "file of weights (saved by torch.save or by pomona export). With --quantize the accuracy of a run's network "
-        "is measured before and after, on the test set of its data.",
+        "file of weights (saved by torch.save or by pomona export), or the network of an ONNX model. With --quantize "
+        "the accuracy of a run's network is measured before and after, on the test set of its data.",
     )
     parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="a run's folder, or a file of weights")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="e.g. lenet.pomona.safetensors")
@@ -61,6 +61,9 @@ def _run(options: argparse.Namespace) -> int:
                 raise ValueError(
                     f"--{name} needs a network, but {options.path} is a file of weights; give a run's folder"
                 )
+        if options.path.name.endswith(".onnx") and not options.no_graph:
+            _export_onnx(options)
+            return 0
         state = read_weights(options.path)
         print(pomona.export(state, options.out, options.format, quantize=options.quantize))
         return 0
@@ -88,6 +91,18 @@ def _run(options: argparse.Namespace) -> int:
         warnings.warn(f"the file holds tensors only, for pomona.load: {why}", stacklevel=1)
         print(pomona.export(model, options.out, options.format, **arguments))
     return 0
+
+
+def _export_onnx(options: argparse.Namespace) -> None:
+    """The network of an ONNX model, with its graph."""
+    import torch
+
+    import pomona
+    from pomona.runtime.readers import onnx
+
+    graph, tensors = onnx.read(options.path)
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    print(pomona.export(state, options.out, options.format, quantize=options.quantize, graph=graph))
 
 
 def _method(recipe: Mapping[str, Any]) -> str:

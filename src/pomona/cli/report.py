@@ -13,7 +13,7 @@ def add_to(commands: Any) -> None:
         help="count the zeros of a run or of any state dict, and draw a run's pictures",
         description="For a run's folder, finished or not: print the table, and write the pictures and report.html "
         "again. For a file: count the zeros of every tensor of two or more dimensions in a state dict saved by "
-        "torch.save or by pomona export.",
+        "torch.save or by pomona export, or in an ONNX model.",
     )
     parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="a run's folder, or a file of weights")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -49,13 +49,17 @@ def _report_run(folder: Path, *, as_json: bool) -> int:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """The state dict in a file that torch.save or pomona export wrote."""
+    """The state dict in a file that torch.save or pomona export wrote, or the constants of an ONNX model."""
     import torch
 
     import pomona
 
     if path.name.endswith(".safetensors"):
         return pomona.load(path)
+    if path.name.endswith(".onnx"):
+        from pomona.runtime.readers import onnx
+
+        return {name: torch.from_numpy(array.copy()) for name, array in onnx.read_weights(path).items()}
     with path.open("rb") as file:  # its own errors name the path
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,20 +31,33 @@ def load(
     threads: int = 1,
     max_bytes: int | None = None,
     precision: Precision = "float32",
+    shapes: Mapping[str, Sequence[int]] | Sequence[Sequence[int]] = (),
 ) -> Network:
     """The network of a file, ready to run.
 
     Args:
-        file: a path, or what :func:`pomona.files.unpack.read` returned.
+        file: a path, or what :func:`pomona.files.unpack.read` returned. A path that ends in ``.onnx`` is read by the
+            package onnx; see :mod:`pomona.runtime.readers.onnx`.
         threads: how many threads the network may use.
         max_bytes: the most that its tensors may take as dense ones, and the most that the engine's copy of them and
             the activations may take. Default: that of :func:`pomona.files.unpack.read`, and 16 GiB.
-        precision: see :class:`Network`.
+        precision: see :class:`Network`; an ONNX file has no ranges, so that int16 takes :meth:`Network.calibrated`.
+        shapes: of an ONNX file that leaves dimensions beside the batch free: name of an input -> its shape without the
+            batch, or the shapes of all inputs in their order.
 
     Raises:
+        UnsupportedError: the ONNX file has an operator that the runtime lacks; a ValueError that names it.
+        ImportError: the file is ONNX, and the package onnx is not installed.
         FormatError: this is no such file, or it is damaged; a ValueError.
         ValueError: the file holds no graph, a graph that does not fit its tensors, or, for int16, no ranges.
     """
+    if not isinstance(file, File) and os.fspath(file).endswith(".onnx"):
+        from pomona.runtime.readers import onnx
+
+        graph, dense = onnx.read(file, shapes=shapes, max_bytes=max_bytes)
+        return Network(graph, dense, threads=threads, max_bytes=max_bytes, precision=precision)
+    if shapes:
+        raise ValueError("shapes= is for ONNX files, which may leave dimensions free")
     read = file if isinstance(file, File) else unpack.read(file, max_bytes=max_bytes)
     where = "the file" if isinstance(file, File) else os.fspath(file)
     if read.graph is None:
