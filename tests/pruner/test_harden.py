@@ -780,3 +780,19 @@ def test_a_plain_copy_of_a_wrapped_model_gets_the_zeros() -> None:
     pruner.harden(plain, one_shot=True)
     assert pomona.report(plain).nonzero == KEPT
     assert pruner.verify(plain).nonzero == KEPT
+
+
+def test_hold_names_zeros_that_the_default_scope_leaves_out() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight[::2] = 0.0  # type: ignore[index,operator]
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.warns(
+        UserWarning, match=r"0\.weight has zeros that hold\(\) does not keep.*Scope\(also=\['0\.weight'\]\)"
+    ):
+        pomona.hold(model, optimizer).detach()
+    pruner = pomona.hold(model, optimizer, scope=pomona.Scope(also=["0.weight"]))
+    model(torch.arange(20)).square().sum().backward()
+    optimizer.step()
+    assert pruner.verify().sparsity == 0.5

@@ -9,8 +9,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pomona.distributed import local
 from pomona.method import Method
 from pomona.pruner.pruner import Pruner
+from pomona.reporting import Report
 from pomona.scope import Scope
 from pomona.weight import Weight, Weights
 
@@ -44,7 +46,8 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
     Returns:
         The Pruner that holds them; its ``verify()`` proves it and its ``state_dict()`` resumes it.
 
-    A tensor that is zero throughout, such as a head initialised to zero, will stay so: this is warned of.
+    A tensor that is zero throughout, such as a head initialised to zero, will stay so: this is warned of. So are zeros
+    in what the default scope leaves out, such as an embedding, which are not held.
 
     Raises:
         ValueError: there is not one zero in scope. (When resuming, load the model's state first.)
@@ -67,6 +70,8 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
             "hold() found no zero in the weights in scope; prune the model first (when "
             "resuming: load its state first), or widen the scope"
         )
+    if scope is None:
+        _warn_of_sparse_outside(model, report)
     empty = [layer.name for layer in report.layers if not layer.nonzero]
     if empty:
         warnings.warn(
@@ -74,3 +79,24 @@ def hold(model: nn.Module, optimizer: Optimizer, *, scope: Scope | None = None) 
             stacklevel=2,
         )
     return pruner
+
+
+_SPARSE = 0.1  # from this share of zeros on they are hardly there by chance
+
+
+def _warn_of_sparse_outside(model: nn.Module, report: Report) -> None:
+    parameters = dict(model.named_parameters())
+    outside = {name: parameters[name] for name in report.outside if name in parameters}
+    sparse = []
+    for name, p in outside.items():
+        if p.ndim >= 2 and p.is_floating_point() and p.requires_grad and p.numel():
+            density = int(local(p).count_nonzero()) / max(1, local(p).numel())
+            if 0.0 < density < 1.0 - _SPARSE:
+                sparse.append(name)
+    if sparse:
+        more = f" and {len(sparse) - 3} more" if len(sparse) > 3 else ""
+        warnings.warn(
+            f"{', '.join(sparse[:3])}{more} has zeros that hold() does not keep, because no layer multiplies with it. "
+            f"To hold them too, pass scope=Scope(also={sparse})",
+            stacklevel=3,
+        )
