@@ -78,9 +78,8 @@ def run(job: Job, options: argparse.Namespace) -> bool:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode != 0:
         return False
-    tests = [
-        row["accuracy"] for row in read_rows(folder / "metrics.jsonl") if row["stage"] == "prune" and "accuracy" in row
-    ]
+    rows = read_rows(folder / "metrics.jsonl")
+    tests = [row["test_accuracy"] for row in rows if row["stage"] == "prune" and "test_accuracy" in row]
     text = json.loads((folder / "result.json").read_text())
     text["accuracy"]["before_cut_mean_of_last_ten"] = round(statistics.mean(tests[-10:]), 4)
     result.write_text(json.dumps(text, indent=1) + "\n")
