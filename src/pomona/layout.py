@@ -182,6 +182,7 @@ def register(layer: type[nn.Module], **weights: Found) -> None:
         if found is not None and not isinstance(found, Layout) and not callable(found):
             raise TypeError(f"register({layer.__name__}, {name}=...) takes a Layout, got {found!r}")
     _LAYERS[layer] = weights
+    _found.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,20 +221,22 @@ def role_of(module: nn.Module, leaf: str, parameter: Tensor) -> Role:
     declared = _declared(module, parameter.shape) if patterns is None else None
     if declared is not None:
         return declared
-    if _num_long(parameter.shape) < 2:
+    if parameter.ndim < 2 or _num_long(parameter.shape) < 2:
         return Role(False, ROWS if parameter.ndim < 2 else None, why="a vector")
     if patterns is not None:
         return Role(False, why=f"not what {kind} multiplies with")
     return Role(False, why=f"of {kind}, which is no layer that Pomona knows", is_known=False)
 
 
+_found: dict[type[nn.Module], Mapping[str, Found] | None] = {}  # by class, as looked up before
+
+
 def _patterns_of(kind: type[nn.Module]) -> Mapping[str, Found] | None:
     """What the table has for a class, or for the nearest class that it is made from."""
-    for base in kind.__mro__:
-        patterns = _LAYERS.get(base) or _LAYERS.get(f"{base.__module__}.{base.__qualname__}")
-        if patterns is not None:
-            return patterns
-    return None
+    if kind not in _found:
+        rows = (_LAYERS.get(base) or _LAYERS.get(f"{base.__module__}.{base.__qualname__}") for base in kind.__mro__)
+        _found[kind] = next((row for row in rows if row is not None), None)
+    return _found[kind]
 
 
 # The names under which other libraries' layers state their sizes.

@@ -308,6 +308,8 @@ def _why_not_prunable(
                 return f"by {how.how}", how.remedy
             continue
         kind = type(owner.module)
+        if kind.__module__.startswith("torch.nn.modules."):
+            continue
         flags = frozenset(
             (k, v) for k, v in vars(owner.module).items() if isinstance(v, (bool, str)) and k != "training"
         )
