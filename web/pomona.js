@@ -469,6 +469,7 @@ const OPERATIONS = {
   mean: { number: 16, weight: "", attributes: [] },
   flatten: { number: 17, weight: "", attributes: [] },
   concat: { number: 18, weight: "", attributes: [] },
+  upsample: { number: 19, weight: "", attributes: ["stride"] },
 };
 const ATTRIBUTES = {
   weight: { number: 0, kind: "tensor", least: 0 },

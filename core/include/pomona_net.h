@@ -40,7 +40,8 @@ enum {
   POMONA_MEAN = 16, /* (C, H, W) to (C, 1, 1) */
   POMONA_FLATTEN = 17, /* all numbers of a value of 1, 3 or 4 dimensions, in one */
   POMONA_CONCAT = 18, /* values (C, H, W) along channels, or (F,) */
-  POMONA_NUM_OPS = 19,
+  POMONA_UPSAMPLE = 19, /* (C, H, W) to (C, H s, W t): each pixel s times down and t times across, where `stride` is (s, t) */
+  POMONA_NUM_OPS = 20,
 };
 
 /* Attributes: integers, but for a number. A tensor is its index, or -1. */

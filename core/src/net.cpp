@@ -144,6 +144,10 @@ int infer(const Net& net, const Node& node, Shape* out) {
       if (x.rank != 3) return POMONA_BAD_VALUE;
       *out = {3, x.c, 1, 1};
       break;
+    case POMONA_UPSAMPLE:
+      if (x.rank != 3 || a.stride[0] < 1 || a.stride[1] < 1) return POMONA_BAD_VALUE;
+      *out = {3, x.c, product({x.h, a.stride[0]}), product({x.w, a.stride[1]})};
+      break;
     case POMONA_FLATTEN:
       if (x.rank == 2) return POMONA_BAD_VALUE;
       *out = {1, x.size(), 1, 1};

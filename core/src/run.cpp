@@ -533,6 +533,24 @@ void Layers<T>::run_step(const Net& net, const Step<T>& step, Team& team) {
         mean(net, step, c, worker);
         clear_border(net, step.out, c);
       });
+    case POMONA_UPSAMPLE: {
+      const int32_t* const times = net.nodes[step.node].attributes.stride;
+      return channels([&](int64_t c) {
+        for (int64_t row = 0; row < y.h; ++row) {
+          T* const to = at(step.out, c) + row * out.row_stride;
+          if (row % times[0] != 0) {
+            copy(to - out.row_stride, to, width);
+            continue;
+          }
+          const T* const from = at(step.in[0], c) + row / times[0] * in.row_stride;
+          for (int64_t column = 0, next = 0; column < x.w; ++column)
+            for (int32_t i = 0; i < times[1]; ++i, next += samples_) {
+              if (samples_ == 1) to[next] = from[column];
+              else copy(from + column * samples_, to + next, samples_);
+            }
+        }
+      });
+    }
     case POMONA_FLATTEN:
       return each_of(team, x.c, x.h * x.w * samples_, [&](int64_t c, int) {
         for (int64_t row = 0; row < x.h; ++row) {

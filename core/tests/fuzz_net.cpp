@@ -379,6 +379,12 @@ class Maker {
         if (x.rank != 3) return false;
         y = {3, x.c, 1, 1};
         break;
+      case POMONA_UPSAMPLE:
+        if (x.rank != 3) return false;
+        a.reads = 1u << POMONA_ATTRIBUTE_STRIDE;
+        for (int i = 0; i < 2; ++i) a.stride[i] = static_cast<int32_t>(attribute(3, 29));
+        y = {3, x.c, x.h * a.stride[0], x.w * a.stride[1]};
+        break;
       case POMONA_FLATTEN:
         if (x.rank == 2) return false;
         y = {1, x.size(), 1, 1};
@@ -570,6 +576,11 @@ class Reference {
             sum += from[next * static_cast<size_t>(x.h * x.w) + static_cast<size_t>(i)];
           out[next] = sum / static_cast<double>(x.h * x.w);
         }
+        break;
+      case POMONA_UPSAMPLE:
+        for (int64_t c = 0; c < y.c; ++c)
+          for (int64_t i = 0; i < y.h; ++i)
+            for (int64_t j = 0; j < y.w; ++j) out[next++] = number(c, i / a.stride[0], j / a.stride[1]);
         break;
       case POMONA_FLATTEN: return from;
       case POMONA_CONCAT:

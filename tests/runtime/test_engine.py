@@ -144,7 +144,7 @@ def _draw_node(draw: Draw, shapes: list[tuple[int, ...]]) -> Node:
             return Node("linear", (at,), weight=draw.weight(out, shape[0]), bias=draw.vector(out))
     else:
         c, h, w = shape
-        op = draw.choice([*ops, *["conv"] * 12, "max_pool", "avg_pool", "mean", "flatten", "concat"])
+        op = draw.choice([*ops, *["conv"] * 12, "max_pool", "avg_pool", "mean", "flatten", "concat", "upsample"])
         if op == "conv":
             groups = draw.choice([1, c]) if c < 9 else 1
             kernel = min(h, draw.choice([1, 3, 3, 5])), min(w, draw.choice([1, 3, 3, 5]))
@@ -162,6 +162,8 @@ def _draw_node(draw: Draw, shapes: list[tuple[int, ...]]) -> Node:
             return Node(op, (at,), kernel=kernel, stride=stride, padding=padding, ceil=ceil, count_padding=counts)
         if op in ("mean", "flatten"):
             return Node(op, (at,))
+        if op == "upsample":
+            return Node(op, (at,), stride=(1, 1) if h * w > 99 else (draw.integer(1, 3), draw.integer(1, 2)))
         if op == "concat":
             others = [i for i, other in enumerate(shapes) if len(other) == 3 and other[1:] == shape[1:]]
             return Node("concat", tuple(draw.choice(others) for _ in range(draw.integer(1, 3))))

@@ -36,7 +36,7 @@ def model_of(
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     initializers = [numpy_helper.from_array(w, name) for name, w in weights.items()]
     graph = helper.make_graph(nodes, "net", [x], [y], initializers, **more)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]).SerializeToString()
+    return helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", opset)]).SerializeToString()
 
 
 def run(data: bytes, x: Array, **how: Any) -> Array:
@@ -393,3 +393,71 @@ def test_the_commands_take_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFi
 def test_every_operator_is_said_to_be_covered() -> None:
     docs = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text()
     assert all(f"`{op}`" in docs for op in {*HANDLERS, *FOLDS})
+
+
+# nearest pixels
+
+
+@pytest.mark.parametrize(
+    "how", ["asymmetric floor", "half_pixel round_prefer_floor", "pytorch_half_pixel round_prefer_ceil"]
+)
+@pytest.mark.parametrize("is_by_size", [False, True])
+def test_a_resize_to_the_nearest_pixel_is_one_operation(how: str, is_by_size: bool) -> None:
+    places, rounding = how.split()
+    given = {"s": np.array([1, 1, 2, 3], np.float32), "n": np.array([1, 2, 6, 12])}
+    inputs = ["x", "", "", "n"] if is_by_size else ["x", "", "s"]
+    shape = (1, 2, 3, 4)
+    node = helper.make_node(
+        "Resize", inputs, ["y"], mode="nearest", coordinate_transformation_mode=places, nearest_mode=rounding
+    )
+    data = model_of([node], {name: given[name] for name in inputs if name in given}, shape)
+    x = rng.standard_normal(shape).astype(np.float32)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    close(run(data, x), session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "places", "rounding", "scale"),
+    [
+        ("linear", "half_pixel", "round_prefer_floor", 2.0),
+        ("nearest", "align_corners", "round_prefer_floor", 2.0),
+        ("nearest", "asymmetric", "round_prefer_floor", 3.0),
+        ("nearest", "half_pixel", "floor", 2.0),
+        ("nearest", "asymmetric", "floor", 1.5),
+    ],
+)
+def test_a_resize_to_other_pixels_is_refused(mode: str, places: str, rounding: str, scale: float) -> None:
+    how = {"mode": mode, "coordinate_transformation_mode": places, "nearest_mode": rounding}
+    nodes = [helper.make_node("Resize", ["x", "", "s"], ["y"], **how)]
+    with pytest.raises(UnsupportedError, match=re.escape(f"({mode}, {places}, {rounding})")):
+        read(model_of(nodes, {"s": np.array([1, 1, scale, scale], np.float32)}, ("b", 2, 4, 6)))
+
+
+class UNet(nn.Module):
+    """A small one, with nearest upsampling and skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+        self.down, self.deep, self.up = block(3, 8), block(8, 16), block(24, 8)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.down(x)
+        deep = self.deep(nn.functional.max_pool2d(first, 2))
+        up = nn.functional.interpolate(deep, scale_factor=2, mode="nearest")
+        result: torch.Tensor = self.head(self.up(torch.cat([up, first], 1)))
+        return result
+
+
+@pytest.mark.parametrize("how", ["model", "11", "17"])
+def test_a_u_net_runs_whole(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = UNet().eval(), torch.randn(2, 3, 16, 24)
+    network = Network.from_model(model, x) if how == "model" else Network(*read(exported(model, x, how)))
+    with torch.no_grad():
+        close(network.run(x.numpy()), model(x).numpy())

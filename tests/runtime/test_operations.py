@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 NUMBERS = {
     **{"conv": 0, "linear": 1, "relu": 2, "clip": 3, "gelu": 4, "gelu_tanh": 5, "silu": 6, "sigmoid": 7, "tanh": 8},
     **{"hardswish": 9, "hardsigmoid": 10, "add": 11, "mul": 12, "scale": 13, "max_pool": 14, "avg_pool": 15},
-    **{"mean": 16, "flatten": 17, "concat": 18},
+    **{"mean": 16, "flatten": 17, "concat": 18, "upsample": 19},
 }
 """As they were given. Add to it and change nothing: compiled cores are called with these numbers."""
 
@@ -98,6 +98,7 @@ MADE_FROM: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mean": (lambda x: x.mean((2, 3), keepdim=True), IMAGE),
     "flatten": (lambda x: x.flatten(1), IMAGE),
     "concat": (lambda x: torch.cat([x, x], 1), IMAGE),
+    "upsample": (lambda x: F.interpolate(x, scale_factor=2), IMAGE),
 }
 
 

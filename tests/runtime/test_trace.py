@@ -142,6 +142,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "global": (lambda x: F.avg_pool2d(x, x.shape[2:]).squeeze(), IMAGE),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (3, 4)) + F.adaptive_max_pool2d(x, (3, 4)), IMAGE),
     "mean": (lambda x: x.mean([-1, -2]), IMAGE),
+    "upsample": (lambda x: F.interpolate(x, scale_factor=(2, 3)).relu() + F.interpolate(x, (12, 24)), IMAGE),
     "slices": (lambda x: x[:, 1:3, ::2, 1:7], IMAGE),
     "every third": (lambda x: x[:, :, 1::3, 2:7:3], (2, 9, 9)),
     "chunks": (lambda x: torch.cat([*x.chunk(2, 1)[::-1], x], dim=-3), IMAGE),

@@ -73,6 +73,8 @@ def _run(node: Node, operands: list[Tensor], weight: Tensor | None, bias: Tensor
             return x.mean(dim=(2, 3), keepdim=True)
         case "flatten":
             return x.flatten(1)
+        case "upsample":
+            return x.repeat_interleave(node.stride[0], 2).repeat_interleave(node.stride[1], 3)
         case "concat":
             return torch.cat(operands, dim=1)
         case _:

@@ -181,6 +181,15 @@ _ALL = (
         operands=(1, MAX_OPERANDS),
         unit="largest",
     ),
+    Operation(
+        "upsample",
+        19,
+        "(C, H, W) to (C, H s, W t): each pixel s times down and t times across, where `stride` is (s, t)",
+        rules.upsample_shape,
+        rules.upsample,
+        attributes=("stride",),
+        unit="operand",
+    ),
 )
 
 OPERATIONS = {operation.name: operation for operation in _ALL}

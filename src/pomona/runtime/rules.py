@@ -147,6 +147,14 @@ def concat_shape(node: Node, x: list[Shape], tensors: Tensors) -> Shape:
     return (sum(s[0] for s in x), *x[0][1:])
 
 
+def upsample_shape(node: Node, x: list[Shape], tensors: Tensors) -> Shape:
+    c, h, w = _image(x[0])
+    size = h * node.stride[0], w * node.stride[1]
+    if max(size) > MAX_INT:
+        raise ValueError(f"an image of {[h, w]} cannot become {node.stride[0]} by {node.stride[1]} times as large")
+    return (c, *size)
+
+
 def num_channels(shape: Shape) -> int:
     """By how many numbers ``scale`` multiplies: channels of (C, H, W), features of (F,) and (P, F)."""
     return shape[0] if len(shape) == 3 else shape[-1]
@@ -230,6 +238,10 @@ def avg_pool(node: Node, x: list[Array], weight: Array | None, bias: Array | Non
 
 def concat(node: Node, x: list[Array], weight: Array | None, bias: Array | None) -> Array:
     return np.concatenate(x, axis=1)
+
+
+def upsample(node: Node, x: list[Array], weight: Array | None, bias: Array | None) -> Array:
+    return x[0].repeat(node.stride[0], 2).repeat(node.stride[1], 3)
 
 
 def elementwise(function: Callable[[Array], Array]) -> Formula:

@@ -394,6 +394,14 @@ def _split(t: AtenBuilder, a: Given) -> tuple[Value, ...]:
     )
 
 
+def _upsample_nearest(t: AtenBuilder, a: Given) -> int:
+    number, out = t.value(a.get("input", a.get("self"))), t.out[-2:]
+    size = t.shapes[number][1:]
+    if any(m % n for n, m in zip(size, out, strict=True)):
+        raise t.refuse(f"{t.operation} from {size} to {out}, by no whole number,")
+    return t.emit("upsample", number, stride=(out[0] // size[0], out[1] // size[1]))
+
+
 _SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 _RESHAPES = ("view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze")
 _COPIES = ("contiguous", "clone", "detach", "alias", "to", "_to_copy", "type_as", "lift_fresh", "lift_fresh_copy")
@@ -429,6 +437,7 @@ HANDLERS: dict[str, Callable[[AtenBuilder, Given], Any]] = {
     "adaptive_avg_pool2d": _adaptive("avg_pool"),
     "adaptive_max_pool2d": _adaptive_max_pool,
     "mean": _mean,
+    "upsample_nearest2d": _upsample_nearest,
     "cat": _cat,
     "concat": _cat,
     "pad": _pad,

@@ -382,6 +382,36 @@ def _pad(a: Given) -> int:
     return a.t.padded(number, left, right, top, bottom) if top or bottom or left or right else number
 
 
+# How ONNX may round places between pixels, with the least factor from which that is not the nearest pixel.
+_NEAREST = {
+    ("asymmetric", "floor"): math.inf,
+    ("asymmetric", "round_prefer_floor"): 3,
+    ("half_pixel", "round_prefer_floor"): math.inf,
+    ("half_pixel", "round_prefer_ceil"): math.inf,
+    ("pytorch_half_pixel", "round_prefer_floor"): math.inf,
+    ("pytorch_half_pixel", "round_prefer_ceil"): math.inf,
+}
+
+
+def _resize(a: Given) -> int:
+    x = _image(a)
+    is_old = a.t.operation == "Upsample" or a.t.opset < 11
+    mode = a.attributes.get("mode", b"nearest").decode()
+    places = a.attributes.get("coordinate_transformation_mode", b"asymmetric" if is_old else b"half_pixel").decode()
+    rounding = a.attributes.get("nearest_mode", b"floor" if is_old else b"round_prefer_floor").decode()
+    if "axes" in a.attributes or a.attributes.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
+        raise a.refuse("of some axes, or with a policy")
+    scales, sizes = a.setting("scales", 1 if is_old else 2), None if is_old else a.setting("sizes", 3)
+    if scales:
+        factors = [float(s) for s in scales]
+    else:
+        factors = [m / n for m, n in zip(sizes or (), x.shape, strict=True)]
+    most = _NEAREST.get((places, rounding), 0)
+    if mode != "nearest" or factors[:2] != [1.0, 1.0] or any(f % 1 or not 1 <= f < most for f in factors[2:]):
+        raise a.refuse(f"of {x.shape} by {factors} ({mode}, {places}, {rounding})")
+    return a.t.emit("upsample", x.number, stride=(int(factors[2]), int(factors[3])))
+
+
 HANDLERS: dict[str, Callable[[Given], Any]] = {
     "Conv": _conv,
     "Gemm": _gemm,
@@ -405,6 +435,8 @@ HANDLERS: dict[str, Callable[[Given], Any]] = {
     "Mul": _mul,
     "Div": _div,
     "Neg": lambda a: _scaled(a, a.value(), -1.0, 0.0),
+    "Resize": _resize,
+    "Upsample": _resize,
     "Concat": _concat,
     "Slice": _slice,
     "Split": _split,
