@@ -476,3 +476,136 @@ def test_a_fault_of_ours_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     )
     with pytest.raises(ValueError, match=r"computes something else \(largest difference .*; please report this model"):
         pomona.shrink(model, torch.ones(1, 4))
+
+
+# an optimizer carried over
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3),
+    ).double()  # fmt: skip
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), torch.arange(len(x)) % 3).backward()
+    optimizer.step()
+
+
+Make = Callable[[Any], torch.optim.Optimizer]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
+        lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    ],
+)
+def test_the_next_step_of_what_stays_is_the_one_of_the_whole_model(make: Make) -> None:
+    model = conv_net()
+    optimizer = make([{"params": [p for p in model.parameters() if p.ndim > 1]}, {"params": [
+        p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}])  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(5, 9, 3, 8, 8, generator=generator).double()
+    for x in xs[:3]:
+        step(model, optimizer, x)
+    ignore(model[3], 1, 4)
+    ignore(model[7], *range(2 * 16, 3 * 16))
+    smaller, taken, carried = pomona.shrink(model, xs[0], optimizer=optimizer)
+    assert taken == {"0": 2, "3": 1} and type(carried) is type(optimizer)
+    assert [len(group["params"]) for group in carried.param_groups] == [3, 6]
+    assert carried.param_groups[1]["weight_decay"] == 0.0
+    before = copy.deepcopy(optimizer.state_dict())
+    step(smaller.train(), carried, xs[3])
+    after = optimizer.state_dict()
+    assert str(before) == str(after)  # the old one has its own memory
+    step(model, optimizer, xs[3])
+    first, second = [0, 2, 3, 5], [0, 1, 3, 4, 5, 6, 7]
+    columns = torch.arange(128).view(8, 16)[second].flatten()
+    wanted = [
+        model[0].weight[first],
+        model[3].weight[second][:, first],
+        model[7].weight[:, columns],
+        model[1].bias[first],
+    ]
+    found = [smaller[0].weight, smaller[3].weight, smaller[7].weight, smaller[1].bias]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_training_goes_on_with_the_carried_optimizer() -> None:
+    model = conv_net()
+    optimizer, scope = torch.optim.AdamW(model.parameters(), lr=1e-2), pomona.Scope(exclude=["7"])
+    pruner = pomona.Pruner(model, optimizer, pomona.Magnitude(0.5, granularity="channel"), scope=scope)
+    x = torch.randn(9, 3, 8, 8).double()
+    for _ in range(3):
+        step(model, optimizer, x)
+    pruner.harden()
+    smaller, taken, carried = pomona.shrink(model, x, optimizer=optimizer)
+    assert taken
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(carried, 10)
+    for _ in range(3):
+        step(smaller.train(), carried, x)
+        scheduler.step()
+    assert pruner.num_steps == 3  # what watches the old optimizer does not watch the new one
+    assert all(int(carried.state[p]["step"]) == 6 for p in smaller.parameters())
+
+
+def test_an_optimizer_that_has_not_stepped_is_carried_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    ignore(model[2], 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), nesterov=True, momentum=0.9)
+    smaller, _, carried = pomona.shrink(model, torch.zeros(1, 4), optimizer=optimizer)
+    assert carried.param_groups[0]["params"] == list(smaller.parameters()) and not carried.state
+    assert carried.param_groups[0]["nesterov"] and carried.param_groups[0]["lr"] is not optimizer.param_groups[0]["lr"]
+    carried.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_factored_moments_are_cut_where_they_have_entries() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.randn(2, 4)).square().sum().backward()
+    optimizer.step()
+    ignore(model[2], 1)
+    smaller, _, carried = pomona.shrink(model, torch.zeros(1, 4), optimizer=optimizer)
+    state = carried.state[smaller[0].weight]
+    assert (state["row_var"].shape, state["col_var"].shape) == ((5, 1), (1, 4))
+
+
+class Odd(torch.optim.SGD):
+    """Remembers what has no entry for each weight."""
+
+    def __init__(self, params: Any, *, shape: tuple[int, ...] = (3, 3), keeps: Any = None) -> None:
+        super().__init__(params, lr=0.1)
+        self.keeps = keeps
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["odd"] = torch.zeros(shape)
+
+
+def test_what_cannot_be_carried_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    ignore(model[2], 1)
+    refused: list[tuple[Any, type[Exception], str]] = [
+        (Odd(model.parameters()), ValueError, r"Odd's 'odd' of 0.weight, shape \(3, 3\), does not have an entry"),
+        (Odd(model.parameters(), keeps=torch.ones(2)), ValueError, "Odd keeps tensors in its attribute 'keeps'"),
+        (torch.optim.LBFGS(model.parameters()), ValueError, "LBFGS remembers all parameters as one vector"),
+        (
+            torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1),
+            ValueError,
+            r"group 0 has one of shape \(2,\) that is not",
+        ),
+        ("SGD", TypeError, "must be a torch.optim.Optimizer, got str"),
+    ]
+    for optimizer, kind, reason in refused:
+        with pytest.raises(kind, match=reason):
+            pomona.shrink(model, torch.zeros(1, 4), optimizer=optimizer)
+    smaller, _, carried = pomona.shrink(model, torch.zeros(1, 4), optimizer=Odd(model.parameters(), shape=(), keeps=5))
+    assert carried.keeps == 5 and carried.state[smaller[0].weight]["odd"].shape == ()

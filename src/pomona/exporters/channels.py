@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pomona.exporters.carry import Indices, cut
+from pomona.exporters.carry import Indices, Optim, carry, cut
 from pomona.exporters.flow import Flow, Inputs, UnreadableError, differing, read, rigid, sizes_by_module
 
 Model = TypeVar("Model", bound=nn.Module)
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
-def shrink(model: Model, example: Example) -> tuple[Model, dict[str, int]]:
+@overload
+def shrink(model: Model, example: Example, *, optimizer: None = None) -> tuple[Model, dict[str, int]]: ...
+@overload
+def shrink(model: Model, example: Example, *, optimizer: Optim) -> tuple[Model, dict[str, int], Optim]: ...
+
+
+def shrink(model: Model, example: Example, *, optimizer: Any = None) -> Any:
     """A smaller copy of a sparse model without its dead channels; it computes the same, whatever the input.
 
     A channel is dead if every weight that reads it is zero, or is in a channel that is dead itself. A channel all of
@@ -45,20 +51,25 @@ def shrink(model: Model, example: Example) -> tuple[Model, dict[str, int]]:
         model: not changed.
         example: an input, a tuple of inputs, or a dictionary of keyword arguments, with as few samples as you like:
             only shapes and types matter, save for a last comparison of outputs on it and on inputs drawn at random.
+        optimizer: of the model, if training is to go on; not changed. Then a third result is an optimizer of the same
+            class for the copy, with the same groups and hyperparameters, and with all that it remembers of the weights
+            that stay. For an optimizer that treats each weight alone (SGD, Adam, AdamW and most others) the next step
+            of these weights is the one that the model would have made, where a channel was dead because nothing read
+            it. What hangs on the optimizer (a Pruner, a scheduler, hooks) stays with the old one: make it anew.
 
     Returns:
-        The copy in evaluation mode, and name of a layer -> number of channels taken out of it. A depthwise layer is not
-        listed: it loses the channels of the layer before it.
+        The copy in evaluation mode, and name of a layer -> number of channels taken out of it; then the optimizer, if
+        one was given. A depthwise layer is not listed: it loses the channels of the layer before it.
 
     Raises:
-        ValueError: ``torch.export`` cannot read the model, or, against the proof, the smaller one computes something
-            else.
+        ValueError: ``torch.export`` cannot read the model, or the optimizer remembers something that has no entry for
+            each weight; or, against the proof, the smaller model computes something else.
     """
     inputs: Inputs = _as_inputs(example)
     whole = copy.deepcopy(model).eval()
-    smaller, removed = _smaller(whole, inputs)
+    smaller, removed, indices = _smaller(whole, inputs)
     _compare(whole, copy.deepcopy(smaller), inputs)
-    return smaller, removed
+    return (smaller, removed) if optimizer is None else (smaller, removed, carry(optimizer, model, smaller, indices))
 
 
 def _as_inputs(example: Example) -> Inputs:
@@ -67,15 +78,15 @@ def _as_inputs(example: Example) -> Inputs:
     return (example if isinstance(example, tuple) else (example,)), {}
 
 
-def _smaller(whole: Model, inputs: Inputs) -> tuple[Model, dict[str, int]]:
+def _smaller(whole: Model, inputs: Inputs) -> tuple[Model, dict[str, int], dict[str, Indices]]:
     flow = read(whole, inputs)
     while bool((removed := flow.removable()).any()):
         smaller = _without(whole, flow, removed)
         blamed = _in_the_way(flow, removed, smaller, inputs)
         if blamed is None:
-            return smaller, _counts(flow, removed)
+            return smaller, _counts(flow, removed), _indices(flow, removed)
         flow.pin(*(blamed if any(bool(removed[slots].any()) for slots in blamed) else [removed.nonzero().flatten()]))
-    return copy.deepcopy(whole), {}
+    return copy.deepcopy(whole), {}, {}
 
 
 def _in_the_way(flow: Flow, removed: Tensor, smaller: nn.Module, inputs: Inputs) -> list[Tensor] | None:
