@@ -57,7 +57,7 @@ test-newest: PINS := torch numpy
 test-oldest test-newest: test-%:  ## make PYTHON=python3.10 test-oldest; make PYTHON=python3.13 test-newest
 	$(PYTHON) -m venv build/$*
 	build/$*/bin/python -m pip install --quiet --upgrade --extra-index-url $(TORCH_INDEX) \
-	  $(PINS) -e '.[zoo,onnx,shrink]' safetensors pyyaml pytest hypothesis pytest-xdist
+	  $(PINS) -e '.[zoo,onnx]' safetensors pyyaml pytest hypothesis pytest-xdist
 	build/$*/bin/python -m pytest -n 2 -m 'not slow' --ignore=src/pomona/integrations \
 	  --ignore=tests/integrations --ignore=tests/docs/test_examples.py
 

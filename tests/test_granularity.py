@@ -562,7 +562,6 @@ def test_what_2_of_4_leaves_the_2_4_format_and_torch_take(tmp_path: Path) -> Non
 
 
 def chain(granularity: str, bias: bool = True) -> tuple[nn.Sequential, nn.Sequential, dict[str, int]]:
-    pytest.importorskip("torch_pruning")
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 5, bias=bias), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
@@ -597,7 +596,6 @@ def test_a_network_without_its_channels_is_a_smaller_dense_one_that_computes_the
 
 def test_a_constant_that_no_bias_can_stand_for_stays() -> None:
     """Zeros around the input are not the constant; and a layer without a bias can take in none but zero."""
-    pytest.importorskip("torch_pruning")
     images = torch.randn(2, 3, 8, 8)
     for padding, has_bias, value, goes in [
         (0, True, 1.0, 1),
@@ -618,7 +616,6 @@ def test_a_constant_that_no_bias_can_stand_for_stays() -> None:
 
 def test_constants_are_followed_through_layers_in_whatever_order_they_were_made() -> None:
     """The second layer falls silent when the first one's constant is taken into its bias."""
-    pytest.importorskip("torch_pruning")
 
     class Backwards(nn.Module):
         def __init__(self) -> None:
@@ -654,14 +651,12 @@ def test_constants_are_followed_through_layers_in_whatever_order_they_were_made(
 
 def test_what_is_a_constant_on_one_example_only_stays() -> None:
     """A softmax makes the silent channel depend on the others."""
-    pytest.importorskip("torch_pruning")
     model = nn.Sequential(nn.Linear(5, 4), nn.Softmax(-1), nn.Linear(4, 3))
     model[0].weight.data[1] = 0
     assert pomona.shrink(model, torch.randn(1, 5))[1] == {}
 
 
 def test_frozen_weights_shrink_too_and_stay_frozen() -> None:
-    pytest.importorskip("torch_pruning")
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).requires_grad_(False)
     model[2].weight[:, 2] = 0
     smaller, taken = pomona.shrink(model, torch.randn(1, 4))

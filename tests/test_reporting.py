@@ -251,6 +251,9 @@ def test_a_report_as_json_by_hand() -> None:
         "metrics": {"decay_exponent": 7.5},
         "num_steps": 12,
         "num_skipped": 3,
+        "multiply_adds": None,
+        "kept_multiply_adds": None,
+        "other_multiply_adds": None,
         "layers": [
             {
                 "name": "fc",
@@ -262,6 +265,8 @@ def test_a_report_as_json_by_hand() -> None:
                 "largest_cut": 0.125,
                 "smallest_kept": 2.0,
                 "reason": "why",
+                "multiply_adds": None,
+                "kept_multiply_adds": None,
                 "density": 0.5,
             }
         ],

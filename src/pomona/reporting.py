@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pomona.distributed import Shard, local, max_over, reshard, shards_of, sum_vectors
 from pomona.layout import ROWS, Layout
+from pomona.multiply_adds import Example, count_multiply_adds
 from pomona.native import core
 from pomona.ops import PIECE
 from pomona.pages.text import table
@@ -35,6 +36,9 @@ class LayerReport:
         largest_cut: largest magnitude that was cut to zero, if there was a cut.
         smallest_kept: smallest magnitude that is not zero, if any.
         reason: why the layer kept this share.
+        multiply_adds: products in one pass of one sample, if the report was made with an example; see
+            :func:`report`. None also if the weight goes into an operator whose products cannot be counted.
+        kept_multiply_adds: the same without weights that are zero.
     """
 
     name: str
@@ -46,6 +50,8 @@ class LayerReport:
     largest_cut: float | None = None
     smallest_kept: float | None = None
     reason: str = ""
+    multiply_adds: int | None = None
+    kept_multiply_adds: int | None = None
 
     @property
     def density(self) -> float:
@@ -69,6 +75,8 @@ class Report:
         metrics: the method's own numbers, such as GSM's ``decay_exponent``.
         num_steps: number of optimizer steps.
         num_skipped: number of optimizer steps that were skipped because a gradient was not finite.
+        other_multiply_adds: products of one pass of one sample that are not by weights in scope, such as by layers that
+            were left out, or of attention; None without an example.
     """
 
     layers: tuple[LayerReport, ...]
@@ -79,6 +87,7 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
     num_steps: int = 0
     num_skipped: int = 0
+    other_multiply_adds: int | None = None
 
     @property
     def total(self) -> int:
@@ -120,6 +129,16 @@ class Report:
         """Smallest magnitude that survived."""
         return min((kept for layer in self.layers if (kept := layer.smallest_kept) is not None), default=None)
 
+    @property
+    def multiply_adds(self) -> int | None:
+        """Products by weights in scope in one pass of one sample, were none of them zero; None without an example."""
+        return None if self.other_multiply_adds is None else sum(layer.multiply_adds or 0 for layer in self.layers)
+
+    @property
+    def kept_multiply_adds(self) -> int | None:
+        """Those by weights that are not zero."""
+        return None if self.other_multiply_adds is None else sum(layer.kept_multiply_adds or 0 for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values only, ready for JSON, including derived totals."""
         layers = [{**asdict(layer), "shape": list(layer.shape), "density": layer.density} for layer in self.layers]
@@ -139,6 +158,9 @@ class Report:
             "metrics": dict(self.metrics),
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,
+            "multiply_adds": self.multiply_adds,
+            "kept_multiply_adds": self.kept_multiply_adds,
+            "other_multiply_adds": self.other_multiply_adds,
             "layers": layers,
             "outside": dict(self.outside),
         }
@@ -148,7 +170,9 @@ class Report:
         return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("layer", "shape", "weights", "non-zero", "density", "dead channels", "why")]
+        counted = self.multiply_adds is not None
+        columns = ("multiply-adds", "kept") if counted else ()
+        rows = [("layer", "shape", "weights", "non-zero", "density", "dead channels", *columns, "why")]
         for layer in self.layers:
             rows.append(
                 (
@@ -158,6 +182,7 @@ class Report:
                     f"{layer.nonzero:,}",
                     f"{100 * layer.density:.2f} %",
                     f"{layer.dead_channels} of {layer.channels}" if layer.channels or not layer.shape else "-",
+                    *(map(_or_dash, (layer.multiply_adds, layer.kept_multiply_adds)) if counted else ()),
                     layer.reason,
                 )
             )
@@ -169,10 +194,11 @@ class Report:
                 f"{self.nonzero:,}",
                 f"{100 * self.density:.2f} %",
                 str(self.dead_channels),
+                *(map(_or_dash, (self.multiply_adds, self.kept_multiply_adds)) if counted else ()),
                 f"{self.compression:.1f}x compression" if self.nonzero else "nothing left",
             )
         )
-        head, *body, total = table(rows, right=range(2, 6)).splitlines()
+        head, *body, total = table(rows, right=range(2, 6 + len(columns))).splitlines()
         rule = "-" * max(map(len, (head, *body, total)))
         return "\n".join([head, rule, *body, rule, total, *self._notes()])
 
@@ -186,6 +212,8 @@ class Report:
             yield f"granularity {self.granularity}"
         for name, value in self.metrics.items():
             yield f"{name.replace('_', ' ')} {value:,.6g}"
+        if self.other_multiply_adds is not None:
+            yield f"multiply-adds of one sample; {self.other_multiply_adds:,} more are not by weights in scope"
         if self.num_skipped:
             yield f"{self.num_skipped} steps were skipped because a gradient was not finite"
         if self.outside:
@@ -206,6 +234,10 @@ def _grouped(outside: Mapping[str, str]) -> str:
 def _first(names: Sequence[str], num: int) -> str:
     more = f" and {len(names) - num} more" if len(names) > num else ""
     return ", ".join(names[:num]) + more
+
+
+def _or_dash(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"
 
 
 def _finite(value: Any) -> Any:
@@ -292,16 +324,28 @@ def _survey(value: Tensor) -> tuple[Tensor, float]:
     return torch.cat(alive).cpu(), float(torch.stack(smallest).min())
 
 
-def report(model: nn.Module, scope: Scope | None = None) -> Report:
+def report(model: nn.Module, scope: Scope | None = None, *, example: Example | None = None) -> Report:
     """Count the zeros of any model, pruned by any means. If the model is sharded, call this on every rank.
 
     What is frozen counts like the rest, so a checkpoint that was saved for inference has the same report.
+
+    Args:
+        model: any model; not changed.
+        scope: which of its weights; by default those that a Pruner would take.
+        example: an input of the model with the batch in front, a tuple of inputs, or a dictionary of keyword arguments.
+            With it the report also has multiply-adds, of one sample in evaluation mode: for each weight one for each
+            time that it is multiplied, so a convolution's once for each place of its output. Biases, norms,
+            activations, pooling and lookups do not count. The total is of the weights in scope;
+            ``other_multiply_adds`` has the rest of the model.
 
     Example:
         >>> model = nn.Linear(2, 2)
         >>> model.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
         >>> report(model).sparsity, report(model).dead_channels
         (0.75, 1)
+        >>> found = report(model, example=torch.zeros(1, 2))
+        >>> found.multiply_adds, found.kept_multiply_adds
+        (4, 1)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -311,5 +355,24 @@ def report(model: nn.Module, scope: Scope | None = None) -> Report:
     reshard(model)
     selection = (scope or Scope()).select(model, with_frozen=True, refuse=False)
     values = {name: local(p) for name, p in selection.inside.items()}
-    layers = report_layers(values, shards_of(selection.inside), layouts=selection.layouts)
-    return Report(layers=layers, outside=selection.outside)
+    shards = shards_of(selection.inside)
+    layers = report_layers(values, shards, layouts=selection.layouts)
+    found = Report(layers=layers, outside=selection.outside)
+    return found if example is None else with_multiply_adds(found, model, values, shards, example)
+
+
+def with_multiply_adds(
+    report: Report, model: nn.Module, values: Mapping[str, Tensor], shards: Mapping[str, Shard], example: Example
+) -> Report:
+    """The report with the multiply-adds of these weights."""
+    if shards:
+        raise ValueError(
+            f"example= counts on one process, but {next(iter(shards))} is sharded over several; report the model's"
+            " multiply-adds where it is whole"
+        )
+    counts = count_multiply_adds(model, values, example)
+    layers = tuple(
+        replace(layer, multiply_adds=counts.dense[layer.name], kept_multiply_adds=counts.kept[layer.name])
+        for layer in report.layers
+    )
+    return replace(report, layers=layers, other_multiply_adds=counts.others)

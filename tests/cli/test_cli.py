@@ -479,4 +479,4 @@ def test_without_torch_it_says_so() -> None:
 
 def test_env_is_a_table_of_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
-    assert all(line[13] == " " and line[14] != " " for line in capsys.readouterr().out.splitlines())
+    assert all(line[12] == " " and line[13] != " " for line in capsys.readouterr().out.splitlines())

@@ -456,14 +456,11 @@ def test_onnx_stays_dense_where_the_runtime_refuses_and_says_so(
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, extra in (("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("torch_pruning", "shrink")):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(ImportError, match=rf"pip install 'pomona\[{extra}\]'"):
-                if extra == "onnx":
-                    pomona.export(small(), tmp_path / "x.onnx", example=IMAGES)
-                else:
-                    pomona.shrink(small(), IMAGES)
+            with pytest.raises(ImportError, match=r"pip install 'pomona\[onnx\]'"):
+                pomona.export(small(), tmp_path / "x.onnx", example=IMAGES)
 
 
 @pytest.mark.check
@@ -508,7 +505,6 @@ class Joined(nn.Module):
 
 
 def test_channels_that_nothing_reads_are_taken_out() -> None:
-    pytest.importorskip("torch_pruning")
     torch.manual_seed(0)
     model = Joined()
     with torch.no_grad():
@@ -527,7 +523,6 @@ def test_channels_that_nothing_reads_are_taken_out() -> None:
 
 
 def test_a_channel_that_only_dead_channels_read_goes_too() -> None:
-    pytest.importorskip("torch_pruning")
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     with torch.no_grad():
         model[4].weight[:, 2] = 0
@@ -539,7 +534,6 @@ def test_a_channel_that_only_dead_channels_read_goes_too() -> None:
 
 
 def test_one_channel_stays_even_if_all_are_dead() -> None:
-    pytest.importorskip("torch_pruning")
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     model[2].weight.data.zero_()
     smaller, taken = pomona.shrink(model, torch.randn(1, 4))
@@ -547,7 +541,6 @@ def test_one_channel_stays_even_if_all_are_dead() -> None:
 
 
 def test_residual_channels_go_together_or_not_at_all() -> None:
-    pytest.importorskip("torch_pruning")
     from pomona.zoo.models import build_model
 
     model = pruned(build_model("resnet-20", seed=0), 0.97).eval()

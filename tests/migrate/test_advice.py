@@ -55,8 +55,6 @@ def test_there_is_code_to_run() -> None:
 
 @pytest.mark.parametrize("code", sorted({code for _, code in CODE if not is_given(code)}))
 def test_the_code_of_a_message_runs(code: str, tmp_path: Path) -> None:
-    if "shrink" in code:
-        pytest.importorskip("torch_pruning")
     eval(compile(ast.parse(code, mode="eval"), "message", "eval"), names(tmp_path))
 
 

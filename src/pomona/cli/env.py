@@ -18,7 +18,6 @@ from pomona.pages.text import table
 _EXTRAS = {
     "zoo": ("matplotlib", "mlxtend"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "shrink": ("torch-pruning",),
     "bench": ("onnx", "onnxruntime", "openvino"),
 }
 

@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
         type=positive,
         help="store the ranges of values on the first COUNT training inputs of a run, for 16-bit fixed point",
     )
-    parser.add_argument("--shrink", action="store_true", help="remove dead channels first (needs torch-pruning)")
+    parser.add_argument("--shrink", action="store_true", help="remove dead channels first")
     parser.add_argument(
         "--no-graph", action="store_true", help="leave out the graph: a smaller file, for pomona.load only"
     )

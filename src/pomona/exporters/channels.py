@@ -1,224 +1,254 @@
-"""Channels that nothing reads, or that always say the same, are taken out of a model, by Torch-Pruning."""
+"""Channels that nothing reads, or that always say the same, are taken out of a model."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pomona.exporters.carry import Indices, Optim, carry, cut
+from pomona.exporters.flow import Flow, Inputs, UnreadableError, differing, read, rigid, sizes_by_module
 
 Model = TypeVar("Model", bound=nn.Module)
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
-def shrink(model: Model, example: Tensor | tuple[Any, ...]) -> tuple[Model, dict[str, int]]:
-    """A smaller copy of a sparse model without its dead channels; it computes the same.
+@overload
+def shrink(model: Model, example: Example, *, optimizer: None = None) -> tuple[Model, dict[str, int]]: ...
+@overload
+def shrink(model: Model, example: Example, *, optimizer: Optim) -> tuple[Model, dict[str, int], Optim]: ...
 
-    A channel is dead if every weight that reads it is zero. Taking one out can leave the channels that only it read
-    dead too, so this goes on until nothing changes. A channel all of whose own weights are zero (as
-    ``granularity="channel"`` leaves them) is a constant, made by its bias: it goes into the bias of what reads it, and
-    then nothing reads it. A convolution with zeros around its input cannot take in a constant other than zero, nor can
-    a layer without a bias; such a channel stays. What depends on what is Torch-Pruning's dependency graph
-    (arXiv 2301.12900): a channel goes from a layer together with its norm, its bias and its counterparts across
-    residual connections, or not at all. One channel of each layer always stays.
+
+def shrink(model: Model, example: Example, *, optimizer: Any = None) -> Any:
+    """A smaller copy of a sparse model without its dead channels; it computes the same, whatever the input.
+
+    A channel is dead if every weight that reads it is zero, or is in a channel that is dead itself. A channel all of
+    whose own weights are zero (as ``granularity="channel"`` leaves them) is a constant, made by its bias: it goes into
+    the bias of what reads it, and then nothing reads it. A convolution with zeros around its input cannot take in a
+    constant other than zero, nor can a layer without a bias; such a channel stays.
+
+    What a channel is, and that it goes without a trace, is proved from the operators that ``torch.export`` finds in the
+    model, never measured. A channel is a row of a layer together with its bias, its entries in norms that treat each
+    channel alone (batch norm, instance norm), its filter in depthwise layers, and its counterparts across additions,
+    products, concatenations, and halves of gated units. All of these go or none. A channel stays if it reaches an
+    operator that mixes channels otherwise, or that is not known: a group or layer norm, a softmax over channels,
+    attention, a recurrent layer, an output of the model. At last the smaller model is read again, and every operator in
+    it has to be the old one without the channels that went: where the model's own code holds on to a size, those
+    channels stay. One channel of each layer always stays.
+
+    The proof takes activations to be finite, and the model to run the same operators for every input of the example's
+    kind, as it does if ``torch.export`` accepts it; parts that are used in training only are left as they are.
 
     Args:
-        model: not changed. Convolutions (without groups, or depthwise) and linear layers are looked at.
-        example: an input, or a tuple of them.
+        model: not changed.
+        example: an input, a tuple of inputs, or a dictionary of keyword arguments, with as few samples as you like:
+            only shapes and types matter, save for a last comparison of outputs on it and on inputs drawn at random.
+        optimizer: of the model, if training is to go on; not changed. Then a third result is an optimizer of the same
+            class for the copy, with the same groups and hyperparameters, and with all that it remembers of the weights
+            that stay. For an optimizer that treats each weight alone (SGD, Adam, AdamW and most others) the next step
+            of these weights is the one that the model would have made, where a channel was dead because nothing read
+            it. What hangs on the optimizer (a Pruner, a scheduler, hooks) stays with the old one: make it anew.
 
     Returns:
-        The copy in evaluation mode, and name of a layer -> number of channels taken out of it.
+        The copy in evaluation mode, and name of a layer -> number of channels taken out of it; then the optimizer, if
+        one was given. A depthwise layer is not listed: it loses the channels of the layer before it.
 
     Raises:
-        ImportError: torch-pruning is not installed.
-        ValueError: the smaller model does not compute the same on the example.
+        ValueError: ``torch.export`` cannot read the model, or the optimizer remembers something that has no entry for
+            each weight; or, against the proof, the smaller model computes something else.
     """
+    inputs: Inputs = _as_inputs(example)
+    whole = copy.deepcopy(model).eval()
+    smaller, removed, indices = _smaller(whole, inputs)
+    _compare(whole, copy.deepcopy(smaller), inputs)
+    return (smaller, removed) if optimizer is None else (smaller, removed, carry(optimizer, model, smaller, indices))
+
+
+def _as_inputs(example: Example) -> Inputs:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _smaller(whole: Model, inputs: Inputs) -> tuple[Model, dict[str, int], dict[str, Indices]]:
+    flow = read(whole, inputs)
+    while bool((removed := flow.removable()).any()):
+        smaller = _without(whole, flow, removed)
+        blamed = _in_the_way(flow, removed, smaller, inputs)
+        if blamed is None:
+            return smaller, _counts(flow, removed), _indices(flow, removed)
+        flow.pin(*(blamed if any(bool(removed[slots].any()) for slots in blamed) else [removed.nonzero().flatten()]))
+    return copy.deepcopy(whole), {}, {}
+
+
+def _in_the_way(flow: Flow, removed: Tensor, smaller: nn.Module, inputs: Inputs) -> list[Tensor] | None:
+    """Slots that cannot go after all, as the model's own code wants the old sizes; None if it does not."""
     try:
-        import torch_pruning as tp
-    except ImportError:
-        raise ImportError("shrink needs Torch-Pruning: pip install 'pomona[shrink]'") from None
-    inputs = example if isinstance(example, tuple) else (example,)
-    smaller = copy.deepcopy(model).eval()
-    frozen = [name for name, p in smaller.named_parameters() if not p.requires_grad]
-    for p in smaller.parameters():
-        p.requires_grad_(p.is_floating_point())  # Torch-Pruning follows the graph of autograd
-    with torch.no_grad():
-        expected = smaller(*inputs)
-    graph = tp.DependencyGraph().build_dependency(smaller, example_inputs=inputs)
-    removed: dict[str, int] = {}
-    while taken := _fold_and_shrink(tp, graph, smaller, inputs):
-        for name, count in taken.items():
-            removed[name] = removed.get(name, 0) + count
-    with torch.no_grad():
-        got = smaller(*inputs)
-    for a, b in zip(_tensors(got), _tensors(expected), strict=True):
-        # Sums of fewer terms may be added in another order.
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max())):
+        _run(copy.deepcopy(smaller), inputs)
+    except Exception:  # whatever the model's own code raises
+        return rigid(flow, removed)
+    try:
+        return differing(flow, removed, read(smaller, inputs, _left(flow, removed)))
+    except UnreadableError:
+        return rigid(flow, removed)
+
+
+def _left(flow: Flow, removed: Tensor) -> dict[str, list[Tensor]]:
+    return {name: [slots[~removed[slots]] for slots in dims] for name, dims in flow.slots.items()}
+
+
+def _counts(flow: Flow, removed: Tensor) -> dict[str, int]:
+    """Name of a layer that mixes channels -> rows of its weight that have gone."""
+    rows = {int(reader.outputs[0]) for reader in flow.readers if len(reader.outputs)}
+    counts = {
+        name.removesuffix(".weight"): int(removed[slots].sum())
+        for name, dims in flow.slots.items()
+        for slots in dims
+        if len(slots) and int(slots[0]) in rows
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+# The smaller model
+
+
+def _indices(flow: Flow, removed: Tensor) -> dict[str, Indices]:
+    """Parameter or buffer -> what stays of it, if not all."""
+    found = {
+        name: [(~removed[slots]).nonzero().flatten() if bool(removed[slots].any()) else None for slots in dims]
+        for name, dims in flow.slots.items()
+    }
+    return {name: indices for name, indices in found.items() if any(index is not None for index in indices)}
+
+
+@torch.no_grad()
+def _without(model: Model, flow: Flow, removed: Tensor) -> Model:
+    """A copy with constants in the biases of their readers, and without the slots."""
+    smaller = copy.deepcopy(model)
+    for reader in flow.readers:
+        is_read = reader.uses[~removed[reader.outputs]].any(0)
+        gone = removed[reader.inputs] & is_read & (reader.constants != 0)
+        if reader.bias is not None and bool(gone.any()):
+            bias = smaller.get_parameter(reader.bias)
+            added = reader.weight[:, gone].double().sum(2) @ reader.constants[gone].double()
+            bias.copy_(bias.double().cpu() + added)
+    named = dict(smaller.named_parameters()) | dict(smaller.named_buffers())
+    old = {name: named[name] for name in _indices(flow, removed)}
+    new = {id(old[name]): _cut(old[name], indices) for name, indices in _indices(flow, removed).items()}
+    for layer in smaller.modules():
+        own: list[dict[str, Any]] = [layer._parameters, layer._buffers]
+        for tensors in own:
+            tensors.update({name: new[id(x)] for name, x in tensors.items() if id(x) in new})
+        _tell_sizes(layer)
+    layers = dict(smaller.named_modules(remove_duplicate=False))
+    for name, size in sizes_by_module(flow, removed).items():
+        norm = layers.get(name)
+        if isinstance(norm, _NormBase):
+            norm.num_features = size
+    return smaller
+
+
+def _cut(tensor: Tensor, indices: Indices) -> Tensor:
+    left = cut(tensor.detach(), indices)
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        left = left.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(left, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left
+
+
+def _tell_sizes(layer: nn.Module) -> None:
+    """The numbers of channels that a layer shows, and the number of groups that it passes on."""
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, _NormBase):
+        some = next((x for x in (weight, layer.running_mean) if x is not None), None)
+        layer.num_features = layer.num_features if some is None else len(some)
+    elif weight is None:
+        return
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = weight.shape
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = len(weight)
+    elif type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # of transformers
+        layer.__dict__.update(zip(("nx", "nf"), weight.shape, strict=True))
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = weight.shape[1]
+    elif isinstance(layer, _ConvNd):
+        first = layer.in_channels if layer.transposed else layer.out_channels
+        layer.groups = len(weight) // (first // layer.groups) if layer.groups > 1 else 1
+        sizes = (len(weight), weight.shape[1] * layer.groups)
+        layer.in_channels, layer.out_channels = sizes if layer.transposed else sizes[::-1]
+
+
+# The last comparison
+
+
+def _compare(model: nn.Module, smaller: nn.Module, inputs: Inputs) -> None:
+    """Outputs on the example and on inputs unlike it; that they agree has been proved, so this finds our own faults."""
+    for given in (inputs, *_inputs_like(inputs)):
+        try:
+            wanted = _run(model, given)
+        except Exception:
+            if given is inputs:
+                raise
+            continue  # an input that the model does not take
+        found = _run(smaller, given)
+        if not all(map(_equal, found, wanted)) and not _agree_exactly(model, smaller, given):
+            apart = [float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.shape == b.shape]
             raise ValueError(
                 f"without its dead channels the model computes something else (largest difference "
-                f"{float((a - b).abs().max()):.3g}); please report this model"
+                f"{max(apart, default=math.inf):.3g}); please report this model"
             )
-    for name in frozen:
-        smaller.get_parameter(name).requires_grad_(False)
-    return smaller, removed
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, dict):
-        for value in outputs.values():
-            yield from _tensors(value)
-    elif isinstance(outputs, (list, tuple)):
-        for value in outputs:
-            yield from _tensors(value)
+def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All tensors that the model returns."""
+    args, kwargs = copy.deepcopy(inputs)
+    devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(list(devices)):
+        torch.manual_seed(0)
+        return [x for x in tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
 
 
-def _fold_and_shrink(tp: Any, graph: Any, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
-    with torch.no_grad():
-        _fold_constants(tp, graph, model, inputs)
-    return _shrink_once(tp, graph, model)
-
-
-Group: TypeAlias = Any  # of Torch-Pruning: what goes together with the channels of a layer
-Layer: TypeAlias = nn.Conv2d | nn.Linear
-
-
-def _groups(tp: Any, graph: Any, model: nn.Module) -> Iterator[tuple[str, Layer, Group]]:
-    """Layers, the last first, with all that hangs on their channels."""
-    for name, layer in reversed(list(model.named_modules())):
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and _mixes_all(layer) and layer in graph.module2node:
-            prune = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
-            yield name, layer, graph.get_pruning_group(layer, prune, idxs=list(range(layer.weight.shape[0])))
-
-
-def _fold_constants(tp: Any, graph: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Constants into the biases of their readers, whose weights for them become zero."""
-    heard = _constants(model, inputs)
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    free = {layer: values for layer, values in heard.items() if uses[id(layer.weight)] == 1}
-    # Taken before the first fold: a channel that falls silent by one has a bias that was not heard yet.
-    silent = {layer: (layer.weight == 0).flatten(1).all(1) for layer in heard}
-    for _, layer, group in _groups(tp, graph, model):
-        mine = silent[layer].clone() if layer in silent else torch.zeros(1, dtype=torch.bool)
-        for reader, root, own in _readers(group, mine, silent, free) if bool(mine.any()) else ():
-            places = own[mine[root]]
-            if reader.bias is not None:
-                reader.bias += reader.weight[:, places].unsqueeze(-1).flatten(2).sum(2) @ free[reader][places]
-            reader.weight[:, places] = 0
-
-
-def _readers(
-    group: Group, mine: Tensor, silent: Mapping[Layer, Tensor], free: Mapping[Layer, Tensor]
-) -> list[tuple[Any, Tensor, Tensor]]:
-    """Layers that read the group's channels, with the channels and their own indices of these.
-
-    ``mine`` loses the channels that another layer makes too, or that one of the readers cannot take in.
-    """
-    readers = []
-    for item in group:
-        layer = item.dep.target.module
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or not _mixes_all(layer):
-            continue  # whether it leaves a constant one was measured
-        is_reader = "in_channels" in item.dep.handler.__name__
-        if None in item.root_idxs or not (_follows(layer, item.idxs, free) if is_reader else layer in silent):
-            mine[:] = False
-            return []
-        root, own = torch.tensor(item.root_idxs), torch.tensor(item.idxs)
-        mine[root[~(_can_take(layer, free[layer][own]) if is_reader else silent[layer][own])]] = False
-        if is_reader:
-            readers.append((layer, root, own))
-    return readers
-
-
-def _follows(reader: Layer, idxs: list[int], free: Mapping[Layer, Tensor]) -> bool:
-    """Whether it was heard, its weights are its own, and no channels were padded on the way."""
-    return reader in free and max(idxs, default=-1) < len(free[reader])
-
-
-def _can_take(reader: nn.Module, values: Tensor) -> Tensor:
-    """Which constants a reader's bias can stand for; NaN is none."""
-    has_edge = isinstance(reader, nn.Conv2d) and reader.padding_mode == "zeros" and reader.padding != (0, 0)
-    if (has_edge and reader.padding != "valid") or reader.bias is None:
-        return values == 0
-    return ~values.isnan()
-
-
-def _constants(model: nn.Module, inputs: tuple[Any, ...]) -> dict[Layer, Tensor]:
-    """The value of each channel that each layer reads; NaN where it depends on place, example or input."""
-    heard: dict[Layer, Tensor] = {}
-
-    def listen(layer: Any, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        x = x.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else x
-        x = x.reshape(-1, x.shape[-1])
-        value = torch.where((x == x[:1]).all(0), x[0], torch.nan)
-        before = heard.get(layer, value)
-        heard[layer] = torch.where(before == value, value, torch.nan)
-
-    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    handles = [layer.register_forward_pre_hook(listen) for layer in layers]
+def _agree_exactly(model: nn.Module, smaller: nn.Module, inputs: Inputs) -> bool:
+    """In double precision, where a norm does not enlarge roundings to what can be seen."""
     try:
-        for one in (inputs, tuple(_another(x) for x in inputs)):
-            model(*one)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return heard
+        found, wanted = (_run(copy.deepcopy(x).double(), _doubled(inputs)) for x in (smaller, model))
+    except RuntimeError:  # a model that insists on another precision
+        return False
+    return all(map(_equal, found, wanted))
 
 
-def _another(x: Any) -> Any:
-    """A different input that a model takes as well."""
-    if not isinstance(x, Tensor):
-        return x
-    if not x.is_floating_point():
-        return x.flatten().flip(0).view(x.shape)
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not b.numel() or not b.is_floating_point():
+        return torch.equal(a, b)
+    # Sums of fewer terms may be added in another order: a thousand roundings.
+    tolerance = min(0.1, max(1000 * torch.finfo(b.dtype).eps, 1e-7))
+    scale = float(b.abs().nan_to_num(0, 0, 0).max())
+    return torch.allclose(a, b, rtol=tolerance, atol=0.1 * tolerance * scale, equal_nan=True)
+
+
+def _doubled(inputs: Inputs) -> Inputs:
+    found: Inputs = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
+    return found
+
+
+def _inputs_like(inputs: Inputs) -> Iterator[Inputs]:
+    """Other inputs of the example's form: larger, darker, brighter, all zero."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(x.shape, generator=generator).to(x)
+    for scale, shift in ((1.0, 0.0), (3.0, -2.0), (0.3, 2.0), (0.0, 0.0)):
+        yield tree_map_only(Tensor, partial(_another, scale=scale, shift=shift, generator=generator), inputs)
 
 
-def _shrink_once(tp: Any, graph: Any, model: nn.Module) -> dict[str, int]:
-    """Take dead channels out of each layer, the last first, as what only they read may then be dead too."""
-    taken = {}
-    for name, layer, group in _groups(tp, graph, model):
-        count = layer.weight.shape[0]
-        dead = _dead(group, count)[: count - 1]
-        if dead:
-            prune = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
-            graph.get_pruning_group(layer, prune, idxs=dead).prune()
-            taken[name] = len(dead)
-    return taken
-
-
-def _mixes_all(layer: nn.Module) -> bool:
-    """Whether each output depends on every input: not so in grouped convolutions."""
-    return getattr(layer, "groups", 1) == 1
-
-
-_PASS_ON = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)  # modules that look at each channel alone
-
-
-def _dead(group: Any, num_channels: int) -> list[int]:
-    """Channels of the group's first layer that only zero weights read; none if that is unknown."""
-    is_read = torch.zeros(num_channels, dtype=torch.bool)
-    num_readers = 0
-    for item in group:
-        layer = item.dep.target.module
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and _mixes_all(layer):
-            if "in_channels" not in item.dep.handler.__name__:
-                continue  # another layer that makes the channels
-            if None in item.root_idxs:
-                return []
-            if max(item.idxs, default=-1) >= layer.weight.shape[1]:
-                return []  # channels were padded on the way, which Torch-Pruning does not follow
-            used = (layer.weight != 0).transpose(0, 1).flatten(1).any(1)  # by input channel
-            is_read[torch.tensor(item.root_idxs)[used[item.idxs]]] = True
-            num_readers += 1
-        elif isinstance(layer, nn.Conv2d):
-            if layer.groups != layer.in_channels:
-                return []  # grouped: Torch-Pruning would have to keep the groups equal
-        elif not isinstance(layer, _PASS_ON) and next(layer.parameters(), None) is not None:
-            return []  # such as a LayerNorm, whose mean a dead channel is part of
-    return (~is_read).nonzero().flatten().tolist() if num_readers else []
+def _another(x: Tensor, scale: float, shift: float, generator: torch.Generator) -> Tensor:
+    if x.is_complex():
+        return x
+    if not x.is_floating_point():  # tokens and masks: those of the example in another order
+        return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view(x.shape)
+    return (torch.randn(x.shape, generator=generator) * scale + shift).to(x)

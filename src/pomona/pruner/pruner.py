@@ -18,6 +18,7 @@ from pomona.computed import check_lengths
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import like, local, refuse_flat, reshard, working_on
 from pomona.method import Method
+from pomona.multiply_adds import Example
 from pomona.ops import count
 from pomona.pruner.chain import chain_of
 from pomona.pruner.hooks import StepHooks
@@ -25,7 +26,7 @@ from pomona.pruner.placement import Placement
 from pomona.pruner.saved import check_method_state, collect, describe, restore
 from pomona.pruner.watch import Watch
 from pomona.pruner.zeros import Frozen, Zeros, largest_among, same_names, zero_copy_
-from pomona.reporting import Report, report_layers
+from pomona.reporting import Report, report_layers, with_multiply_adds
 from pomona.schedule import FAR_AWAY, Schedule, check_count
 from pomona.scope import FROZEN, Scope, ScopedParameters
 from pomona.selection.groups import violations
@@ -472,9 +473,17 @@ class Pruner:
 
     # Reporting
 
-    def report(self) -> Report:
-        """Count the model as it is now."""
-        return self._report(self._zeros)
+    def report(self, *, example: Example | None = None) -> Report:
+        """Count the model as it is now.
+
+        Args:
+            example: an input of the model; with it also multiply-adds are counted, see :func:`pomona.report`.
+        """
+        report = self._report(self._zeros)
+        if example is None:
+            return report
+        values = {w.name: w.value for w in self._weights()}
+        return with_multiply_adds(report, self.model, values, self._placement.shards, example)
 
     def _report(self, zeros: Zeros) -> Report:
         weights = self._weights()
