@@ -224,6 +224,15 @@ def test_inputs_by_name_and_in_tuples_are_taken() -> None:
         assert pomona.report(model, example=example).multiply_adds == 24
 
 
+def test_a_compiled_model_counts_like_a_plain_one() -> None:
+    model = small()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.zeros(1, 3, 4, 4)
+    assert pomona.report(compiled, example=x) == pomona.report(model, example=x)
+    model.compile(backend="eager")
+    assert pomona.report(model, example=x).multiply_adds == 864 + 160
+
+
 @pytest.mark.parametrize("example", [(), {}, torch.tensor(1.0), torch.zeros(0, 4)])
 def test_an_example_without_a_sample_is_refused(example: Any) -> None:
     with pytest.raises(ValueError, match="example must hold a tensor with at least one sample, batch first, got"):

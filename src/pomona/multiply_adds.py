@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+from pomona.example import Example, evaluating, randomness_kept
+from pomona.torch_compile import unwrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class MultiplyAdds:
     others: int
 
 
-def count_multiply_adds(model: nn.Module, weights: Mapping[str, Tensor], example: Example) -> MultiplyAdds:
+def count_multiply_adds(model: nn.Module, weights: Mapping[str, Tensor], example: Any) -> MultiplyAdds:
     """Run the model once on the example, in evaluation mode, and count.
 
     Matrix products, convolutions, recurrent layers and attention count, but not what depends on parameters alone. A
@@ -45,16 +46,15 @@ def count_multiply_adds(model: nn.Module, weights: Mapping[str, Tensor], example
         weights: what to count, by any names: parameters of the model, or what shares their memory.
         example: the model's input with the batch in front, a tuple of its inputs, or a dictionary of keyword arguments.
     """
-    tensors = [x for x in tree_leaves(example) if isinstance(x, Tensor)]
+    called = Example.of(example)
+    tensors = called.tensors()
     if not tensors or not tensors[0].ndim or not len(tensors[0]):
         raise ValueError(f"example must hold a tensor with at least one sample, batch first, got {_shapes(tensors)}")
-    watch = _Watch(model, weights)
-    with _evaluating(model, tensors), watch:
-        if isinstance(example, Mapping):
-            model(**example)
-        else:
-            model(*example if isinstance(example, tuple) else (example,))
     batch = len(tensors[0])
+    with unwrapped(model) as inner, evaluating(inner), _products_seen(inner):
+        watch = _Watch(inner, weights)
+        with watch:
+            called.run(inner)
     lost = {name for name in watch.lost if not watch.dense[name]}
     dense, kept = (
         {name: None if name in lost else round(n / batch) for name, n in counts.items()}
@@ -68,20 +68,16 @@ def _shapes(tensors: list[Tensor]) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
-    """Evaluation mode without torch's fused layers, which would hide their products, and random numbers put back."""
-    modes = {part: part.training for part in model.modules()}
-    devices = {x.device for x in (*tensors, *model.parameters()) if x.device.type == "cuda"}
+def _products_seen(model: nn.Module) -> Iterator[None]:
+    """Without torch's fused layers, which would hide their products; random numbers are put back."""
+    devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(list(devices)):
-            model.eval()
+        with torch.random.fork_rng(list(devices)), randomness_kept(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for part, mode in modes.items():
-            part.training = mode
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pomona.distributed import Shard, local, max_over, reshard, shards_of, sum_vectors
 from pomona.layout import ROWS, Layout
-from pomona.multiply_adds import Example, count_multiply_adds
+from pomona.multiply_adds import count_multiply_adds
 from pomona.native import core
 from pomona.ops import PIECE
 from pomona.pages.text import table
@@ -324,7 +324,7 @@ def _survey(value: Tensor) -> tuple[Tensor, float]:
     return torch.cat(alive).cpu(), float(torch.stack(smallest).min())
 
 
-def report(model: nn.Module, scope: Scope | None = None, *, example: Example | None = None) -> Report:
+def report(model: nn.Module, scope: Scope | None = None, *, example: Any = None) -> Report:
     """Count the zeros of any model, pruned by any means. If the model is sharded, call this on every rank.
 
     What is frozen counts like the rest, so a checkpoint that was saved for inference has the same report.
@@ -362,7 +362,7 @@ def report(model: nn.Module, scope: Scope | None = None, *, example: Example | N
 
 
 def with_multiply_adds(
-    report: Report, model: nn.Module, values: Mapping[str, Tensor], shards: Mapping[str, Shard], example: Example
+    report: Report, model: nn.Module, values: Mapping[str, Tensor], shards: Mapping[str, Shard], example: Any
 ) -> Report:
     """The report with the multiply-adds of these weights."""
     if shards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -426,6 +427,35 @@ def test_inputs_by_name_are_taken() -> None:
     with torch.no_grad():
         wanted = model(x, scale=torch.tensor(2.0))["y"]
         assert torch.allclose(smaller(x, scale=torch.tensor(2.0))["y"], wanted, atol=1e-6)
+
+
+def test_a_model_that_returns_a_dataclass_shrinks() -> None:
+    @dataclass
+    class Found:
+        logits: Tensor
+        cache: str = "no tensor"
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Found:
+            return Found(self.b(self.a(x).relu()))
+
+    model, x = Net(), torch.randn(3, 4)
+    ignore(model.b, 0)
+    smaller, taken = pomona.shrink(model, torch.zeros(1, 4))
+    assert taken == {"a": 1}
+    with torch.no_grad():
+        assert torch.allclose(smaller(x).logits, model(x).logits, atol=1e-6)
+
+
+def test_of_a_compiled_model_the_plain_one_shrinks() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    ignore(model[2], 1)
+    smaller, taken = pomona.shrink(torch.compile(model, backend="eager"), torch.zeros(1, 4))
+    assert taken == {"0": 1} and list(smaller.state_dict()) == list(model.state_dict())
 
 
 def test_a_model_that_cannot_be_read_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeVar, overload
 
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pomona.example import Example, Returned, randomness_kept
 from pomona.exporters.carry import Indices, Optim, carry, cut
-from pomona.exporters.flow import Flow, Inputs, UnreadableError, differing, read, rigid, sizes_by_module
+from pomona.exporters.flow import Flow, UnreadableError, differing, read, rigid, sizes_by_module
+from pomona.torch_compile import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @overload
-def shrink(model: Model, example: Example, *, optimizer: None = None) -> tuple[Model, dict[str, int]]: ...
+def shrink(model: Model, example: Any, *, optimizer: None = None) -> tuple[Model, dict[str, int]]: ...
 @overload
-def shrink(model: Model, example: Example, *, optimizer: Optim) -> tuple[Model, dict[str, int], Optim]: ...
+def shrink(model: Model, example: Any, *, optimizer: Optim) -> tuple[Model, dict[str, int], Optim]: ...
 
 
-def shrink(model: Model, example: Example, *, optimizer: Any = None) -> Any:
+def shrink(model: Model, example: Any, *, optimizer: Any = None) -> Any:
     """A smaller copy of a sparse model without its dead channels; it computes the same, whatever the input.
 
     A channel is dead if every weight that reads it is zero, or is in a channel that is dead itself. A channel all of
@@ -48,7 +48,7 @@ def shrink(model: Model, example: Example, *, optimizer: Any = None) -> Any:
     kind, as it does if ``torch.export`` accepts it; parts that are used in training only are left as they are.
 
     Args:
-        model: not changed.
+        model: not changed. Of one that ``torch.compile`` has wrapped the plain model shrinks.
         example: an input, a tuple of inputs, or a dictionary of keyword arguments, with as few samples as you like:
             only shapes and types matter, save for a last comparison of outputs on it and on inputs drawn at random.
         optimizer: of the model, if training is to go on; not changed. Then a third result is an optimizer of the same
@@ -65,38 +65,35 @@ def shrink(model: Model, example: Example, *, optimizer: Any = None) -> Any:
         ValueError: ``torch.export`` cannot read the model, or the optimizer remembers something that has no entry for
             each weight; or, against the proof, the smaller model computes something else.
     """
-    inputs: Inputs = _as_inputs(example)
-    whole = copy.deepcopy(model).eval()
-    smaller, removed, indices = _smaller(whole, inputs)
-    _compare(whole, copy.deepcopy(smaller), inputs)
-    return (smaller, removed) if optimizer is None else (smaller, removed, carry(optimizer, model, smaller, indices))
+    called = Example.of(example)
+    with unwrapped(model) as inner, randomness_kept():
+        whole = copy.deepcopy(inner).eval()
+        smaller, removed, indices = _smaller(whole, called)
+        _compare(whole, copy.deepcopy(smaller), called)
+        return (
+            (smaller, removed) if optimizer is None else (smaller, removed, carry(optimizer, inner, smaller, indices))
+        )
 
 
-def _as_inputs(example: Example) -> Inputs:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
-
-
-def _smaller(whole: Model, inputs: Inputs) -> tuple[Model, dict[str, int], dict[str, Indices]]:
-    flow = read(whole, inputs)
+def _smaller(whole: Model, example: Example) -> tuple[Model, dict[str, int], dict[str, Indices]]:
+    flow = read(whole, example)
     while bool((removed := flow.removable()).any()):
         smaller = _without(whole, flow, removed)
-        blamed = _in_the_way(flow, removed, smaller, inputs)
+        blamed = _in_the_way(flow, removed, smaller, example)
         if blamed is None:
             return smaller, _counts(flow, removed), _indices(flow, removed)
         flow.pin(*(blamed if any(bool(removed[slots].any()) for slots in blamed) else [removed.nonzero().flatten()]))
     return copy.deepcopy(whole), {}, {}
 
 
-def _in_the_way(flow: Flow, removed: Tensor, smaller: nn.Module, inputs: Inputs) -> list[Tensor] | None:
+def _in_the_way(flow: Flow, removed: Tensor, smaller: nn.Module, example: Example) -> list[Tensor] | None:
     """Slots that cannot go after all, as the model's own code wants the old sizes; None if it does not."""
     try:
-        _run(copy.deepcopy(smaller), inputs)
+        _run(copy.deepcopy(smaller), example)
     except Exception:  # whatever the model's own code raises
         return rigid(flow, removed)
     try:
-        return differing(flow, removed, read(smaller, inputs, _left(flow, removed)))
+        return differing(flow, removed, read(smaller, example, _left(flow, removed)))
     except UnreadableError:
         return rigid(flow, removed)
 
@@ -189,13 +186,13 @@ def _tell_sizes(layer: nn.Module) -> None:
 # The last comparison
 
 
-def _compare(model: nn.Module, smaller: nn.Module, inputs: Inputs) -> None:
+def _compare(model: nn.Module, smaller: nn.Module, example: Example) -> None:
     """Outputs on the example and on inputs unlike it; that they agree has been proved, so this finds our own faults."""
-    for given in (inputs, *_inputs_like(inputs)):
+    for given in (example, *_examples_like(example)):
         try:
             wanted = _run(model, given)
         except Exception:
-            if given is inputs:
+            if given is example:
                 raise
             continue  # an input that the model does not take
         found = _run(smaller, given)
@@ -207,19 +204,19 @@ def _compare(model: nn.Module, smaller: nn.Module, inputs: Inputs) -> None:
             )
 
 
-def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """All tensors that the model returns."""
-    args, kwargs = copy.deepcopy(inputs)
+def _run(model: nn.Module, example: Example) -> list[Tensor]:
+    """All tensors that the model returns, each time of the same random numbers."""
     devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(list(devices)):
+    with torch.random.fork_rng(list(devices)):
         torch.manual_seed(0)
-        return [x for x in tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
+        return list(Returned.of(example.map(Tensor.clone).run(model)).tensors.values())
 
 
-def _agree_exactly(model: nn.Module, smaller: nn.Module, inputs: Inputs) -> bool:
+def _agree_exactly(model: nn.Module, smaller: nn.Module, example: Example) -> bool:
     """In double precision, where a norm does not enlarge roundings to what can be seen."""
     try:
-        found, wanted = (_run(copy.deepcopy(x).double(), _doubled(inputs)) for x in (smaller, model))
+        exact = example.map(lambda x: x.double() if x.is_floating_point() else x)
+        found, wanted = (_run(copy.deepcopy(x).double(), exact) for x in (smaller, model))
     except RuntimeError:  # a model that insists on another precision
         return False
     return all(map(_equal, found, wanted))
@@ -234,16 +231,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=0.1 * tolerance * scale, equal_nan=True)
 
 
-def _doubled(inputs: Inputs) -> Inputs:
-    found: Inputs = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
-    return found
-
-
-def _inputs_like(inputs: Inputs) -> Iterator[Inputs]:
+def _examples_like(example: Example) -> Iterator[Example]:
     """Other inputs of the example's form: larger, darker, brighter, all zero."""
     generator = torch.Generator().manual_seed(0)
     for scale, shift in ((1.0, 0.0), (3.0, -2.0), (0.3, 2.0), (0.0, 0.0)):
-        yield tree_map_only(Tensor, partial(_another, scale=scale, shift=shift, generator=generator), inputs)
+        yield example.map(partial(_another, scale=scale, shift=shift, generator=generator))
 
 
 def _another(x: Tensor, scale: float, shift: float, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,6 @@ from pomona.computed import check_lengths
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import like, local, refuse_flat, reshard, working_on
 from pomona.method import Method
-from pomona.multiply_adds import Example
 from pomona.ops import count
 from pomona.pruner.chain import chain_of
 from pomona.pruner.hooks import StepHooks
@@ -473,7 +472,7 @@ class Pruner:
 
     # Reporting
 
-    def report(self, *, example: Example | None = None) -> Report:
+    def report(self, *, example: Any = None) -> Report:
         """Count the model as it is now.
 
         Args:

@@ -9,7 +9,7 @@ treat it alone. ``state`` has the facts and what follows from all of them, ``rul
 walk.
 """
 
-from pomona.exporters.flow.program import Inputs, UnreadableError, differing, read, rigid, sizes_by_module
+from pomona.exporters.flow.program import UnreadableError, differing, read, rigid, sizes_by_module
 from pomona.exporters.flow.state import Flow
 
-__all__ = ["Flow", "Inputs", "UnreadableError", "differing", "read", "rigid", "sizes_by_module"]
+__all__ = ["Flow", "UnreadableError", "differing", "read", "rigid", "sizes_by_module"]

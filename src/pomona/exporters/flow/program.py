@@ -13,25 +13,23 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pomona.example import Example, returning_tensors
 from pomona.exporters.flow.rules import MOVES, arguments_agree, blank, moved, name_of, rule_of
 from pomona.exporters.flow.state import NO_SLOT, Flow, Value, compact, number, plain, restricted
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Of a model: positional ones, and those by name."""
 
 
 class UnreadableError(ValueError):
     """``torch.export`` cannot read the model."""
 
 
-def export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    """The operators that a model runs for these inputs."""
+def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
+    """The operators that a model runs for inputs like these."""
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), returning_tensors(model):
             warnings.simplefilter(
                 "ignore"
             )  # about what matters to the exported program only, such as its inputs' names
-            return torch.export.export(model, *inputs, strict=False)
+            return torch.export.export(model, example.args, example.kwargs, strict=False)
     except Exception as error:  # torch documents no closed list
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise UnreadableError(
@@ -40,21 +38,21 @@ def export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
         ) from error
 
 
-def read(model: nn.Module, inputs: Inputs, slots: Mapping[str, list[Tensor]] | None = None) -> Flow:
+def read(model: nn.Module, example: Example, slots: Mapping[str, list[Tensor]] | None = None) -> Flow:
     """Walk the program of a model in evaluation mode.
 
     Args:
         model: not changed, and not run.
-        inputs: of which only shapes and types matter.
+        example: of which only shapes and types matter.
         slots: those that the parameters have already; others are numbered on.
     """
-    return _Walk(model, inputs, Flow(dict(slots or {}))).flow
+    return _Walk(model, example, Flow(dict(slots or {}))).flow
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, inputs: Inputs, flow: Flow) -> None:
+    def __init__(self, model: nn.Module, example: Example, flow: Flow) -> None:
         self.flow = flow
-        self.program = export(model, inputs)
+        self.program = export(model, example)
         self.names = _names(model)
         self.specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         self.known: dict[Node, Any] = {}
