@@ -32,13 +32,15 @@ from pomona.budget import Budget
 from pomona.granularity import Granularity
 from pomona.weight import Weight, Weights
 
+_BUDGET = ("sparsity", "allocation", "min_density", "granularity", "score")  # fields of Budget
+
 
 class Method(ABC):
     """A way to prune. Subclasses are frozen dataclasses, one paper and one file each.
 
-    Fields named ``sparsity``, ``allocation``, ``min_density`` and ``granularity`` make up the method's ``budget``,
-    which checks them; a method has those of the four that its user may choose. A subclass with a ``__post_init__`` of
-    its own calls ``Method.__post_init__(self)`` in it.
+    Fields named ``sparsity``, ``allocation``, ``min_density``, ``granularity`` and ``score`` make up the method's
+    ``budget``, which checks them; a method has those of the five that its user may choose. A subclass with a
+    ``__post_init__`` of its own calls ``Method.__post_init__(self)`` in it.
 
     Attributes:
         granularity: what goes together, see :mod:`pomona.granularity`.
@@ -69,8 +71,12 @@ class Method(ABC):
     @property
     def budget(self) -> Budget:
         """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
-        names = ("sparsity", "allocation", "min_density", "granularity")
-        return Budget(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        return Budget(**{name: getattr(self, name) for name in self._options()})
+
+    def _options(self) -> list[str]:
+        """The settings of a budget that the user of this method may choose."""
+        fields = getattr(self, "__dataclass_fields__", ())  # a method of this name is no setting
+        return [name for name in _BUDGET if hasattr(self, name) and (name != "score" or name in fields)]
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""

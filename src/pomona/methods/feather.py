@@ -13,7 +13,7 @@ from torch import Tensor
 from pomona.method import Method
 from pomona.ops import PIECE, count, sparsity_of
 from pomona.schedule import FAR_AWAY, Value, value_at
-from pomona.score import magnitude
+from pomona.score import Scoring, magnitude, rule_of
 from pomona.selection import kth_largest
 from pomona.selection.allocation import Allocation
 from pomona.selection.kinds import split_rows
@@ -58,6 +58,8 @@ class Feather(Method):
             ends above 0.95, else 1. Paper: that.
         allocation: ``"global"``, ``"uniform"`` or ``"erk"``, see :class:`pomona.Budget`. Paper: ``"global"``.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
+        score: ``"magnitude"``, ``"lamp"`` or ``"normalized"``, see :class:`pomona.Budget`. With the last two each layer
+            has a :math:`T` of its own, and each step takes what these take (a sort, for ``"lamp"``). Paper: magnitude.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -76,9 +78,15 @@ class Feather(Method):
     gradient_scale: float | None = None
     allocation: Allocation = "global"
     min_density: float = 1e-4
+    score: Scoring = "magnitude"
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
+        if not isinstance(self.score, str):
+            raise ValueError(
+                f"Feather's threshold is one on |v|, which a score of your own ({self.score!r}) has not; take "
+                f"score='magnitude', 'lamp' or 'normalized', or Magnitude(score=...)"
+            )
         for name in ("power", "gradient_scale"):
             number = getattr(self, name)
             is_left_out = number is None and name == "gradient_scale"
@@ -122,7 +130,7 @@ class Feather(Method):
             w.state["threshold"].fill_(max(islice(each, len(some))))
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
-        return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()
+        return self.budget.survivors(weights, step).masks()
 
     def _thresholds(self, weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[float]:
         """The largest magnitude that goes: of all layers, or of the layer where it was ranked by itself."""
@@ -131,7 +139,7 @@ class Feather(Method):
         def largest(places: Sequence[int], rank: int) -> float:
             return kth_largest([scores[i] for i in places], rank, of=[weights[i] for i in places])
 
-        if self.allocation != "global":
+        if self.allocation != "global" or rule_of(self.score) is not None:
             return [largest([i], kept[i] + 1) for i in range(len(weights))]
         budget = self.budget
         at_floor = [i for i, w in enumerate(weights) if 0 < kept[i] <= budget.floor(w)]

@@ -15,7 +15,7 @@ from pomona.granularity import Granularity
 from pomona.method import Method
 from pomona.ops import check_finite, drop_gradients_, sum_of
 from pomona.schedule import Value
-from pomona.score import magnitude, saliency
+from pomona.score import Scoring, saliency
 from pomona.weight import Weight, Weights
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ class GSM(Method):
             must then end at ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input
             channel"``; see :mod:`pomona.granularity`. All but the first take masks of one byte per weight at each step,
             for which a GPU's host waits. Paper: single weights.
+        score: what the final cut ranks the weights by: ``"magnitude"``, ``"lamp"``, ``"normalized"``, or a function of
+            a Weight; see :class:`pomona.Budget`. It does not change :math:`T`, which is fair by itself: in a layer of
+            larger weights gradients are smaller. Paper: magnitude.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -77,6 +80,7 @@ class GSM(Method):
     sparsity: Value
     min_density: float = 1e-4
     granularity: Granularity = "weight"
+    score: Scoring = "magnitude"
 
     checks_gradients: ClassVar[bool] = True
 
@@ -89,7 +93,7 @@ class GSM(Method):
         weights.shared["exponent"].add_(_decay(weights))
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
-        return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()
+        return self.budget.survivors(weights, step).masks()
 
     def init_shared(self, weights: Weights) -> dict[str, Tensor]:
         return {
@@ -127,7 +131,7 @@ class GSM(Method):
         _warn_of_rounding(weights)
 
     def why(self, w: Weight, kept: int, density: float) -> str:
-        return self.budget.why(w, kept, density, by="one cut on |w|")
+        return self.budget.why(w, kept, density, by="one cut on |w|" if self.score == "magnitude" else "")
 
     def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis:
         exponent = sum(decay_per_step(group["lr"], group) for group in groups)
