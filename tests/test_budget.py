@@ -730,3 +730,65 @@ def test_what_a_function_returns_must_be_scores(score: Any, kind: type[Exception
 def test_the_reason_names_the_score(score: Any, reason: str) -> None:
     (w,) = weights_of([np.ones((10, 10))])
     assert Budget(0.8, score=score).why(w, 10, 0.2).startswith(reason)
+
+
+# Layers of which next to nothing is left
+
+EVERY = ("sparsity", "allocation", "min_density", "granularity", "score")
+
+
+def starved(budget: Budget, kept: Sequence[int], options: Sequence[str] = EVERY) -> str:
+    return budget.starved(weights_of([np.ones((64, 64)), np.ones((64, 32)), np.ones((4, 64))]), kept, options=options)
+
+
+def test_layers_at_a_floor_far_below_the_networks_share_are_told_with_the_ways_out() -> None:
+    assert starved(Budget(0.9, min_density=1e-4), [637, 1, 2]) == (
+        "1 of 3 layers keeps no more than the floor min_density=0.0001 of its weights: w1 1 of 2,048; one ranking on "
+        "magnitudes is unfair to layers of small weights; take score='lamp', allocation='uniform', a higher "
+        "min_density, a lower sparsity, or leave it dense: Scope(exclude=['w1'])"
+    )
+    assert starved(Budget(0.9, min_density=1e-4), [638, 1, 1]).startswith(
+        "2 of 3 layers keep no more than the floor min_density=0.0001 of their weights: w1 1 of 2,048, w2 1 of 256; "
+    )
+
+
+def test_emptied_layers_are_told_whatever_their_size() -> None:
+    told = starved(Budget(0.999, min_density=0.0), [5, 1, 0])
+    assert told.startswith("1 of 3 layers keeps none of its weights: w2 0 of 256; ")
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        (Budget(0.9, min_density=1e-4), [500, 138, 2]),  # few, but more than the floor
+        (Budget(0.995, min_density=1e-4), [20, 10, 2]),
+        (Budget(0.98, min_density=1e-3), [118, 5, 5]),  # at the floor, which is no less than a tenth of 2 %
+        (Budget(0.9, min_density=0.02), [593, 41, 6]),
+        (Budget(0.999, min_density=1e-4), [4, 1, 1]),  # a tenth of the network's share is less than one weight
+        (Budget(pomona.Linear(0, 0.9, steps=9), min_density=0.02), [4000, 41, 6]),  # still on its way to 0.9
+        (Budget(0.9), [0, 0, 0]),  # nothing is left anywhere
+        (Budget(), [4096, 2048, 256]),
+    ],
+)
+def test_layers_that_keep_what_could_be_expected_are_not_told(budget: Budget, kept: list[int]) -> None:
+    assert starved(budget, kept) == ""
+
+
+def test_vectors_are_no_layers_that_starve() -> None:
+    weights = weights_of([np.ones((64, 64)), np.ones(64)])
+    assert Budget(0.5).starved(weights, [2080, 0], options=EVERY) == ""
+
+
+def test_only_what_helps_and_can_be_chosen_is_advised() -> None:
+    lamp = starved(Budget(0.9, min_density=1e-4, score="lamp"), [638, 1, 1])
+    assert lamp.endswith(
+        "; take a higher min_density, a lower sparsity, or leave them dense: Scope(exclude=['w1', 'w2'])"
+    )
+    uniform = starved(Budget(0.9, "uniform", min_density=1e-4, granularity="channel"), [576, 64, 0])
+    assert uniform.endswith("take a lower sparsity, or leave it dense: Scope(exclude=['w2'])")
+    of_no_sparsity = starved(Budget(), [638, 2, 0], ["sparsity"])
+    assert of_no_sparsity.endswith("; leave it dense: Scope(exclude=['w2'])") and "take" not in of_no_sparsity
+    many = Budget(0.5, min_density=0.0).starved(
+        weights_of([np.ones((90, 90)), *[np.ones((2, 2))] * 7]), [4000, *[0] * 7], options=EVERY
+    )
+    assert "w5 0 of 4 and 2 more; " in many and "dense: Scope(exclude=['w1', 'w2', 'w3', 'w4', 'w5'])" in many

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,6 +19,8 @@ from pomona.selection.groups import check_fits, group_size
 from pomona.selection.top_k import check_floors, check_min_density, floor_of, select, top_k
 from pomona.selection.within import change_within
 from pomona.weight import Weight, Weights
+
+_SHOWN = 5  # layers that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,51 @@ class Budget:
         if self.score == "magnitude":
             return f"allocation={self.allocation!r}"
         return f"score={self.score if isinstance(self.score, str) else _name_of(self.score)!r}"
+
+    def starved(self, weights: Sequence[Weight], kept: Sequence[int], *, options: Collection[str]) -> str:
+        """One sentence about the layers that a cut leaves next to nothing of, and the ways out; "" if there are none.
+
+        These are the emptied ones, and those at the floor of ``min_density`` if this is below a tenth of the share that
+        the network keeps (in the end, where the schedule is still on its way). Vectors are no layers here, and a
+        network without a single weight is not what it is about.
+
+        Args:
+            weights: the layers.
+            kept: how many weights of each stay.
+            options: the names of the settings of a budget that the user may choose.
+        """
+        share = sum(kept) / max(1, _total(weights))
+        if self.sparsity is not None:
+            share = min(share, 1.0 - highest(self.sparsity))
+        found = [(w, num) for w, num in zip(weights, kept, strict=True) if self._is_starved(w, num, share)]
+        if not found or not share:
+            return ""
+        are_empty = all(num == 0 for _, num in found)
+        how = "none" if are_empty else f"no more than the floor min_density={self.min_density:g}"
+        shown = ", ".join(f"{w.name} {num:,} of {w.numel:,}" for w, num in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        keep, their = ("keeps", "its") if len(found) == 1 else ("keep", "their")
+        names = list(dict.fromkeys(w.name.partition("[")[0] for w, _ in found))  # of tensors
+        ways = self._ways_out(names, options)
+        return f"{len(found)} of {len(weights)} layers {keep} {how} of {their} weights: {shown}{more}; {ways}"
+
+    def _is_starved(self, w: Weight, kept: int, share: float) -> bool:
+        if len(w.shape) < 2 or w.numel == 0:
+            return False  # a bias without a weight cuts no network in two
+        return kept == 0 or (kept <= self.floor(w) and kept / w.numel < share / 10)
+
+    def _ways_out(self, names: Sequence[str], options: Collection[str]) -> str:
+        is_fair = self.allocation != "global" or self.score != "magnitude"
+        ways = {
+            "score": "" if is_fair else "score='lamp'",
+            "allocation": "" if is_fair else "allocation='uniform'",
+            "min_density": "a higher min_density" if self.allocation == "global" else "",
+            "sparsity": "a lower sparsity" if self.sparsity is not None else "",
+        }
+        chosen = ", ".join(way for name, way in ways.items() if way and name in options)
+        reason = "" if is_fair else "one ranking on magnitudes is unfair to layers of small weights; "
+        dense = f"leave {'it' if len(names) == 1 else 'them'} dense: Scope(exclude={list(names[:_SHOWN])})"
+        return f"{reason}{f'take {chosen}, or ' if chosen else ''}{dense}"
 
     def why(self, w: Weight, kept: int, density: float, *, by: str = "") -> str:
         """One clause: why a layer keeps ``kept`` of its weights.

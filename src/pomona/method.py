@@ -15,12 +15,13 @@ A method is a frozen dataclass of hyper-parameters and never holds state. What i
 ``Weight.state`` and ``Weights.shared``, which the Pruner saves and restores. A method does not import
 ``torch.distributed``, ``torch.optim`` or hooks.
 
-What only reports is optional: ``why``, ``unfinished`` and ``metrics`` here, and the two methods of
+What only reports is optional: ``why``, ``starved``, ``unfinished`` and ``metrics`` here, and the two methods of
 :class:`pomona.diagnosis.Diagnosed` for a method that can say whether a run will succeed.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -30,6 +31,8 @@ from torch.optim import Optimizer
 
 from pomona.budget import Budget
 from pomona.granularity import Granularity
+from pomona.ops import count
+from pomona.selection.kinds import split_rows
 from pomona.weight import Weight, Weights
 
 _BUDGET = ("sparsity", "allocation", "min_density", "granularity", "score")  # fields of Budget
@@ -118,6 +121,13 @@ class Method(ABC):
         """One clause: why a layer keeps ``kept`` of its weights; ``density`` is the share that the network keeps."""
         return self.budget.why(w, kept, density)
 
+    def starved(self, layers: Sequence[Weight], kept: Sequence[int]) -> str:
+        """If a cut that keeps ``kept`` of each layer empties some, or nearly so, say it in a sentence; otherwise "".
+
+        Where several matrices lie in one tensor, each is a layer.
+        """
+        return self.budget.starved(layers, kept, options=self._options())
+
     def unfinished(self, weights: Weights, step: int) -> str:
         """If the method has not finished at ``step``, say why in one sentence; otherwise return ""."""
         return ""
@@ -125,3 +135,27 @@ class Method(ABC):
     def metrics(self, weights: Weights) -> dict[str, float]:
         """Numbers worth watching while training; ``grad`` is empty here; may synchronise with the device."""
         return {}
+
+
+def starved_by(method: Method, weights: Weights, kept: Sequence[Tensor]) -> str:
+    """What the method says of the layers that these masks (True = kept) leave next to nothing of."""
+    split = [(w.matrices(), mask) for w, mask in zip(weights, kept, strict=True)]
+    layers = [layer for some, _ in split for layer in some]
+    masks = [one for some, mask in split for one in split_rows(mask, [layer.num_rows for layer in some])]
+    return method.starved(layers, count(masks, of=layers))
+
+
+def warn_of_starved(
+    method: Method, weights: Weights, kept: Sequence[Tensor], *, before: Sequence[Tensor] | None = None
+) -> None:
+    """Warn if a cut leaves next to nothing of some layers, see :meth:`pomona.Budget.starved`.
+
+    Args:
+        method: whose cut it is.
+        weights: all of them.
+        kept: the masks after the cut, True = kept.
+        before: the masks before it. If some layers had next to nothing then, this has been said already.
+    """
+    said = starved_by(method, weights, kept)
+    if said and not (before is not None and starved_by(method, weights, before)):
+        warnings.warn(f"this cut starves layers: {said}", stacklevel=3)

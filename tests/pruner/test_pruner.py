@@ -239,6 +239,7 @@ def test_the_number_of_active_weights_follows_the_schedule() -> None:
     assert pruner.num_steps == 12
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 @pytest.mark.parametrize(("min_density", "left"), [(1e-4, 1), (0.0, 0), (0.25, 6)])
 def test_a_floor_keeps_a_layer_alive_that_the_global_cut_would_empty(min_density: float, left: int) -> None:
     model = net()

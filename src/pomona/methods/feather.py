@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from pomona.method import Method
+from pomona.method import Method, warn_of_starved
 from pomona.ops import PIECE, count, sparsity_of
 from pomona.schedule import FAR_AWAY, Value, value_at
 from pomona.score import Scoring, magnitude, rule_of
@@ -119,7 +119,10 @@ class Feather(Method):
     def after_step(self, weights: Weights, step: int) -> None:
         for w in weights:
             w.state["v"].copy_(w.value)
-        split = [(w.matrices(), mask) for w, mask in zip(weights, self.support(weights, step), strict=True)]
+        support = self.support(weights, step)
+        if self._ends_at(step):
+            warn_of_starved(self, weights, support)
+        split = [(w.matrices(), mask) for w, mask in zip(weights, support, strict=True)]
         layers = [layer for some, _ in split for layer in some]
         masks = [one for some, mask in split for one in split_rows(mask, [w.num_rows for w in some])]
         thresholds = self._thresholds(layers, masks)
@@ -128,6 +131,11 @@ class Feather(Method):
         each = iter(thresholds)
         for w, (some, _) in zip(weights, split, strict=True):
             w.state["threshold"].fill_(max(islice(each, len(some))))
+
+    def _ends_at(self, step: int) -> bool:
+        """Whether the way to the final sparsity ends at this step: what is starved then will hardly return."""
+        end = value_at(self.sparsity, FAR_AWAY)
+        return value_at(self.sparsity, step) == end != value_at(self.sparsity, step - 1)
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
         return self.budget.survivors(weights, step).masks()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pomona.granularity import Granularity
-from pomona.method import Method
+from pomona.method import Method, warn_of_starved
 from pomona.ops import (
     drop_buffers_,
     drop_gradients_,
@@ -96,6 +96,7 @@ class Magnitude(Method):
     def after_step(self, weights: Weights, step: int) -> None:
         if self._cuts_after(step):
             masks = self.support(weights, step)
+            warn_of_starved(self, weights, masks, before=masks_of(weights))
             for w, mask in zip(weights, masks, strict=True):
                 w.state["mask"].copy_(mask)
         drop_weights_(weights, masks_of(weights))
