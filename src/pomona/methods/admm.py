@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
@@ -66,7 +67,7 @@ class ADMM(Method):
         every: steps of one ADMM iteration, >= 1. Paper: 5,000 to 8,000 on MNIST, 60,000 for AlexNet.
         allocation: where ``sparsity`` goes: ``"global"``, ``"uniform"`` or ``"erk"``, see :class:`pomona.Budget`.
         hold_zeros: masked ADMM, for the second and later rounds: weights that are exactly zero before the first step
-            stay so.
+            stay so. A tensor that is zero throughout is warned of.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
         granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
             ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
@@ -151,6 +152,7 @@ class ADMM(Method):
             for w, num in zip(weights, count([w.value for w in weights], of=weights), strict=True):
                 w.state["alive"].copy_(w.value != 0)
                 w.state["num_alive"].fill_(num)
+            _warn_of_zeros(weights)
         if steps_since == 0:
             self._begin_iteration(weights, step)
         rho = value_at(self.rho, step - steps_since)
@@ -233,6 +235,16 @@ class ADMM(Method):
             "primal_residual": distance / _norm([w.value for w in shrinking], shrinking),
             "overlap": num_agreed / num_chosen,
         }
+
+
+def _warn_of_zeros(weights: Weights) -> None:
+    names = [w.name for w in weights if w.numel and not w.state["num_alive"]]
+    if names:
+        warnings.warn(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} zero throughout and will stay so with "
+            f"hold_zeros=True; Scope(exclude=[{names[0]!r}]) lets it train",
+            stacklevel=3,
+        )
 
 
 def _check_densities(densities: Mapping[str, float]) -> dict[str, float]:
