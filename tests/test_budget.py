@@ -792,3 +792,35 @@ def test_only_what_helps_and_can_be_chosen_is_advised() -> None:
         weights_of([np.ones((90, 90)), *[np.ones((2, 2))] * 7]), [4000, *[0] * 7], options=EVERY
     )
     assert "w5 0 of 4 and 2 more; " in many and "dense: Scope(exclude=['w1', 'w2', 'w3', 'w4', 'w5'])" in many
+
+
+# Several matrices in one tensor
+
+
+def stacked(layers: Sequence[Any]) -> pomona.Weight:
+    value = torch.cat([torch.as_tensor(layer) for layer in layers])
+    return pomona.Weight("in_proj", value, value, {}, {}, layout=pomona.layout.Layout(matrices=len(layers)))
+
+
+@pytest.mark.parametrize("name", ["lamp", "normalized"])
+@pytest.mark.parametrize("granularity", ["weight", "2x4", "channel"])
+def test_each_matrix_of_a_tensor_is_ranked_as_if_alone(name: Literal["lamp", "normalized"], granularity: str) -> None:
+    layers = [layer.reshape(6, 8) for layer in (drawn()[0], drawn(1)[0] * 0.01, drawn(2)[0] * 30)]
+    budget = Budget(0.75, score=name, granularity=granularity)
+    (together,) = budget.survivors([stacked(layers)], 1).masks()
+    alone = budget.survivors(weights_of(layers), 1).masks()
+    assert torch.equal(together, torch.cat(alone)) and all(bool(mask.any()) for mask in alone)
+
+
+def test_a_starved_matrix_of_a_tensor_is_told_by_its_place() -> None:
+    model = nn.MultiheadAttention(16, 2)
+    with torch.no_grad():
+        model.in_proj_weight[16:32] *= 1e-6  # the keys
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    pomona.Pruner(model, optimizer, pomona.Magnitude(0.5, score="lamp")).detach()
+    pomona.Pruner(model, optimizer, pomona.Magnitude(0.5))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    told = r"1 of 4 layers keeps no more .* in_proj_weight\[1\] 1 of 256; .*Scope\(exclude=\['in_proj_weight'\]\)"
+    with pytest.warns(UserWarning, match=told):
+        optimizer.step()
