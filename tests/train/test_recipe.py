@@ -580,7 +580,7 @@ def test_a_recipe_names_a_score() -> None:
     assert method(name="magnitude", sparsity=0.5, score="lamp") == Magnitude(0.5, score="lamp")
     with pytest.raises(RecipeError, match=r"method\.score must be one of 'magnitude', 'lamp', "):
         method(name="magnitude", sparsity=0.5, score="lamb")
-    with pytest.raises(RecipeError, match=r"method\.score must be text, got 1"):
+    with pytest.raises(RecipeError, match=r"method\.score must be a string, got 1"):
         method(name="magnitude", sparsity=0.5, score=1)
 
 
