@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from pomona.score import saliency
 from pomona.selection.allocation import Allocation, allocate, check_allocation, erk
 from pomona.selection.top_k import global_top_k, top_k
 from tests import oracles
+from tests.oracles import lamp as fair
 
 INF, NAN = math.inf, math.nan
 
@@ -593,8 +595,232 @@ def test_a_budget_follows_its_schedule() -> None:
         ({"sparsity": 0.9, "allocation": "ERK"}, "allocation must be one of global, uniform, erk, got 'ERK'"),
         ({"sparsity": 0.9, "min_density": 2.0}, r"min_density must be in \[0, 1\], got 2"),
         ({"sparsity": 0.9, "granularity": "2:4"}, "so that sparsity must be 0.5, got 0.9"),
+        ({"sparsity": 0.9, "score": "LAMP"}, "score must be one of 'magnitude', 'lamp', 'normalized', or a function"),
+        (
+            {"sparsity": 0.9, "score": "lamp", "allocation": "erk"},
+            "score='lamp' .* allocation='erk' gives each its share",
+        ),
     ],
 )
 def test_a_budget_refuses_what_cannot_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Budget(**fields)
+
+
+# What the weights are ranked by
+
+
+def drawn(seed: int = 0, scales: Sequence[float] = (1.0, 0.02, 0.3)) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = [(6, 8), (4, 12), (8, 4)]
+    return [(rng.normal(size=shape) * scale).astype(np.float32) for shape, scale in zip(shapes, scales, strict=True)]
+
+
+def weights_of(layers: Sequence[Any]) -> list[pomona.Weight]:
+    values = [torch.as_tensor(layer) for layer in layers]
+    return [pomona.Weight(f"w{i}", value, value, {}, {}) for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("name", ["lamp", "normalized"])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("min_density", [0.0, 0.1])
+def test_one_ranking_by_a_fair_score_keeps_what_the_oracle_does(
+    name: Literal["lamp", "normalized"], seed: int, min_density: float
+) -> None:
+    layers = drawn(seed)
+    masks = Budget(0.75, score=name, min_density=min_density).survivors(weights_of(layers), 1).masks()
+    scores = [getattr(fair, name)(layer) for layer in layers]
+    agree(masks, oracles.top_k_mask_with_floor(scores, 32, min_density))
+
+
+@pytest.mark.parametrize("name", ["lamp", "normalized"])
+def test_the_scale_of_a_layer_decides_nothing_with_a_fair_score(name: Literal["lamp", "normalized"]) -> None:
+    budget = Budget(0.75, score=name)
+    plain, scaled = drawn(scales=(1.0, 1.0, 1.0)), drawn(scales=(1.0, 2.0**-9, 2.0**5))
+    kept = [budget.survivors(weights_of(layers), 1) for layers in (plain, scaled)]
+    assert lists(kept[0].masks()) == lists(kept[1].masks())
+    assert min(kept[0].counts) > 4
+    assert list(Budget(0.75).survivors(weights_of(scaled), 1).counts)[1] == 0
+
+
+def test_by_lamp_no_layer_is_emptied_even_of_equal_weights() -> None:
+    weights = weights_of([torch.ones(50, 2), torch.full((3, 1), 1e-6), torch.tensor([[1.0, 1e-9]])])
+    assert list(Budget(1 - 3 / 105, score="lamp").survivors(weights, 1).counts) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["lamp", "normalized"])
+def test_blocks_are_ranked_by_how_their_scores_relate(name: Literal["lamp", "normalized"]) -> None:
+    layers = drawn()
+    masks = Budget(0.75, score=name, granularity="2x4").survivors(weights_of(layers), 1).masks()
+    scores = [getattr(fair, name)(fair.block_norms(layer, 2, 4)) for layer in layers]
+    chosen = oracles.top_k_mask(scores, 4)
+    agree(masks, [np.kron(mask, np.ones((2, 4))).astype(bool) for mask in chosen])
+
+
+@pytest.mark.parametrize("name", ["lamp", "normalized"])
+@pytest.mark.parametrize("granularity", ["channel", "input channel"])
+def test_channels_are_ranked_by_how_their_scores_relate(
+    name: Literal["lamp", "normalized"], granularity: Granularity
+) -> None:
+    plain, scaled = drawn(scales=(1.0, 1.0, 1.0)), drawn(scales=(1.0, 2.0**-9, 2.0**5))
+    budget = Budget(0.5, score=name, granularity=granularity)
+    masks = [budget.survivors(weights_of(layers), 1).masks() for layers in (plain, scaled)]
+    assert lists(masks[0]) == lists(masks[1])
+    dim = 1 if granularity == "channel" else 0
+    assert all(bool((mask.all(dim) == mask.any(dim)).all()) and bool(mask.any()) for mask in masks[0])
+
+
+def test_on_the_way_to_2_of_4_what_is_left_is_ranked_by_a_fair_score() -> None:
+    layers = drawn(scales=(1.0, 2.0**-9, 2.0**5))
+    budget = Budget(pomona.Linear(0.0, 0.5, steps=10), score="lamp", granularity="2:4")
+    kept = budget.survivors(weights_of(layers), 5)
+    plain = budget.survivors(weights_of(drawn(scales=(1.0, 1.0, 1.0))), 5)
+    assert lists(kept.masks()) == lists(plain.masks()) and sum(kept.counts) == 96
+    assert list(budget.survivors(weights_of(layers), 10).counts) == [24, 24, 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fair_scores_of_other_precisions_are_exact_in_number(dtype: torch.dtype) -> None:
+    weights = weights_of([torch.tensor(layer).to(dtype) for layer in drawn()])
+    for name in ("lamp", "normalized"):
+        assert sum(Budget(0.75, score=name).survivors(weights, 1).counts) == 32
+
+
+def test_inside_masks_a_zero_may_stay_and_what_is_outside_never() -> None:
+    weights = weights_of([torch.tensor([[0.0, 3.0, 0.0]]), torch.tensor([[0.0, 0.5]])])
+    inside = [torch.tensor([[False, True, True]]), torch.tensor([[True, True]])]
+    for score in ("magnitude", "lamp", "normalized", by_position):
+        masks = Budget(0.2, score=score).survivors(weights, 1, inside=inside).masks()  # type: ignore[arg-type]
+        assert lists(masks) == [[[False, True, True]], [[True, True]]]
+
+
+def by_position(w: pomona.Weight) -> Tensor:
+    return torch.arange(w.value.numel(), dtype=torch.float32).view(w.value.shape)
+
+
+def test_a_function_of_the_users_ranks_the_weights() -> None:
+    weights = weights_of(drawn())
+    masks = Budget(0.75, score=by_position).survivors(weights, 1).masks()
+    agree(masks, oracles.top_k_mask([by_position(w).numpy() for w in weights], 32))
+    (first, *_) = Budget(0.5, "uniform", score=by_position).survivors(weights, 1).masks()
+    assert first.view(-1).tolist() == [False] * 24 + [True] * 24
+
+
+@pytest.mark.parametrize(
+    ("score", "kind", "message"),
+    [
+        (lambda w: 1.0, TypeError, "<lambda> must return a tensor of scores for w0, got 1.0"),
+        (lambda w: w.value.sum(), ValueError, r"scores of the shape of w.value, \(6, 8\) for w0, .* got \(\) on cpu"),
+        (lambda w: w.value, ValueError, r"<lambda> must return scores >= 0, got -[0-9.]+ for w0; the largest survive"),
+        (lambda w: w.value.abs() * NAN, ValueError, "must return scores >= 0, got nan for w0"),
+    ],
+)
+def test_what_a_function_returns_must_be_scores(score: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        Budget(0.75, score=score).survivors(weights_of(drawn()), 1)
+
+
+@pytest.mark.parametrize(
+    ("score", "reason"),
+    [
+        ("lamp", "0.5x the network's share, by score='lamp'"),
+        (by_position, "0.5x the network's share, by score='by_pos"),
+    ],
+)
+def test_the_reason_names_the_score(score: Any, reason: str) -> None:
+    (w,) = weights_of([np.ones((10, 10))])
+    assert Budget(0.8, score=score).why(w, 10, 0.2).startswith(reason)
+
+
+# Layers of which next to nothing is left
+
+EVERY = ("sparsity", "allocation", "min_density", "granularity", "score")
+
+
+def starved(budget: Budget, kept: Sequence[int], options: Sequence[str] = EVERY) -> str:
+    return budget.starved(weights_of([np.ones((64, 64)), np.ones((64, 32)), np.ones((4, 64))]), kept, options=options)
+
+
+def test_layers_at_a_floor_far_below_the_networks_share_are_told_with_the_ways_out() -> None:
+    assert starved(Budget(0.9, min_density=1e-4), [637, 1, 2]) == (
+        "1 of 3 layers keeps no more than the floor min_density=0.0001 of its weights: w1 1 of 2,048; one ranking on "
+        "magnitudes is unfair to layers of small weights; take score='lamp', allocation='uniform', a higher "
+        "min_density, a lower sparsity, or leave it dense: Scope(exclude=['w1'])"
+    )
+    assert starved(Budget(0.9, min_density=1e-4), [638, 1, 1]).startswith(
+        "2 of 3 layers keep no more than the floor min_density=0.0001 of their weights: w1 1 of 2,048, w2 1 of 256; "
+    )
+
+
+def test_emptied_layers_are_told_whatever_their_size() -> None:
+    told = starved(Budget(0.999, min_density=0.0), [5, 1, 0])
+    assert told.startswith("1 of 3 layers keeps none of its weights: w2 0 of 256; ")
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        (Budget(0.9, min_density=1e-4), [500, 138, 2]),  # few, but more than the floor
+        (Budget(0.995, min_density=1e-4), [20, 10, 2]),
+        (Budget(0.98, min_density=1e-3), [118, 5, 5]),  # at the floor, which is no less than a tenth of 2 %
+        (Budget(0.9, min_density=0.02), [593, 41, 6]),
+        (Budget(0.999, min_density=1e-4), [4, 1, 1]),  # a tenth of the network's share is less than one weight
+        (Budget(pomona.Linear(0, 0.9, steps=9), min_density=0.02), [4000, 41, 6]),  # still on its way to 0.9
+        (Budget(0.9), [0, 0, 0]),  # nothing is left anywhere
+        (Budget(), [4096, 2048, 256]),
+    ],
+)
+def test_layers_that_keep_what_could_be_expected_are_not_told(budget: Budget, kept: list[int]) -> None:
+    assert starved(budget, kept) == ""
+
+
+def test_vectors_are_no_layers_that_starve() -> None:
+    weights = weights_of([np.ones((64, 64)), np.ones(64)])
+    assert Budget(0.5).starved(weights, [2080, 0], options=EVERY) == ""
+
+
+def test_only_what_helps_and_can_be_chosen_is_advised() -> None:
+    lamp = starved(Budget(0.9, min_density=1e-4, score="lamp"), [638, 1, 1])
+    assert lamp.endswith(
+        "; take a higher min_density, a lower sparsity, or leave them dense: Scope(exclude=['w1', 'w2'])"
+    )
+    uniform = starved(Budget(0.9, "uniform", min_density=1e-4, granularity="channel"), [576, 64, 0])
+    assert uniform.endswith("take a lower sparsity, or leave it dense: Scope(exclude=['w2'])")
+    of_no_sparsity = starved(Budget(), [638, 2, 0], ["sparsity"])
+    assert of_no_sparsity.endswith("; leave it dense: Scope(exclude=['w2'])") and "take" not in of_no_sparsity
+    many = Budget(0.5, min_density=0.0).starved(
+        weights_of([np.ones((90, 90)), *[np.ones((2, 2))] * 7]), [4000, *[0] * 7], options=EVERY
+    )
+    assert "w5 0 of 4 and 2 more; " in many and "dense: Scope(exclude=['w1', 'w2', 'w3', 'w4', 'w5'])" in many
+
+
+# Several matrices in one tensor
+
+
+def stacked(layers: Sequence[Any]) -> pomona.Weight:
+    value = torch.cat([torch.as_tensor(layer) for layer in layers])
+    return pomona.Weight("in_proj", value, value, {}, {}, layout=pomona.layout.Layout(matrices=len(layers)))
+
+
+@pytest.mark.parametrize("name", ["lamp", "normalized"])
+@pytest.mark.parametrize("granularity", ["weight", "2x4", "channel"])
+def test_each_matrix_of_a_tensor_is_ranked_as_if_alone(name: Literal["lamp", "normalized"], granularity: str) -> None:
+    layers = [layer.reshape(6, 8) for layer in (drawn()[0], drawn(1)[0] * 0.01, drawn(2)[0] * 30)]
+    budget = Budget(0.75, score=name, granularity=granularity)
+    (together,) = budget.survivors([stacked(layers)], 1).masks()
+    alone = budget.survivors(weights_of(layers), 1).masks()
+    assert torch.equal(together, torch.cat(alone)) and all(bool(mask.any()) for mask in alone)
+
+
+def test_a_starved_matrix_of_a_tensor_is_told_by_its_place() -> None:
+    model = nn.MultiheadAttention(16, 2)
+    with torch.no_grad():
+        model.in_proj_weight[16:32] *= 1e-6  # the keys
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    pomona.Pruner(model, optimizer, pomona.Magnitude(0.5, score="lamp")).detach()
+    pomona.Pruner(model, optimizer, pomona.Magnitude(0.5))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    told = r"1 of 4 layers keeps no more .* in_proj_weight\[1\] 1 of 256; .*Scope\(exclude=\['in_proj_weight'\]\)"
+    with pytest.warns(UserWarning, match=told):
+        optimizer.step()

@@ -55,6 +55,11 @@ class Case:
         return OPTIMIZERS[self.which]
 
 
+def by_size(w: pomona.Weight) -> Tensor:
+    """A score of the user's own."""
+    return w.value.abs() * w.numel**0.5
+
+
 METHODS = [
     Case("gsm", pomona.GSM(sparsity=0.75), ("momentum", "nesterov")),
     Case("gsm by a schedule", pomona.GSM(sparsity=pomona.Cubic(0.0, 0.75, steps=12)), ("momentum",)),
@@ -75,6 +80,11 @@ METHODS = [
     Case("gsm, 1:2", pomona.GSM(0.5, granularity="1:2"), ("momentum",), budget=36),
     Case("weightmom, blocks", pomona.WeightMom(0.75, every=2, window=3, patience=2, granularity=(1, 2)), ("momentum",)),
     Case("magnitude, erk", pomona.Magnitude(sparsity=0.75, allocation="erk"), ("momentum",)),
+    Case("magnitude, lamp", pomona.Magnitude(pomona.Cubic(0.0, 0.75, steps=12), every=3, score="lamp"), ("momentum",)),
+    Case("magnitude, its own score", pomona.Magnitude(0.75, begin=9, score=by_size), ("momentum",)),
+    Case("gsm, normalized", pomona.GSM(sparsity=0.75, score="normalized"), ("momentum",)),
+    Case("admm, lamp by blocks", pomona.ADMM(0.75, rho=0.1, every=6, score="lamp", granularity=(1, 2)), ("momentum",)),
+    Case("feather, lamp", pomona.Feather(pomona.Cubic(0.0, 0.75, steps=12), score="lamp"), ("momentum",)),
     Case("feather", pomona.Feather(pomona.Cubic(0.0, 0.75, steps=12)), ALL),
     Case("feather, erk", pomona.Feather(0.75, allocation="erk", gradient_scale=0.5), ("momentum",)),
     Case(

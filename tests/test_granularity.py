@@ -391,6 +391,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 @pytest.mark.parametrize(("granularity", "method"), CASES, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
 def test_every_method_ends_with_its_budget_in_whole_groups_and_keeps_them(
     granularity: str, method: pomona.Method

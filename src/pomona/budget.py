@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
 from pomona.granularity import Channel, Granularity, Kind, NOfM, canonical, check_granularity, parse
 from pomona.schedule import Value, check_value, highest, value_at
-from pomona.score import Score
+from pomona.score import Score, Scoring, Within, check_scoring, rule_of
 from pomona.selection import Everything, MaskSelection, Selection, StackedSelection
 from pomona.selection.allocation import Allocation, allocate, check_allocation
 from pomona.selection.groups import check_fits, group_size
 from pomona.selection.top_k import check_floors, check_min_density, floor_of, select, top_k
+from pomona.selection.within import change_within
 from pomona.weight import Weight, Weights
+
+_SHOWN = 5  # layers that a message names
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
     r"""How many weights stay in all, how the layers share them, and what stays together.
 
-    Of :math:`N` weights :math:`\lfloor (1 - \text{sparsity}) N \rfloor` stay. A method has these four as fields of
+    Of :math:`N` weights :math:`\lfloor (1 - \text{sparsity}) N \rfloor` stay. A method has these five as fields of
     its own and gets its budget from them, see :class:`pomona.Method`.
 
     Args:
@@ -34,6 +38,12 @@ class Budget:
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]: of a layer of n weights
             (or groups) at least ``ceil(min_density n)``.
         granularity: what goes together, see :mod:`pomona.granularity`; stored in its canonical spelling.
+        score: what the weights are ranked by. ``"magnitude"``: by :math:`|w|`. ``"lamp"`` and ``"normalized"``, with
+            ``"global"`` only: by :math:`|w|` in relation to the rest of its layer, :func:`pomona.score.lamp` and
+            :func:`pomona.score.normalized`; of blocks and channels by the score of each in relation to the others.
+            Or a function that is called with each :class:`pomona.Weight` and returns scores >= 0 of the shape of its
+            ``value``; what it reads besides ``value`` is its own affair (``grad`` is empty at ``harden()``). A saved
+            state knows such a function by its qualified name.
 
     Example:
         >>> budget = Budget(0.9, min_density=0.01)
@@ -45,6 +55,7 @@ class Budget:
     allocation: Allocation = "global"
     min_density: float = 0.0
     granularity: Granularity = "weight"
+    score: Scoring = "magnitude"
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
@@ -53,6 +64,12 @@ class Budget:
         check_min_density(self.min_density)
         object.__setattr__(self, "granularity", canonical(self.granularity))
         check_granularity(self.granularity, self.sparsity, self.allocation)
+        check_scoring(self.score)
+        if rule_of(self.score) is not None and self.allocation != "global":
+            raise ValueError(
+                f"score={self.score!r} makes layers comparable in one ranking, and allocation={self.allocation!r} "
+                f"gives each its share without one; take allocation='global', or leave the score out"
+            )
 
     def num_kept(self, total: int, step: int) -> int:
         """How many of ``total`` weights stay at ``step``."""
@@ -102,11 +119,51 @@ class Budget:
         counts = iter(allocate(self.allocation, shapes, self.num_kept(_total(weights), step)))
         return [sum(islice(counts, len(some))) for some in matrices]
 
+    def scores(self, weights: Sequence[Weight], *, inside: Sequence[Tensor] | None = None) -> list[Score]:
+        """What each layer is ranked by within itself: ``|w|``, or what a function of the user's returns.
+
+        Args:
+            weights: to be ranked.
+            inside: boolean masks, of weights that are zero outside of them: what is outside is never kept, and what is
+                inside may be kept even if it is zero. None: everywhere.
+
+        Raises:
+            TypeError, ValueError: what the function returned are no scores of these weights.
+        """
+        if not isinstance(self.score, str):
+            found = [_called(self.score, w) for w in weights]
+            masks: Sequence[Tensor | None] = [None] * len(found) if inside is None else inside
+            return [Score(t, inside=mask) for t, mask in zip(found, masks, strict=True)]
+        if inside is None:
+            return [Score(w.value) for w in weights]
+        scores = []
+        for w, mask in zip(weights, inside, strict=True):
+            has_zero_inside = bool(w.value.count_nonzero() != mask.count_nonzero())
+            scores.append(Score(w.value, inside=mask if has_zero_inside else None))  # otherwise it would cost a pass
+        return scores
+
+    def survivors(self, weights: Sequence[Weight], step: int, *, inside: Sequence[Tensor] | None = None) -> Selection:
+        """Keep the weights that ``score`` ranks highest: exactly ``num_kept``, fewer where scores are zero.
+
+        Ties are broken by position. Where the budget is all weights, all stay. ``"lamp"`` and ``"normalized"`` take a
+        float32 copy of ``|w|``, and for one layer at a time what :mod:`pomona.score` says. All ranks must call it where
+        weights are sharded.
+
+        Args:
+            weights: to be ranked, and all that the budget is of.
+            step: at which the schedule is read.
+            inside: as of ``scores``.
+
+        Raises:
+            TypeError, ValueError: as ``scores`` and ``keep``.
+        """
+        return self._select(self.scores(weights, inside=inside), step, weights, rule_of(self.score))
+
     def keep(self, scores: Sequence[Score | Tensor], step: int, *, of: Sequence[Weight]) -> Selection:
-        """Keep the weights with the largest scores: exactly ``num_kept``, fewer where scores are zero.
+        """Keep the weights with the largest of these scores: exactly ``num_kept``, fewer where scores are zero.
 
         Ties are broken by position. Where the budget is all weights, all stay, even those with a score of zero. All
-        ranks must call it where weights are sharded.
+        ranks must call it where weights are sharded. ``score`` plays no part here.
 
         Args:
             scores: one for each weight, of its shape; a tensor ``t`` stands for the scores ``|t|``.
@@ -116,27 +173,34 @@ class Budget:
         Raises:
             ValueError: a score is NaN. (On a GPU it ranks above all others instead, without a check.)
         """
+        return self._select(scores, step, of, None)
+
+    def _select(
+        self, scores: Sequence[Score | Tensor], step: int, of: Sequence[Weight], rule: Within | None
+    ) -> Selection:
         total = _total(of)
         k = self.num_kept(total, step)
         if k == total:
             return Everything([w.value for w in of], [w.numel for w in of])
         if _are_stacked(of):
-            return self._keep_matrices(scores, k, of)
-        return self._keep(scores, k, of)
+            return self._keep_matrices(scores, k, of, rule)
+        return self._keep(scores, k, of, rule)
 
-    def _keep(self, scores: Sequence[Score | Tensor], k: int, of: Sequence[Weight]) -> Selection:
+    def _keep(self, scores: Sequence[Score | Tensor], k: int, of: Sequence[Weight], rule: Within | None) -> Selection:
         if self.allocation == "global" and self.granularity == "weight":
-            return select(scores, k, of=of, min_density=self.min_density)
-        masks = top_k(scores, k, self.allocation, of=of, min_density=self.min_density, granularity=self.granularity)
-        return MaskSelection(masks, [w.shard for w in of])
+            return select(change_within(scores, rule, of), k, of=of, min_density=self.min_density)
+        how: Any = {"min_density": self.min_density, "granularity": self.granularity, "within": rule}
+        return MaskSelection(top_k(scores, k, self.allocation, of=of, **how), [w.shard for w in of])
 
-    def _keep_matrices(self, scores: Sequence[Score | Tensor], k: int, of: Sequence[Weight]) -> Selection:
+    def _keep_matrices(
+        self, scores: Sequence[Score | Tensor], k: int, of: Sequence[Weight], rule: Within | None
+    ) -> Selection:
         """Each matrix is a layer."""
         matrices = [w.matrices() for w in of]
         rows = [[one.num_rows for one in some] for some in matrices]
         asked = [score if isinstance(score, Score) else Score(score) for score in scores]
         parts = [part for score, sizes in zip(asked, rows, strict=True) for part in score.split(sizes)]
-        return StackedSelection(self._keep(parts, k, [one for some in matrices for one in some]), rows)
+        return StackedSelection(self._keep(parts, k, [one for some in matrices for one in some], rule), rows)
 
     def floor(self, w: Weight) -> int:
         """How many weights of a layer stay at least."""
@@ -144,6 +208,58 @@ class Budget:
             return 0
         kind = parse(self.granularity)
         return sum(floor_of(_num_groups(m, kind), self.min_density) * group_size(kind, m) for m in w.matrices())
+
+    @property
+    def _by(self) -> str:
+        """What the choice goes by, as the user wrote it."""
+        if self.score == "magnitude":
+            return f"allocation={self.allocation!r}"
+        return f"score={self.score if isinstance(self.score, str) else _name_of(self.score)!r}"
+
+    def starved(self, weights: Sequence[Weight], kept: Sequence[int], *, options: Collection[str]) -> str:
+        """One sentence about the layers that a cut leaves next to nothing of, and the ways out; "" if there are none.
+
+        These are the emptied ones, and those at the floor of ``min_density`` if this is below a tenth of the share that
+        the network keeps (in the end, where the schedule is still on its way). Vectors are no layers here, and a
+        network without a single weight is not what it is about.
+
+        Args:
+            weights: the layers.
+            kept: how many weights of each stay.
+            options: the names of the settings of a budget that the user may choose.
+        """
+        share = sum(kept) / max(1, _total(weights))
+        if self.sparsity is not None:
+            share = min(share, 1.0 - highest(self.sparsity))
+        found = [(w, num) for w, num in zip(weights, kept, strict=True) if self._is_starved(w, num, share)]
+        if not found or not share:
+            return ""
+        are_empty = all(num == 0 for _, num in found)
+        how = "none" if are_empty else f"no more than the floor min_density={self.min_density:g}"
+        shown = ", ".join(f"{w.name} {num:,} of {w.numel:,}" for w, num in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        keep, their = ("keeps", "its") if len(found) == 1 else ("keep", "their")
+        names = list(dict.fromkeys(w.name.partition("[")[0] for w, _ in found))  # of tensors
+        ways = self._ways_out(names, options)
+        return f"{len(found)} of {len(weights)} layers {keep} {how} of {their} weights: {shown}{more}; {ways}"
+
+    def _is_starved(self, w: Weight, kept: int, share: float) -> bool:
+        if len(w.shape) < 2 or w.numel == 0:
+            return False  # a bias without a weight cuts no network in two
+        return kept == 0 or (kept <= self.floor(w) and kept / w.numel < share / 10)
+
+    def _ways_out(self, names: Sequence[str], options: Collection[str]) -> str:
+        is_fair = self.allocation != "global" or self.score != "magnitude"
+        ways = {
+            "score": "" if is_fair else "score='lamp'",
+            "allocation": "" if is_fair else "allocation='uniform'",
+            "min_density": "a higher min_density" if self.allocation == "global" else "",
+            "sparsity": "a lower sparsity" if self.sparsity is not None else "",
+        }
+        chosen = ", ".join(way for name, way in ways.items() if way and name in options)
+        reason = "" if is_fair else "one ranking on magnitudes is unfair to layers of small weights; "
+        dense = f"leave {'it' if len(names) == 1 else 'them'} dense: Scope(exclude={list(names[:_SHOWN])})"
+        return f"{reason}{f'take {chosen}, or ' if chosen else ''}{dense}"
 
     def why(self, w: Weight, kept: int, density: float, *, by: str = "") -> str:
         """One clause: why a layer keeps ``kept`` of its weights.
@@ -156,7 +272,7 @@ class Budget:
         """
         if self.sparsity is None and not by:
             return ""
-        kind, by = parse(self.granularity), by or f"allocation={self.allocation!r}"
+        kind, by = parse(self.granularity), by or self._by
         if isinstance(kind, NOfM) and kept * kind.m == w.numel * kind.n:
             return f"{kind}, as every layer"
         if kept == 0:
@@ -170,6 +286,29 @@ def num_kept(sparsity: float, total: int) -> int:
     """``floor((1 - sparsity) total)``, GSM's Q; 0.9 of 1,000 keeps 100 although 1 - 0.9 < 0.1 in floating point."""
     check_value("sparsity", sparsity, low=0.0, high=1.0)
     return math.floor(round((1.0 - sparsity) * total, 6))
+
+
+def _called(score: Callable[[Weight], Tensor], w: Weight) -> Tensor:
+    """What a user's function returns for a weight; TypeError or ValueError if these are no scores."""
+    name = _name_of(score)
+    found: object = score(w)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"score={name} must return a tensor of scores for {w.name}, got {found!r}")
+    if found.shape != w.value.shape or found.device != w.value.device:
+        raise ValueError(
+            f"score={name} must return scores of the shape of w.value, {tuple(w.value.shape)} for {w.name}, and on its "
+            f"device {w.value.device}, got {tuple(found.shape)} on {found.device}"
+        )
+    found = found.detach()
+    if not bool((found >= 0).all()):
+        raise ValueError(
+            f"score={name} must return scores >= 0, got {float(found.min()):g} for {w.name}; the largest survive"
+        )
+    return found
+
+
+def _name_of(score: Callable[..., Any]) -> str:
+    return str(getattr(score, "__qualname__", type(score).__qualname__))
 
 
 def _total(weights: Sequence[Weight]) -> int:

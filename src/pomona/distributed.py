@@ -122,6 +122,13 @@ class Shard:
         """View of this rank's block, of this shape, in the whole tensor."""
         return whole[tuple(slice(start, start + size) for start, size in zip(self.start, shape, strict=True))]
 
+    def whole(self, block: Tensor) -> Tensor:
+        """The whole tensor, of floating-point numbers, from the blocks of all ranks; each rank gets all of it."""
+        whole = block.new_zeros(self.shape)
+        if self.counts:
+            self.block(whole, block.shape).copy_(block)
+        return self.ranks.sum_(whole)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor. (isinstance would need an import that takes two seconds in every process.)"""

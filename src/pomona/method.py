@@ -15,12 +15,13 @@ A method is a frozen dataclass of hyper-parameters and never holds state. What i
 ``Weight.state`` and ``Weights.shared``, which the Pruner saves and restores. A method does not import
 ``torch.distributed``, ``torch.optim`` or hooks.
 
-What only reports is optional: ``why``, ``unfinished`` and ``metrics`` here, and the two methods of
+What only reports is optional: ``why``, ``starved``, ``unfinished`` and ``metrics`` here, and the two methods of
 :class:`pomona.diagnosis.Diagnosed` for a method that can say whether a run will succeed.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -30,15 +31,19 @@ from torch.optim import Optimizer
 
 from pomona.budget import Budget
 from pomona.granularity import Granularity
+from pomona.ops import count
+from pomona.selection.kinds import split_rows
 from pomona.weight import Weight, Weights
+
+_BUDGET = ("sparsity", "allocation", "min_density", "granularity", "score")  # fields of Budget
 
 
 class Method(ABC):
     """A way to prune. Subclasses are frozen dataclasses, one paper and one file each.
 
-    Fields named ``sparsity``, ``allocation``, ``min_density`` and ``granularity`` make up the method's ``budget``,
-    which checks them; a method has those of the four that its user may choose. A subclass with a ``__post_init__`` of
-    its own calls ``Method.__post_init__(self)`` in it.
+    Fields named ``sparsity``, ``allocation``, ``min_density``, ``granularity`` and ``score`` make up the method's
+    ``budget``, which checks them; a method has those of the five that its user may choose. A subclass with a
+    ``__post_init__`` of its own calls ``Method.__post_init__(self)`` in it.
 
     Attributes:
         granularity: what goes together, see :mod:`pomona.granularity`.
@@ -69,8 +74,12 @@ class Method(ABC):
     @property
     def budget(self) -> Budget:
         """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
-        names = ("sparsity", "allocation", "min_density", "granularity")
-        return Budget(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        return Budget(**{name: getattr(self, name) for name in self._options()})
+
+    def _options(self) -> list[str]:
+        """The settings of a budget that the user of this method may choose."""
+        fields = getattr(self, "__dataclass_fields__", ())  # a method of this name is no setting
+        return [name for name in _BUDGET if hasattr(self, name) and (name != "score" or name in fields)]
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if ``optimizer`` cannot drive this method; ``groups`` are those with weights in scope."""
@@ -112,6 +121,13 @@ class Method(ABC):
         """One clause: why a layer keeps ``kept`` of its weights; ``density`` is the share that the network keeps."""
         return self.budget.why(w, kept, density)
 
+    def starved(self, layers: Sequence[Weight], kept: Sequence[int]) -> str:
+        """If a cut that keeps ``kept`` of each layer empties some, or nearly so, say it in a sentence; otherwise "".
+
+        Where several matrices lie in one tensor, each is a layer.
+        """
+        return self.budget.starved(layers, kept, options=self._options())
+
     def unfinished(self, weights: Weights, step: int) -> str:
         """If the method has not finished at ``step``, say why in one sentence; otherwise return ""."""
         return ""
@@ -119,3 +135,27 @@ class Method(ABC):
     def metrics(self, weights: Weights) -> dict[str, float]:
         """Numbers worth watching while training; ``grad`` is empty here; may synchronise with the device."""
         return {}
+
+
+def starved_by(method: Method, weights: Weights, kept: Sequence[Tensor]) -> str:
+    """What the method says of the layers that these masks (True = kept) leave next to nothing of."""
+    split = [(w.matrices(), mask) for w, mask in zip(weights, kept, strict=True)]
+    layers = [layer for some, _ in split for layer in some]
+    masks = [one for some, mask in split for one in split_rows(mask, [layer.num_rows for layer in some])]
+    return method.starved(layers, count(masks, of=layers))
+
+
+def warn_of_starved(
+    method: Method, weights: Weights, kept: Sequence[Tensor], *, before: Sequence[Tensor] | None = None
+) -> None:
+    """Warn if a cut leaves next to nothing of some layers, see :meth:`pomona.Budget.starved`.
+
+    Args:
+        method: whose cut it is.
+        weights: all of them.
+        kept: the masks after the cut, True = kept.
+        before: the masks before it. If some layers had next to nothing then, this has been said already.
+    """
+    said = starved_by(method, weights, kept)
+    if said and not (before is not None and starved_by(method, weights, before)):
+        warnings.warn(f"this cut starves layers: {said}", stacklevel=3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pomona.distributed import sum_counts, sum_vectors
 from pomona.native import core
-from pomona.score import Score, rank_inside_
+from pomona.score import rank_inside_
 from pomona.selection import NonFiniteError, Selection
 from pomona.weight import Weight
 
@@ -130,15 +130,6 @@ def among(score: Tensor, mask: Tensor) -> Tensor:
     if their scores are zero.
     """
     return rank_inside_(score.clone(), mask)
-
-
-def magnitudes_among(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Score]:
-    """``among(|w|, mask)`` of weights that are zero outside of their masks, as descriptions: no score is stored."""
-    scores = []
-    for w, mask in zip(weights, masks, strict=True):
-        has_zero_inside = bool(w.value.count_nonzero() != mask.count_nonzero())
-        scores.append(Score(w.value, inside=mask if has_zero_inside else None))
-    return scores
 
 
 def random_scores(weights: Sequence[Weight], seed: int, step: int) -> Iterator[Tensor]:

@@ -6,12 +6,17 @@ the weight stops mattering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+_NAMES = Literal["magnitude", "lamp", "normalized"]
+Scoring: TypeAlias = _NAMES | Callable[[Any], Tensor]  # by name, or from a Weight to its scores
+Within: TypeAlias = Callable[[Tensor], Tensor]  # from the scores of a layer to scores that compare between layers
 
 
 @dataclass(slots=True, eq=False)  # not frozen: one is made for each tensor at each step, and freezing triples the cost
@@ -96,3 +101,100 @@ def saliency(w: Tensor, g: Tensor) -> Score:
             f"a weight and its gradient must have the same shape, got {tuple(w.shape)} and {tuple(g.shape)}"
         )
     return Score(w, g)
+
+
+# One ranking of all layers: scores that compare between them
+
+
+def lamp(scores: Tensor) -> Tensor:
+    r"""Each score of a layer over the root of the sum of squares of those that are at least as large.
+
+    With :math:`w_{(1)}, w_{(2)}, \dots` the weights of a layer by falling magnitude, ties by position,
+
+    .. math::
+        \text{score}(w_{(u)}) = |w_{(u)}| \Big/ \sqrt{\textstyle\sum_{v \le u} w_{(v)}^2}
+
+    which is the root of LAMP's score, and so has its order: the share of the layer's norm that goes with a weight, once
+    all smaller ones are gone. It depends on no scale of the layer, keeps the order within it, and is 1 for its largest
+    weight, so that no layer is emptied while the budget has one weight for each.
+
+    The squares are summed as integers, each score rounded to 2^-18 of the largest or finer. So the result is the same
+    on every device, however the layer is sharded. Takes a sort, and some 40 bytes per score.
+
+    Args:
+        scores: float32, >= 0, of any shape: all scores of one layer.
+
+    Returns:
+        New scores in [0, 1], of the same shape and type; what is above 0 stays above 0. Those that are not finite stay
+        as they are, and count as 0 for the others.
+
+    Example:
+        >>> lamp(torch.tensor([0.5, 2.0, 1.5, 0.0]))
+        tensor([0.1961, 1.0000, 0.6000, 0.0000])
+
+    References:
+        Lee, Park, Mo, Ahn, Shin: Layer-adaptive Sparsity for the Magnitude-based Pruning. ICLR 2021, arXiv 2010.07611.
+    """
+    sizes, places = torch.sort(scores.reshape(-1), descending=True, stable=True)
+    squares, scale = _squares(sizes)
+    norms = squares.cumsum_(0).double().clamp_(min=1.0).sqrt_()
+    shares = sizes.double().mul_(scale).div_(norms).float()
+    return _settled(torch.empty_like(shares).scatter_(0, places, shares).view(scores.shape), scores)
+
+
+def normalized(scores: Tensor) -> Tensor:
+    """Each score of a layer over the root of the mean of the squares of all.
+
+    Ours. Cheaper than ``lamp``, and a layer may be emptied by it. The mean counts weights that are zero too, so a layer
+    that has lost most of them is spared. Summed as in ``lamp``; takes some 20 bytes per score.
+
+    Args:
+        scores: float32, >= 0, of any shape: all scores of one layer.
+
+    Returns:
+        New scores, of the same shape and type; those that are not finite stay as they are.
+
+    Example:
+        >>> normalized(torch.tensor([0.5, 2.0, 1.5, 0.0]))
+        tensor([0.3922, 1.5689, 1.1767, 0.0000])
+    """
+    squares, scale = _squares(scores)
+    norm = squares.sum().double().clamp_(min=1.0).div_(max(1, scores.numel())).sqrt_()
+    return _settled(scores.double().mul_(scale).div_(norm).float(), scores)
+
+
+WITHIN: Mapping[str, Within] = {"lamp": lamp, "normalized": normalized}
+
+
+def rule_of(score: Scoring) -> Within | None:
+    """What makes the scores of different layers comparable; None if this score leaves them as they are."""
+    return WITHIN.get(score) if isinstance(score, str) else None
+
+
+def check_scoring(score: object) -> None:
+    """TypeError or ValueError unless it is the name of a score, or can be called."""
+    if isinstance(score, str) and score not in get_args(_NAMES):
+        raise ValueError(
+            f"score must be one of {', '.join(map(repr, get_args(_NAMES)))}, or a function of a pomona.Weight, got "
+            f"{score!r}"
+        )
+    if not isinstance(score, str) and not callable(score):
+        raise TypeError(
+            f"score must be a name such as 'lamp', or a function from a pomona.Weight to scores >= 0 of the shape of "
+            f"its value, got {score!r}"
+        )
+
+
+def _squares(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The squares as int64 whose sum does not overflow, and the power of two (float64) that scales the scores."""
+    finite = scores.double().masked_fill_(~scores.isfinite(), 0.0)
+    bits = min(26, (62 - scores.numel().bit_length()) // 2)
+    exponent = torch.frexp(finite.max() if scores.numel() else finite.sum()).exponent.long()
+    scale = ((bits + 1023 - exponent) << 52).view(torch.float64)  # built from its bits, to be exact
+    return finite.mul_(scale).round_().long().square_(), scale
+
+
+def _settled(ranked: Tensor, scores: Tensor) -> Tensor:
+    """What is not finite stays; what is above zero stays there, however small."""
+    least = (scores > 0) * torch.finfo(torch.float32).tiny
+    return torch.where(scores.isfinite(), torch.maximum(ranked, least), scores)

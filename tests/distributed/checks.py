@@ -371,6 +371,19 @@ def prunes_as_on_one_process(way: str, name: str, steps: int, budget: int | None
 # One thing each
 
 
+def learns_zeros_as_on_one_process(way: str) -> None:
+    """GSM, of a network with a layer that begins as zeros on all ranks."""
+    run = both_of(way, "gsm")
+    if run is None:
+        return
+    with torch.no_grad():
+        for model in (run.model, run.reference):
+            next(p for p in reversed(list(model.parameters())) if p.ndim == 2).zero_()
+    run.train(data_of(run.way, 6))
+    assert bool(run.alone.state_dict()["shared"]["began_zero"].any())
+    assert all(bool(p.any()) for p in run.alone.parameters().values())
+
+
 def error_of(call: Callable[[], Any]) -> str:
     try:
         call()

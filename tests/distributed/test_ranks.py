@@ -134,12 +134,19 @@ def test_however_a_model_is_shared_every_method_prunes_as_on_one_process(world: 
 
 def test_a_step_of_gsm_sends_five_small_sums_or_six_with_a_tie(world: World) -> None:
     for steps in world.run(checks.traffic_of_gsm):
-        for sent in steps:
+        for i, sent in enumerate(steps):
+            if i % 5 == 0:  # at its first step a run asks which tensors are zero
+                assert sent.pop(1) <= 16
             # whether to skip; three histograms; what each of up to six tensors keeps; who stays of a tie
             assert len(sent) in (5, 6)
             assert sent[:4] == [8, 2048 * 8, 1024 * 8, 1024 * 8]
             assert max(sent[4:]) <= 16 * 1024
             assert sum(sent) < 40 * 1024
+
+
+@pytest.mark.parametrize("way", by_default(checks.WAYS, "fsdp over 2"))
+def test_zeros_at_the_start_learn_as_on_one_process(world: World, way: str) -> None:
+    world.run(checks.learns_zeros_as_on_one_process, way)
 
 
 def test_a_nan_on_one_rank_is_skipped_on_all(world: World) -> None:

@@ -436,6 +436,10 @@ def attach(method: ADMM, model: nn.Module | None = None) -> pomona.Pruner:
         ({"sparsity": 0.9, "allocation": "layerwise"}, "allocation must be one of global, uniform, erk"),
         ({"sparsity": 0.9, "min_density": 1.5}, r"min_density must be in \[0, 1\], got 1.5"),
         ({"densities": {"*": 0.1}, "allocation": "erk"}, "allocation='erk' allocates a sparsity .* which densities do"),
+        (
+            {"densities": {"*": 0.1}, "score": "lamp"},
+            "score='lamp' makes layers comparable .*, and densities give each",
+        ),
         ({"densities": {"fc*": 0.0}}, r"densities\['fc\*'\] must be in \(0, 1\], the share to keep, got 0.0"),
         ({"densities": {"fc*": 10}}, r"densities\['fc\*'\] must be in \(0, 1\], the share to keep, got 10"),
         ({"densities": {"fc*": float("nan")}}, r"densities\['fc\*'\] must be in \(0, 1\], the share to keep, got nan"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -82,3 +84,19 @@ def test_where_a_schedule_ends_decides_on_the_gradients_of_zeros(sparsity: Sched
     moved = (before - pruner.state_dict()["state"]["weight"]["v"])[zeros] * 2.0**10
     assert moved.numel() > 100
     torch.testing.assert_close(moved, torch.full_like(moved, theta), atol=1e-3, rtol=0)
+
+
+def test_a_score_of_ones_own_has_no_threshold() -> None:
+    with pytest.raises(ValueError, match=r"Feather's threshold is one on \|v\|, .* take score='magnitude', 'lamp' or"):
+        pomona.Feather(0.5, score=lambda w: w.value.abs())
+
+
+@pytest.mark.parametrize("power", [1.0, math.inf])
+def test_by_a_fair_score_each_layer_has_a_threshold_of_its_own(power: float) -> None:
+    pruner = pruner_of(
+        [4.0, 3.0, 2.0, 1.0], [0.04, 0.03, 0.02, 0.01], method=pomona.Feather(0.5, power=power, score="lamp")
+    )
+    first, second = (w.flatten().tolist() for w in pruner.parameters().values())
+    shrunk = (lambda v, t: v - t) if power == 1.0 else (lambda v, t: v)
+    assert first == pytest.approx([shrunk(4.0, 2.0), shrunk(3.0, 2.0), 0.0, 0.0])
+    assert second == pytest.approx([shrunk(0.04, 0.02), shrunk(0.03, 0.02), 0.0, 0.0])

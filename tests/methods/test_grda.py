@@ -252,6 +252,7 @@ def test_the_report_tells_the_threshold_and_how_each_layer_came_to_its_share() -
 # The way to a target
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 0.98])
 @pytest.mark.parametrize("mu", [0.3, 0.51, 0.9])
 def test_the_target_is_met_exactly_at_its_step_and_not_left_again(sparsity: float, mu: float) -> None:

@@ -106,7 +106,8 @@ def test_threshold_zero_activates_nothing_more(seed: int) -> None:
 def test_all_zero_scores_leave_a_budget_of_100_of_1000_unused() -> None:
     model = Tensors([np.zeros((10, 100), dtype=np.float32)])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1)
-    pruner = pomona.Pruner(model, optimizer, pomona.GSM(sparsity=0.9))
+    with pytest.warns(UserWarning, match="w.0 is zero throughout, and with zeros='paper' will stay so"):
+        pruner = pomona.Pruner(model, optimizer, pomona.GSM(sparsity=0.9, zeros="paper"))
     model.give([np.ones((10, 100), dtype=np.float32)])
     optimizer.step()
     assert pruner.metrics()["active"] == 0

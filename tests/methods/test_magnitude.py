@@ -84,6 +84,7 @@ def run(method: Magnitude, variant: oracle.Variant = "paper", *, steps: int = 15
 CUBIC = pomona.Cubic(0.2, 0.5, steps=8, begin=2)  # cuts after the steps 2, 5, 8, 11 and 14, the last being in vain
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 @pytest.mark.parametrize(
     "method",
     [
@@ -158,6 +159,7 @@ def test_where_the_budget_goes(allocation: Allocation, kept: list[int]) -> None:
         assert layer.weight.flatten().nonzero().flatten().tolist() == list(range(largest, largest + count))
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 def test_a_floor_keeps_a_layer_alive() -> None:
     reports = {}
     for min_density in (0.0, 0.25):
@@ -244,6 +246,7 @@ def test_the_optimizer_forgets_what_is_cut(optimizer: Callable[..., Optimizer]) 
 # what is cut stays cut
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @given(start=st.floats(0.0, 0.9), way=st.floats(0.0, 1.0), every=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=15)

@@ -301,6 +301,7 @@ def test_weights_that_are_zero_throughout_go_no_earlier_than_the_target_says() -
     assert led.pruner.harden().nonzero == 2
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 def test_a_sparse_layer_that_falls_to_zero_is_ranked_last() -> None:
     """Its mean is 0 and its importance 32."""
     method = WeightMom(threshold=0.5, every=1, window=1, patience=1, min_density=0.0)
@@ -363,6 +364,7 @@ def test_min_density_binds_the_target_too() -> None:
     assert kept == {0.0: [1, 19], 0.4: [4, 16]}
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 def test_without_a_floor_a_layer_may_be_emptied_and_training_goes_on() -> None:
     values = [[1.0, 2.0], [1.0, 1.0, 1.0, 5.0]]
     method = WeightMom(threshold=1.1, every=1, window=1, patience=1, min_density=0.0)
@@ -430,6 +432,7 @@ def test_survivors_with_a_gradient_train_on() -> None:
     importance=st.sampled_from(["sparsity", "position", "none"]),
     min_density=st.sampled_from([0.0, 0.01, 0.15]),
 )
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 def test_masks_only_shrink_and_never_beyond_target_and_floor(path: list[list[float]], **hyper: Any) -> None:
     target = hyper.pop("target")
     method = WeightMom(**target, **hyper)

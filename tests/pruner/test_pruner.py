@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,7 @@ def test_the_number_of_active_weights_follows_the_schedule() -> None:
     assert pruner.num_steps == 12
 
 
+@pytest.mark.filterwarnings("ignore:.* starves layers")
 @pytest.mark.parametrize(("min_density", "left"), [(1e-4, 1), (0.0, 0), (0.25, 6)])
 def test_a_floor_keeps_a_layer_alive_that_the_global_cut_would_empty(min_density: float, left: int) -> None:
     model = net()
@@ -1050,10 +1052,37 @@ def test_a_state_that_does_not_fit_changes_nothing(change: Callable[[Any], Any],
     assert bits(pruner.state_dict()) == before
 
 
+def half_of(w: pomona.Weight, share: float = 0.5) -> Tensor:
+    """A score of the user's own."""
+    return share * w.value.abs()
+
+
+def in_another_process(function: Any) -> Any:
+    """The same function, at another address."""
+    return FunctionType(function.__code__, globals(), function.__name__, function.__defaults__)
+
+
+class OwnScore:
+    """Scores that a user's object computes."""
+
+    def __call__(self, w: pomona.Weight) -> Tensor:
+        return w.value.abs()
+
+    def of(self, w: pomona.Weight) -> Tensor:
+        return w.value.abs()
+
+
 @pytest.mark.parametrize(
     "method",
-    [GSM(sparsity=0.5), GSM(sparsity=0.75, min_density=0.1), GSM(sparsity=pomona.Cubic(0.0, 0.75, steps=9))],
-    ids=["sparsity", "min_density", "schedule"],
+    [
+        GSM(sparsity=0.5),
+        GSM(sparsity=0.75, min_density=0.1),
+        GSM(sparsity=pomona.Cubic(0.0, 0.75, steps=9)),
+        GSM(sparsity=0.75, score="lamp"),
+        GSM(sparsity=0.75, score=half_of),
+        GSM(sparsity=0.75, zeros="paper"),
+    ],
+    ids=["sparsity", "min_density", "schedule", "score", "own score", "zeros"],
 )
 def test_a_state_of_other_hyper_parameters_is_refused(method: GSM) -> None:
     _, _, pruner = pruned()
@@ -1082,8 +1111,12 @@ class Halfway(pomona.Schedule):
         (lambda: GSM(sparsity=0.75, min_density=0), lambda: GSM(sparsity=0.75, min_density=0.0)),
         (lambda: GSM(sparsity=float(np.float64(0.75))), lambda: GSM(sparsity=np.float64(0.75))),
         (lambda: GSM(sparsity=Halfway()), lambda: GSM(sparsity=Halfway())),
+        (lambda: GSM(0.75, score=half_of), lambda: GSM(0.75, score=in_another_process(half_of))),
+        (lambda: GSM(0.75, score=OwnScore()), lambda: GSM(0.75, score=OwnScore())),
+        (lambda: GSM(0.75, score=OwnScore().of), lambda: GSM(0.75, score=OwnScore().of)),
+        (lambda: GSM(0.75, score=partial(half_of, share=1)), lambda: GSM(0.75, score=partial(half_of, share=1.0))),
     ],
-    ids=["0 and 0.0", "numpy", "own schedule"],
+    ids=["0 and 0.0", "numpy", "own schedule", "own score", "own object", "a method of it", "partial"],
 )
 def test_a_state_of_the_same_method_written_otherwise_is_taken(
     saved: Callable[[], GSM], now: Callable[[], GSM]

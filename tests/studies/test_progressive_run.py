@@ -29,6 +29,8 @@ from tests.runs import (
 from tests.studies.test_compare import Forked, compare, forks
 from tests.train.test_stages import KERNELS, RECIPE, accuracy_of, arguments_of, finish, refusal, weights_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* starves layers")  # 400x after 10 steps
+
 # 10 steps an epoch of 200 images: 10 of the dense network, and for each candidate 10 of pruning and 10 of retraining;
 # 8 where 40 images are held out.
 CHAIN = "\n[progressive]\ncompressions = [8, 9]\n"

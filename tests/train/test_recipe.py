@@ -576,6 +576,14 @@ def test_a_time_is_steps_or_epochs_or_a_share_of_the_pruning_stage(time: int | s
     assert method(name="admm", sparsity=0.5, every=time) == ADMM(sparsity=0.5, every=steps)
 
 
+def test_a_recipe_names_a_score() -> None:
+    assert method(name="magnitude", sparsity=0.5, score="lamp") == Magnitude(0.5, score="lamp")
+    with pytest.raises(RecipeError, match=r"method\.score must be one of 'magnitude', 'lamp', "):
+        method(name="magnitude", sparsity=0.5, score="lamb")
+    with pytest.raises(RecipeError, match=r"method\.score must be a string, got 1"):
+        method(name="magnitude", sparsity=0.5, score=1)
+
+
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_builtin_recipe_has_a_method_at_any_length_of_an_epoch(name: str) -> None:
     recipe = load_recipe(name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pomona.method import Method
 from pomona.ops import count, drop_gradients_, drop_weights_, total
 from pomona.schedule import Schedule, Value, check_count, check_value, value_at
 from pomona.scope import matches
-from pomona.score import Score, magnitude
+from pomona.score import Scoring, rule_of
 from pomona.selection.allocation import Allocation
 from pomona.selection.groups import group_size
 from pomona.selection.top_k import top_k_each
@@ -66,11 +67,15 @@ class ADMM(Method):
         every: steps of one ADMM iteration, >= 1. Paper: 5,000 to 8,000 on MNIST, 60,000 for AlexNet.
         allocation: where ``sparsity`` goes: ``"global"``, ``"uniform"`` or ``"erk"``, see :class:`pomona.Budget`.
         hold_zeros: masked ADMM, for the second and later rounds: weights that are exactly zero before the first step
-            stay so.
+            stay so. A tensor that is zero throughout is warned of.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
         granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
             ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
             :mod:`pomona.granularity`. Paper: single weights.
+        score: what :math:`\Pi` ranks the weights by: ``"magnitude"``, with which it is the projection; ``"lamp"`` or
+            ``"normalized"``, with which it is the projection onto the counts per layer that these find (``"global"``
+            only); or a function of a Weight, whose ``value`` is what is projected. See :class:`pomona.Budget`. Paper:
+            magnitude.
 
     Example:
         >>> model = nn.Linear(100, 10)
@@ -91,6 +96,7 @@ class ADMM(Method):
     hold_zeros: bool = False
     min_density: float = 1e-4
     granularity: Granularity = "weight"
+    score: Scoring = "magnitude"
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.densities is None):
@@ -111,6 +117,11 @@ class ADMM(Method):
             raise ValueError(
                 f"allocation={self.allocation!r} allocates a sparsity to the layers, which densities do by name; leave "
                 f"one of the two out"
+            )
+        if self.densities is not None and rule_of(self.score) is not None:
+            raise ValueError(
+                f"score={self.score!r} makes layers comparable in one ranking, and densities give each its share "
+                f"without one; leave one of the two out"
             )
         if not isinstance(self.hold_zeros, bool):
             raise TypeError(f"hold_zeros must be True or False, got {self.hold_zeros!r}")
@@ -141,6 +152,7 @@ class ADMM(Method):
             for w, num in zip(weights, count([w.value for w in weights], of=weights), strict=True):
                 w.state["alive"].copy_(w.value != 0)
                 w.state["num_alive"].fill_(num)
+            _warn_of_zeros(weights)
         if steps_since == 0:
             self._begin_iteration(weights, step)
         rho = value_at(self.rho, step - steps_since)
@@ -158,7 +170,7 @@ class ADMM(Method):
     def _begin_iteration(self, weights: Weights, step: int) -> None:
         for w in weights:
             w.state["z"].copy_(w.value).add_(w.state["u"])
-        masks = self._keep(weights, [magnitude(w.state["z"]) for w in weights])
+        masks = self._project([replace(w, value=w.state["z"]) for w in weights])
         for w, mask in zip(weights, masks, strict=True):
             z, u = w.state["z"], w.state["u"]
             z.masked_fill_(~mask, 0.0)
@@ -166,20 +178,22 @@ class ADMM(Method):
                 u.add_(w.value).sub_(z)
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
-        return self._keep(weights, [magnitude(w.value) for w in weights])
+        return self._project(weights)
 
-    def _keep(self, weights: Weights, scores: Sequence[Score]) -> list[Tensor]:
-        """Where the projection is not zero."""
-        if self.densities is not None:
-            return top_k_each(scores, self._l(weights, self.densities), of=weights, granularity=self.granularity)
-        return self.budget.keep(scores, 0, of=weights).masks()
+    def _project(self, weights: Sequence[Weight]) -> list[Tensor]:
+        """Where the projection of these values is not zero."""
+        budget = self.budget
+        if self.densities is None:
+            return budget.survivors(weights, 0).masks()
+        counts = self._l(weights, self.densities)
+        return top_k_each(budget.scores(weights), counts, of=weights, granularity=self.granularity)
 
     def _counts(self, weights: Weights) -> list[int] | None:
         """How many weights each layer keeps; None if all layers share one count."""
         return self.budget.counts(weights, 0) if self.densities is None else self._l(weights, self.densities)
 
     @staticmethod
-    def _l(weights: Weights, densities: Mapping[str, float]) -> list[int]:
+    def _l(weights: Sequence[Weight], densities: Mapping[str, float]) -> list[int]:
         """The paper's l_i."""
         return [num_kept(1.0 - _find(densities, w.name), w.numel) for w in weights]
 
@@ -221,6 +235,16 @@ class ADMM(Method):
             "primal_residual": distance / _norm([w.value for w in shrinking], shrinking),
             "overlap": num_agreed / num_chosen,
         }
+
+
+def _warn_of_zeros(weights: Weights) -> None:
+    names = [w.name for w in weights if w.numel and not w.state["num_alive"]]
+    if names:
+        warnings.warn(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} zero throughout and will stay so with "
+            f"hold_zeros=True; Scope(exclude=[{names[0]!r}]) lets it train",
+            stacklevel=3,
+        )
 
 
 def _check_densities(densities: Mapping[str, float]) -> dict[str, float]:

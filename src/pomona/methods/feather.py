@@ -10,10 +10,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from pomona.method import Method
+from pomona.method import Method, warn_of_starved
 from pomona.ops import PIECE, count, sparsity_of
 from pomona.schedule import FAR_AWAY, Value, value_at
-from pomona.score import magnitude
+from pomona.score import Scoring, magnitude, rule_of
 from pomona.selection import kth_largest
 from pomona.selection.allocation import Allocation
 from pomona.selection.kinds import split_rows
@@ -58,6 +58,8 @@ class Feather(Method):
             ends above 0.95, else 1. Paper: that.
         allocation: ``"global"``, ``"uniform"`` or ``"erk"``, see :class:`pomona.Budget`. Paper: ``"global"``.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
+        score: ``"magnitude"``, ``"lamp"`` or ``"normalized"``, see :class:`pomona.Budget`. With the last two each layer
+            has a :math:`T` of its own, and each step takes what these take (a sort, for ``"lamp"``). Paper: magnitude.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -76,9 +78,15 @@ class Feather(Method):
     gradient_scale: float | None = None
     allocation: Allocation = "global"
     min_density: float = 1e-4
+    score: Scoring = "magnitude"
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
+        if not isinstance(self.score, str):
+            raise ValueError(
+                f"Feather's threshold is one on |v|, which a score of your own ({self.score!r}) has not; take "
+                f"score='magnitude', 'lamp' or 'normalized', or Magnitude(score=...)"
+            )
         for name in ("power", "gradient_scale"):
             number = getattr(self, name)
             is_left_out = number is None and name == "gradient_scale"
@@ -111,7 +119,10 @@ class Feather(Method):
     def after_step(self, weights: Weights, step: int) -> None:
         for w in weights:
             w.state["v"].copy_(w.value)
-        split = [(w.matrices(), mask) for w, mask in zip(weights, self.support(weights, step), strict=True)]
+        support = self.support(weights, step)
+        if self._ends_at(step):
+            warn_of_starved(self, weights, support)
+        split = [(w.matrices(), mask) for w, mask in zip(weights, support, strict=True)]
         layers = [layer for some, _ in split for layer in some]
         masks = [one for some, mask in split for one in split_rows(mask, [w.num_rows for w in some])]
         thresholds = self._thresholds(layers, masks)
@@ -121,8 +132,13 @@ class Feather(Method):
         for w, (some, _) in zip(weights, split, strict=True):
             w.state["threshold"].fill_(max(islice(each, len(some))))
 
+    def _ends_at(self, step: int) -> bool:
+        """Whether the way to the final sparsity ends at this step: what is starved then will hardly return."""
+        end = value_at(self.sparsity, FAR_AWAY)
+        return value_at(self.sparsity, step) == end != value_at(self.sparsity, step - 1)
+
     def support(self, weights: Weights, step: int) -> list[Tensor]:
-        return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()
+        return self.budget.survivors(weights, step).masks()
 
     def _thresholds(self, weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[float]:
         """The largest magnitude that goes: of all layers, or of the layer where it was ranked by itself."""
@@ -131,7 +147,7 @@ class Feather(Method):
         def largest(places: Sequence[int], rank: int) -> float:
             return kth_largest([scores[i] for i in places], rank, of=[weights[i] for i in places])
 
-        if self.allocation != "global":
+        if self.allocation != "global" or rule_of(self.score) is not None:
             return [largest([i], kept[i] + 1) for i in range(len(weights))]
         budget = self.budget
         at_floor = [i for i, w in enumerate(weights) if 0 < kept[i] <= budget.floor(w)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,13 +14,15 @@ from torch import Tensor
 from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.granularity import Granularity
 from pomona.method import Method
-from pomona.ops import check_finite, drop_gradients_, sum_of
+from pomona.ops import check_finite, count, drop_gradients_, sum_of
 from pomona.schedule import Value
-from pomona.score import magnitude, saliency
+from pomona.score import Score, Scoring, saliency
 from pomona.weight import Weight, Weights
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+_Zeros: TypeAlias = Literal["learn", "paper"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,14 @@ class GSM(Method):
     exactly ``Q``; ``min_density`` guards layers from being emptied (set it to 0 for the paper's rule; it does not
     bind in any published setting we ran). Weight decay is masked nowhere, as in the paper.
 
+    **Tensors that begin as zeros** (LoRA's B, zero convolutions, the last layer of a residual branch) would never learn
+    by the paper's rule: all their :math:`T` are 0. Here (ours) their weights are ranked as if they had begun at the
+    size that ``torch.nn.Linear`` draws and had been passive since: by
+    :math:`T = \max(|w|, e^{-E} / \sqrt{3 n}) \, |\partial L / \partial w|` with :math:`n` inputs and the decay
+    exponent :math:`E` so far. Once a weight is larger than that, this is the paper's :math:`T`. Never are more than
+    ``Q`` weights active. Which tensors these are is asked once, before the first step; each takes a copy of :math:`|w|`
+    while it is ranked. Networks without one are trained bit for bit by the paper's rule.
+
     Args:
         sparsity: fraction of zeros in [0, 1) of the weights in scope, or a schedule of it. Compression c is
             ``1 - 1/c``. Paper: 0.9 (ResNet-56), 1 - 1/60 (LeNet-300-100), 1 - 1/125 and 1 - 1/300 (LeNet-5).
@@ -63,6 +74,11 @@ class GSM(Method):
             must then end at ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input
             channel"``; see :mod:`pomona.granularity`. All but the first take masks of one byte per weight at each step,
             for which a GPU's host waits. Paper: single weights.
+        score: what the final cut ranks the weights by: ``"magnitude"``, ``"lamp"``, ``"normalized"``, or a function of
+            a Weight; see :class:`pomona.Budget`. It does not change :math:`T`, which is fair by itself: in a layer of
+            larger weights gradients are smaller. Paper: magnitude.
+        zeros: ``"learn"``: tensors that are zero throughout before the first step learn, as above; ``"paper"``: they
+            stay zero, of which a warning at construction tells the names.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -77,24 +93,48 @@ class GSM(Method):
     sparsity: Value
     min_density: float = 1e-4
     granularity: Granularity = "weight"
+    score: Scoring = "magnitude"
+    zeros: _Zeros = "learn"
 
     checks_gradients: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        Method.__post_init__(self)
+        if self.zeros not in get_args(_Zeros):
+            raise ValueError(f"zeros must be one of {', '.join(map(repr, get_args(_Zeros)))}, got {self.zeros!r}")
+
     def before_step(self, weights: Weights, step: int) -> None:
-        t = [saliency(w.value, w.grad) for w in weights]
+        if step == 1 and self.zeros == "learn":
+            weights.shared["began_zero"].copy_(_are_zero(weights))
+        t = self._saliencies(weights)
         b = self.budget.keep(t, step, of=weights)
         check_finite(weights, b)
         drop_gradients_(weights, b)  # z <- beta z + eta w + B dL/dw, w <- w - alpha z: the optimizer's own step
         weights.shared["active"].copy_(sum_of(b.counts))
         weights.shared["exponent"].add_(_decay(weights))
 
+    def _saliencies(self, weights: Weights) -> list[Score]:
+        """T of all weights; where a tensor began as zeros, of weights no smaller than a passive one would be by now."""
+        t = [saliency(w.value, w.grad) for w in weights]
+        if not weights.shared["began_zero"].any():
+            return t
+        names = [w.name for w in weights.by_name]
+        began_zero = dict(zip(names, weights.shared["began_zero"].tolist(), strict=True))
+        exponent = dict(zip(names, weights.shared["exponent"].tolist(), strict=True))
+        for i, w in enumerate(weights):
+            if began_zero[w.name]:
+                least = _usual_size(w) * math.exp(-exponent[w.name])
+                t[i] = saliency(w.value.abs().clamp_(min=least), w.grad)
+        return t
+
     def support(self, weights: Weights, step: int) -> list[Tensor]:
-        return self.budget.keep([magnitude(w.value) for w in weights], step, of=weights).masks()
+        return self.budget.survivors(weights, step).masks()
 
     def init_shared(self, weights: Weights) -> dict[str, Tensor]:
         return {
             "active": torch.zeros((), dtype=torch.int64, device=weights[0].value.device),
             "exponent": torch.zeros(len(weights), dtype=torch.float64, device="cpu"),
+            "began_zero": torch.zeros(len(weights), dtype=torch.bool, device="cpu"),
         }
 
     def check(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -125,9 +165,11 @@ class GSM(Method):
     def check_weights(self, weights: Weights) -> None:
         self.budget.check_weights(weights)
         _warn_of_rounding(weights)
+        if self.zeros == "paper":
+            _warn_of_zeros(weights)
 
     def why(self, w: Weight, kept: int, density: float) -> str:
-        return self.budget.why(w, kept, density, by="one cut on |w|")
+        return self.budget.why(w, kept, density, by="one cut on |w|" if self.score == "magnitude" else "")
 
     def forecast(self, groups: Sequence[Mapping[str, Any]]) -> Diagnosis:
         exponent = sum(decay_per_step(group["lr"], group) for group in groups)
@@ -144,6 +186,18 @@ class GSM(Method):
         }
 
 
+def _are_zero(weights: Weights) -> Tensor:
+    """Of each tensor, by name, whether all its weights are zero."""
+    by_name = weights.by_name
+    counts = count([w.value for w in by_name], of=by_name)
+    return torch.tensor([num == 0 < w.numel for w, num in zip(by_name, counts, strict=True)])
+
+
+def _usual_size(w: Weight) -> float:
+    """How large torch initialises the weights of a layer with as many inputs: the root of their mean square."""
+    return 1.0 / math.sqrt(3.0 * max(1, math.prod(w.matrix_shape[1:])))
+
+
 def _decay(weights: Weights) -> Tensor:
     """What this step adds to the decay exponent of each tensor, by name; nothing if it has no gradient."""
     rates: dict[int, float] = {}  # of each parameter group
@@ -151,6 +205,17 @@ def _decay(weights: Weights) -> Tensor:
         if id(w.group) not in rates:
             rates[id(w.group)] = decay_per_step(w.lr, w.group)
     return torch.tensor([rates[id(w.group)] if w.has_grad else 0.0 for w in weights.by_name], dtype=torch.float64)
+
+
+def _warn_of_zeros(weights: Weights) -> None:
+    names = [w.name for w, is_zero in zip(weights.by_name, _are_zero(weights).tolist(), strict=True) if is_zero]
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(
+            f"{shown} {'is' if len(names) == 1 else 'are'} zero throughout, and with zeros='paper' will stay so, for "
+            f"all its scores |w g| are zero; take zeros='learn', or leave it out: Scope(exclude=[{names[0]!r}])",
+            stacklevel=5,
+        )
 
 
 def _warn_of_rounding(weights: Weights) -> None:

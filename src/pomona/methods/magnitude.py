@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from pomona.granularity import Granularity
-from pomona.method import Method
+from pomona.method import Method, warn_of_starved
 from pomona.ops import (
     drop_buffers_,
     drop_gradients_,
     drop_weights_,
-    magnitudes_among,
     masks_of,
     sparsity_of,
 )
 from pomona.schedule import Every, Value, check_count, check_never_falls
+from pomona.score import Scoring
 from pomona.selection.allocation import Allocation
 from pomona.weight import Weight, Weights
 
@@ -55,6 +55,9 @@ class Magnitude(Method):
         granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
             ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
             :mod:`pomona.granularity`. Paper: single weights.
+        score: what the weights are ranked by: ``"magnitude"``; ``"lamp"`` or ``"normalized"``, with which one ranking
+            is fair to layers of small weights (``"global"`` only); or a function of a Weight. See
+            :class:`pomona.Budget`. Paper: magnitude.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -74,6 +77,7 @@ class Magnitude(Method):
     allocation: Allocation = "global"
     min_density: float = 1e-4
     granularity: Granularity = "weight"
+    score: Scoring = "magnitude"
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
@@ -91,7 +95,9 @@ class Magnitude(Method):
 
     def after_step(self, weights: Weights, step: int) -> None:
         if self._cuts_after(step):
-            for w, mask in zip(weights, self.support(weights, step), strict=True):
+            masks = self.support(weights, step)
+            warn_of_starved(self, weights, masks, before=masks_of(weights))
+            for w, mask in zip(weights, masks, strict=True):
                 w.state["mask"].copy_(mask)
         drop_weights_(weights, masks_of(weights))
 
@@ -99,8 +105,7 @@ class Magnitude(Method):
         return Every(self.every, start=self.begin)(step)
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
-        scores = magnitudes_among(weights, masks_of(weights))  # m |w|
-        return self.budget.keep(scores, step, of=weights).masks()
+        return self.budget.survivors(weights, step, inside=masks_of(weights)).masks()
 
     def metrics(self, weights: Weights) -> dict[str, float]:
         return {"sparsity": sparsity_of(weights)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pomona.granularity import Granularity, canonical
-from pomona.method import Method
+from pomona.method import Method, warn_of_starved
 from pomona.ops import among, count, drop_buffers_, drop_gradients_, drop_weights_, masks_of, sparsity_of, total
 from pomona.schedule import Value, check_count, check_never_falls
 from pomona.score import magnitude
@@ -160,10 +160,16 @@ class WeightMom(Method):
         for w, stays in zip(weights, self._stays(weights, step), strict=True):
             count, mask = w.state["count"], w.state["mask"]  # k, B
             count.add_(count < 255).mul_(mask & ~stays)  # uint8
-            if int(weights.shared["updates"]) >= self.window:
-                mask.logical_and_(count < self.patience)
-                count.mul_(mask)
+        if int(weights.shared["updates"]) >= self.window:
+            self._prune(weights)
         drop_buffers_(weights, masks_of(weights))
+
+    def _prune(self, weights: Weights) -> None:
+        masks = [mask & (w.state["count"] < self.patience) for w, mask in zip(weights, masks_of(weights), strict=True)]
+        warn_of_starved(self, weights, masks, before=masks_of(weights))
+        for w, mask in zip(weights, masks, strict=True):
+            w.state["mask"].copy_(mask)
+            w.state["count"].mul_(mask)
 
     def _stays(self, weights: Weights, step: int) -> list[Tensor]:
         """Which weights are not low now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,9 @@ class _Zeros(Method):
 
     def support(self, weights: Weights, step: int) -> list[Tensor]:
         return [w.value != 0 for w in weights]
+
+    def starved(self, layers: Sequence[Weight], kept: Sequence[int]) -> str:
+        return ""  # hold() itself says what is zero throughout
 
     def why(self, w: Weight, kept: int, density: float) -> str:
         return "what was not zero when hold() was called"

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pomona.computed import check_lengths
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import like, local, refuse_flat, reshard, working_on
-from pomona.method import Method
+from pomona.method import Method, starved_by
 from pomona.ops import count
 from pomona.pruner.chain import chain_of
 from pomona.pruner.hooks import StepHooks
@@ -311,6 +311,7 @@ class Pruner:
             self._warn_of_haste()
             self._warn_of_loss(masks)
             self._warn_of_unfrozen()
+            self._warn_of_starved(masks)
             before = float(evaluate()) if evaluate else None
             self._zeros = Zeros.cut_(self._weights(), masks, frozen)
             self._warn_of_frozen()
@@ -431,6 +432,12 @@ class Pruner:
         cut = zip(self._weights(), masks, strict=True)
         if self._placement.on_any_rank(any(largest_among(w.value, ~mask) != 0.0 for w, mask in cut)):
             warnings.warn(f"harden() cuts weights that have not decayed: {diagnosis}", stacklevel=3)
+
+    def _warn_of_starved(self, masks: list[Tensor]) -> None:
+        with working_on(self._placement.shards):
+            why = starved_by(self.method, self._weights(), masks)
+        if why:
+            warnings.warn(f"harden() starves layers: {why}", stacklevel=3)
 
     def verify(self, *copies: nn.Module) -> Report:
         """Prove the contract after ``harden()``: every zero is zero, and no more weights are left than the budget.

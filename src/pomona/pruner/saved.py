@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -154,6 +156,13 @@ def describe(value: Any) -> str:
     """A method with its hyper-parameters, or one of these: equal text for equal ones, in every process."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return repr(float(value))
+    if isinstance(value, functools.partial):
+        arguments = [*map(describe, value.args), *(f"{key}={describe(v)}" for key, v in value.keywords.items())]
+        return f"{describe(value.func)}({', '.join(arguments)})"
+    if isinstance(value, types.MethodType):
+        return f"{describe(value.__self__)}.{value.__name__}"
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return value.__qualname__
     anonymous: Any = object.__repr__  # shows an address, which no other run has
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields: Mapping[str, Any] = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}

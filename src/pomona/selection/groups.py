@@ -14,7 +14,7 @@ from torch import Tensor
 from pomona.distributed import Shard, max_over, sum_counts, sum_vectors
 from pomona.granularity import Block, Channel, Granularity, Kind, NOfM, Single, check_shapes, group_steps, parse
 from pomona.layout import ROWS, Layout
-from pomona.score import Score
+from pomona.score import Score, Within
 from pomona.selection.keys import NAN, NonFiniteError
 
 if TYPE_CHECKING:
@@ -221,13 +221,17 @@ def _tensor(score: Score | Tensor) -> Tensor:
 # Channels
 
 
-def top_channels(seen: Sequence[Seen], k: int, kind: Channel, floors: Sequence[int]) -> list[Tensor]:
+def top_channels(
+    seen: Sequence[Seen], k: int, kind: Channel, floors: Sequence[int], within: Within | None = None
+) -> list[Tensor]:
     """Masks of the channels with the largest scores of all tensors: as many as fit into ``k`` weights.
 
     First each tensor keeps its ``floors`` best channels. The others follow by falling score, ties by position, up to
-    the first that does not fit. A channel whose scores are all zero is never kept.
+    the first that does not fit. A channel whose scores are all zero is never kept. ``within`` changes the scores of the
+    channels of each tensor.
     """
     ranked = _channel_scores(seen, kind)
+    ranked = ranked if within is None else [within(one) for one in ranked]
     layer = np.repeat(np.arange(len(seen)), [r.numel() for r in ranked])
     flat = torch.cat([r.view(-1) for r in ranked]).numpy()
     sizes = np.array([kind.size(one.shape) for one in seen], dtype=np.int64)[layer]

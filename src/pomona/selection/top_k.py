@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pomona.granularity import Block, Channel, Granularity, NOfM, check_shapes, parse
-from pomona.score import Score
+from pomona.score import Score, Within
 from pomona.selection import JoinedSelection, Selection, find_shards, select_largest, select_over_ranks
 from pomona.selection.allocation import Allocation, allocate, check_allocation
 from pomona.selection.groups import Seen, block_scores, block_weight, expand_blocks, top_channels, top_n_of_m
+from pomona.selection.within import change_within
 
 if TYPE_CHECKING:
     from pomona.weight import Weight
@@ -91,6 +92,7 @@ def top_k(
     of: Sequence[Weight] | None = None,
     min_density: float = 0.0,
     granularity: Granularity = "weight",
+    within: Within | None = None,
 ) -> list[Tensor]:
     """Keep the ``k`` largest scores in all, dealt to the layers by ``allocation``, in groups of ``granularity``.
 
@@ -107,6 +109,8 @@ def top_k(
             by layer, into each layer's share. n:m: the ``n`` best of every ``m`` always stay, and what is
             left of ``k`` goes to the best of all others. So ``k = n N / m`` is n:m itself, and with a larger ``k``
             groups are on their way there, from ``m`` to ``n``.
+        within: with ``"global"``, what makes the scores of different layers comparable, such as
+            :func:`pomona.score.lamp`; applied to the scores of each layer, or to those of its blocks or channels.
 
     Returns:
         Boolean masks. Exactly ``k`` are kept; fewer where scores are zero, or where the next block or channel would
@@ -118,16 +122,17 @@ def top_k(
     names = [f"score {i}" for i in range(len(scores))] if of is None else [w.name for w in of]
     check_shapes(kind, dict(zip(names, shapes, strict=True)))
     if isinstance(kind, NOfM):
-        return _n_of_m(scores, k, allocation, kind, of)
+        return _n_of_m(scores, k, allocation, kind, of, within)
     if isinstance(kind, Block):
-        return _blocks(scores, k, allocation, kind, of, min_density)
+        return _blocks(scores, k, allocation, kind, of, min_density, within)
     if allocation != "global":
         return top_k_each(scores, allocate(allocation, shapes, k), of=of, granularity=granularity)
     if isinstance(kind, Channel):
         seen = _seen(scores, of)
         floors = [floor_of(math.prod(kind.grid(one.shape)), min_density) for one in seen]
-        return [one.back(mask) for one, mask in zip(seen, top_channels(seen, k, kind, floors), strict=True)]
-    return global_top_k(scores, k, of=of, min_density=min_density)
+        masks = top_channels(seen, k, kind, floors, within)
+        return [one.back(mask) for one, mask in zip(seen, masks, strict=True)]
+    return global_top_k(change_within(scores, within, of), k, of=of, min_density=min_density)
 
 
 def _matrix_shapes(scores: Sequence[Score | Tensor], of: Sequence[Weight] | None) -> list[tuple[int, ...]]:
@@ -150,6 +155,7 @@ def _blocks(
     kind: Block,
     of: Sequence[Weight] | None,
     min_density: float,
+    within: Within | None,
 ) -> list[Tensor]:
     seen = _seen(scores, of)
     ranked = [block_scores(one, kind) for one in seen]
@@ -157,13 +163,19 @@ def _blocks(
         blocks, ranked = None, [one.squeeze(0) for one in ranked]  # no layout, no batch
     else:
         blocks = [block_weight(score, one, kind) for score, one in zip(ranked, seen, strict=True)]
-    masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, of=blocks, min_density=min_density)
+    how: Any = {"of": blocks, "min_density": min_density, "within": within}
+    masks = top_k(ranked, k // (kind.rows * kind.columns), allocation, **how)
     grids = [mask.view(kind.grid(one.scores.shape)) for mask, one in zip(masks, seen, strict=True)]
     return [one.back(expand_blocks(grid, kind)) for one, grid in zip(seen, grids, strict=True)]
 
 
 def _n_of_m(
-    scores: Sequence[Score | Tensor], k: int, allocation: Allocation, kind: NOfM, of: Sequence[Weight] | None
+    scores: Sequence[Score | Tensor],
+    k: int,
+    allocation: Allocation,
+    kind: NOfM,
+    of: Sequence[Weight] | None,
+    within: Within | None,
 ) -> list[Tensor]:
     sizes = [math.prod(score.shape) for score in scores] if of is None else [w.numel for w in of]
     left = k - sum(sizes) // kind.m * kind.n
@@ -173,7 +185,8 @@ def _n_of_m(
     masks = [seen.back(top_n_of_m(seen.scores, kind)) for seen in _seen(asked, of)]
     if left == 0:
         return masks
-    others = [score.tensor().masked_fill_(mask, 0.0) for score, mask in zip(asked, masks, strict=True)]
+    ranked = [s if isinstance(s, Tensor) else s.tensor() for s in change_within(asked, within, of)]
+    others = [score.masked_fill_(mask, 0.0) for score, mask in zip(ranked, masks, strict=True)]
     if allocation == "global":
         more = global_top_k(others, left, of=of)
     else:

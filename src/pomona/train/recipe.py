@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pomona.method import Method
 from pomona.methods import METHODS
@@ -268,7 +268,7 @@ def _takes_schedule(hint: Any) -> bool:
 def _argument(name: str, hint: Any, value: object, clock: _Clock) -> Any:
     """``value`` converted for a method's field of this name and type."""
     key = f"method.{name}"
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
     if _takes_schedule(hint) and isinstance(value, Mapping):
         return _schedule(value, key, clock)
     if name in _TIMES and isinstance(value, str):
