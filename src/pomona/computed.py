@@ -64,7 +64,7 @@ def find_computed(model: nn.Module) -> dict[str, Computed]:
     found: dict[str, Computed] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict) and parametrize.is_parametrized(module):
+        if "parametrizations" in module._modules and parametrize.is_parametrized(module):
             found |= _by_parametrization(path, prefix, module)
         for hook in module._forward_pre_hooks.values():
             found |= _by_hook(path, prefix, module, hook)

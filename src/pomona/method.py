@@ -24,6 +24,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -36,6 +37,12 @@ from pomona.selection.kinds import split_rows
 from pomona.weight import Weight, Weights
 
 _BUDGET = ("sparsity", "allocation", "min_density", "granularity", "score")  # fields of Budget
+
+
+@lru_cache(maxsize=64)
+def _budget_of(options: tuple[tuple[str, Any, type], ...]) -> Budget:
+    """Reports ask every layer for it; the types are there because True equals 1.0."""
+    return Budget(**{name: value for name, value, _ in options})
 
 
 class Method(ABC):
@@ -74,7 +81,11 @@ class Method(ABC):
     @property
     def budget(self) -> Budget:
         """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
-        return Budget(**{name: getattr(self, name) for name in self._options()})
+        options = tuple((name, value, type(value)) for name in self._options() for value in [getattr(self, name)])
+        try:
+            return _budget_of(options)
+        except TypeError:  # a value that cannot be hashed, or that the budget refuses
+            return Budget(**{name: value for name, value, _ in options})
 
     def _options(self) -> list[str]:
         """The settings of a budget that the user of this method may choose."""

@@ -154,9 +154,9 @@ class Scope:
         for pattern in self.exclude:
             if any(owner.matches(pattern) for owner in owners):
                 return f"excluded by {pattern!r}", None
-        excluded = next((o for o in owners if isinstance(o.module, tuple(self.exclude_types))), None)
-        if excluded is not None:
-            return f"of {type(excluded.module).__name__}, which is in exclude_types", None
+        for owner in owners if self.exclude_types else ():
+            if isinstance(owner.module, tuple(self.exclude_types)):
+                return f"of {type(owner.module).__name__}, which is in exclude_types", None
         is_asked = any(owner.matches(pattern) for owner in owners for pattern in self.also)
         reason, layout = ("", _layout_of(owners)) if is_asked else self._judge_role(parameter, owners)
         if reason:

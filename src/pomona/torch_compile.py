@@ -54,7 +54,7 @@ def plain_name(name: str) -> str:
         >>> plain_name("_orig_mod.encoder._orig_mod.0.weight")
         'encoder.0.weight'
     """
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+    return ".".join(part for part in name.split(".") if part != _WRAPPED) if _WRAPPED in name else name
 
 
 def plain_names(state: Mapping[str, Value]) -> dict[str, Value]:

@@ -305,16 +305,17 @@ class Pruner:
         else:
             if not self.num_steps and not one_shot:
                 raise RuntimeError(self._why_no_step())
-            masks, frozen = self._masks()
+            weights = self._weights()
+            masks, frozen = self._masks(weights)
             if self._directions:
                 check_lengths(dict(zip(self._placement.names, masks, strict=True)), self._directions)
-            self._warn_of_haste()
-            self._warn_of_loss(masks)
+            self._warn_of_haste(weights)
+            self._warn_of_loss(weights, masks)
             self._warn_of_unfrozen()
-            self._warn_of_starved(masks)
+            self._warn_of_starved(weights, masks)
             before = float(evaluate()) if evaluate else None
-            self._zeros = Zeros.cut_(self._weights(), masks, frozen)
-            self._warn_of_frozen()
+            self._zeros = Zeros.cut_(self._weights() if evaluate else weights, masks, frozen)
+            self._warn_of_frozen(weights)
             self._accuracy = (before, float(evaluate()) if evaluate else None)
             self._hardened_at = self.num_steps
         self._forget(self._weights())
@@ -348,20 +349,23 @@ class Pruner:
         )
         with self._watch.paused():
             try:
-                yield self._report(self._zeros if self.is_hardened else Zeros.cut_(self._weights(), *self._masks()))
+                yield self._report(self._zeros if self.is_hardened else self._cut())
             finally:
                 with torch.no_grad():
                     for w, value in zip(self._weights(), saved, strict=True):
                         w.value.copy_(value)
                 self._hooks.refusal = refusal
 
+    def _cut(self) -> Zeros:
+        weights = self._weights()
+        return Zeros.cut_(weights, *self._masks(weights))
+
     @torch.no_grad()
-    def _masks(self) -> tuple[list[Tensor], dict[str, Frozen]]:
+    def _masks(self, weights: Weights) -> tuple[list[Tensor], dict[str, Frozen]]:
         """What stays: the method's support, or all of a weight that is frozen; and which ones those are.
 
         The support must not be larger than the budget; it is smaller where scores are zero.
         """
-        weights = self._weights()
         with working_on(self._placement.shards):
             masks = self.method.support(weights, self.num_steps)
         budget = self.method.budget.num_kept(weights.numel, self.num_steps)
@@ -376,10 +380,10 @@ class Pruner:
         surplus = {w.name: b - a for w, a, b in zip(weights, kept, left, strict=True)}
         return masks, {name: Frozen(step, surplus[name]) for name, step in since.items()}
 
-    def _warn_of_haste(self) -> None:
+    def _warn_of_haste(self, weights: Weights) -> None:
         """Warn if the method or one of its schedules has not finished: the result is not what the user configured."""
         with working_on(self._placement.shards):
-            why = self.method.unfinished(self._weights(), self.num_steps)
+            why = self.method.unfinished(weights, self.num_steps)
         if why:
             warnings.warn(f"harden() at step {self.num_steps:,} comes early: {why}", stacklevel=3)
         hyper_parameters: Any = self.method
@@ -394,12 +398,12 @@ class Pruner:
                     stacklevel=3,
                 )
 
-    def _warn_of_frozen(self) -> None:
+    def _warn_of_frozen(self, weights: Weights) -> None:
         left = {name: one.surplus for name, one in self._zeros.frozen.items() if one.surplus > 0}
         if not left:
             return
         num_kept = sum(self._zeros.num_kept(self._placement).values())
-        total = sum(w.numel for w in self._weights())
+        total = weights.numel
         warnings.warn(
             f"harden() leaves {_some(left)} as before, because frozen weights keep their values: "
             f"{sum(left.values()):,} weights stay that the budget would have cut, and the sparsity is "
@@ -422,20 +426,20 @@ class Pruner:
         now = dict(self.model.named_parameters(remove_duplicate=False)) if frozen else {}
         return [name for name in frozen if name in now and now[name].requires_grad]
 
-    def _warn_of_loss(self, masks: list[Tensor]) -> None:
+    def _warn_of_loss(self, weights: Weights, masks: list[Tensor]) -> None:
         if not isinstance(self.method, Diagnosed):
             return
         with working_on(self._placement.shards):
-            diagnosis = self.method.diagnose(self._weights(), self.num_steps)
+            diagnosis = self.method.diagnose(weights, self.num_steps)
         if diagnosis.is_enough:
             return
-        cut = zip(self._weights(), masks, strict=True)
+        cut = zip(weights, masks, strict=True)
         if self._placement.on_any_rank(any(largest_among(w.value, ~mask) != 0.0 for w, mask in cut)):
             warnings.warn(f"harden() cuts weights that have not decayed: {diagnosis}", stacklevel=3)
 
-    def _warn_of_starved(self, masks: list[Tensor]) -> None:
+    def _warn_of_starved(self, weights: Weights, masks: list[Tensor]) -> None:
         with working_on(self._placement.shards):
-            why = starved_by(self.method, self._weights(), masks)
+            why = starved_by(self.method, weights, masks)
         if why:
             warnings.warn(f"harden() starves layers: {why}", stacklevel=3)
 
@@ -511,15 +515,18 @@ class Pruner:
             granularity=str(self.method.budget.granularity),
             accuracy_before=before,
             accuracy_after=after,
-            metrics=self.metrics(),
+            metrics=self._metrics(weights),
             num_steps=self.num_steps,
             num_skipped=self.num_skipped,
         )
 
     def metrics(self) -> dict[str, float]:
         """The method's own numbers now, such as GSM's ``decay_exponent``; may synchronise with the device."""
+        return self._metrics(self._weights())
+
+    def _metrics(self, weights: Weights) -> dict[str, float]:
         with working_on(self._placement.shards):
-            return self.method.metrics(self._weights())
+            return self.method.metrics(weights)
 
     def density_if_cut(self) -> dict[str, float]:
         """Name -> the share of its weights that ``harden()`` would keep now, or has kept: one selection, no copies."""
@@ -527,7 +534,7 @@ class Pruner:
         if self.is_hardened:
             kept = self._zeros.num_kept(self._placement)
         else:
-            kept = dict(zip(self._placement.names, count(self._masks()[0], of=weights), strict=True))
+            kept = dict(zip(self._placement.names, count(self._masks(weights)[0], of=weights), strict=True))
         return {w.name: kept[w.name] / w.numel for w in weights}
 
     def masks(self) -> dict[str, Tensor]:
@@ -539,7 +546,7 @@ class Pruner:
         if self.is_hardened:
             kept = {name: ~mask for name, mask in self._zeros.pruned.items()}
         else:
-            masks, _ = self._masks()
+            masks, _ = self._masks(self._weights())
             kept = {name: mask.clone() for name, mask in zip(self._placement.names, masks, strict=True)}
         return {name: like(p, kept[name]) for name, p in self.parameters().items()}
 
