@@ -99,7 +99,7 @@ def runs(net: str, sparsity: float, how: dict[str, Any], data_dir: str | None) -
             report = prune(model, draw, sparsity, pomona.Scope(also="embed"), 1500, **how)
             test = draw(4000)
         else:
-            model = build_model(net)
+            model = build_model(net, seed=seed)
             draw = digits(data.train_inputs, data.train_labels, seed)
             report = prune(model, draw, sparsity, pomona.Scope(), 900, **how)
             test = data.test_inputs, data.test_labels

@@ -12,7 +12,7 @@ the largest tensor.
 
 The keys and passes over them are in ``keys``, selection on one machine in ``cpu`` and ``device``, selection over ranks
 in ``ranks``, and what all selections have in common in ``kinds``. Selection of groups is in ``groups``, the shares of
-layers are in ``allocation``, and ``top_k`` puts all together.
+layers are in ``allocation``, scores that compare between layers in ``within``, and ``top_k`` puts all together.
 """
 
 from __future__ import annotations
