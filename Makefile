@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check tools test-slow test-install test-oldest test-newest docs docs-serve bench fuzz web tables sanitize \
+.PHONY: demo test check tried tools test-slow test-install test-oldest test-newest docs docs-serve bench fuzz web tables sanitize \
   format clean
 
 demo: $(VENV)/.zoo  ## prune a LeNet to a sixtieth on real digits, in under two minutes
@@ -24,12 +24,21 @@ test: $(VENV)/.test  ## two or three minutes, for every change: ruff, mypy, the 
 	$(RUN) pytest -n 2 --dist worksteal
 
 # With CI set, a test that is skipped fails, unless MAY_SKIP in conftest.py has its reason.
-check: tools $(VENV)/.test  ## a quarter of an hour, before a merge: all tests, with coverage and more examples; sanitizers
+check: tools $(VENV)/.test build/foreign/.installed  ## a quarter of an hour, before a merge: all tests, with coverage and more examples; sanitizers
 	$(MAKE) sanitize
 	$(RUN) coverage erase
 	$(RUN) coverage run -m pytest -n 2 --dist worksteal -m 'not slow' --hypothesis-profile check $(if $(CI),--no-skips)
 	$(RUN) coverage combine --quiet
 	$(RUN) coverage report
+
+# The models of others that tests/foreign tries: 125 MB to load, in a folder of their own. requirements.txt there says why.
+build/foreign/.installed: tests/foreign/requirements.txt | $(VENV)/.test
+	rm -rf $(@D)
+	$(INSTALL) --no-deps --target $(@D) -r $<
+	@touch $@
+
+tried: $(VENV)/.test build/foreign/.installed  ## ten minutes: docs/tried.md anew, the page of what came out
+	$(RUN) tests.foreign.page
 
 # What tests need and pip does not install: a browser, and a compiler for WebAssembly. CMake and a C++ compiler stand in
 # docs/install.md too; node is to be newer than Debian's.
@@ -59,7 +68,7 @@ test-oldest test-newest: test-%:  ## make PYTHON=python3.10 test-oldest; make PY
 	build/$*/bin/python -m pip install --quiet --upgrade --extra-index-url $(TORCH_INDEX) \
 	  $(PINS) -e '.[zoo,onnx]' safetensors pyyaml pytest hypothesis pytest-xdist
 	build/$*/bin/python -m pytest -n 2 -m 'not slow' --ignore=src/pomona/integrations \
-	  --ignore=tests/integrations --ignore=tests/docs/test_examples.py
+	  --ignore=tests/integrations --ignore=tests/foreign --ignore=tests/docs/test_examples.py
 
 docs: $(VENV)/.test  ## the site, into build/site; open build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict

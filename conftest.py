@@ -22,9 +22,9 @@ settings.register_profile("test", deadline=None, max_examples=50)
 settings.register_profile("check", deadline=None, max_examples=300)
 settings.load_profile("test")
 
-# Importing Lightning, Transformers, Accelerate and PEFT takes ten seconds in each worker: files that do it at their
-# head are for `make check`, and are not even collected without it.
-_FRAMEWORKS = (ROOT / "src/pomona/integrations", ROOT / "tests/integrations")
+# Importing Lightning, Transformers, Accelerate, PEFT and the models of others takes ten seconds in each worker: files
+# that do it at their head are for `make check`, and are not even collected without it.
+_FRAMEWORKS = (ROOT / "src/pomona/integrations", ROOT / "tests/integrations", ROOT / "tests/foreign")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,12 @@ from pomona.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-WITH_CODE = [page for page in PAGES if page.parent.name != "tutorials" and "```python" in page.read_text("utf-8")]
+ELSEWHERE = {"tutorials": "tests/docs/test_tutorials.py", "ultralytics.md": "tests/foreign/test_ultralytics.py"}
+WITH_CODE = [
+    page
+    for page in PAGES
+    if not {page.name, page.parent.name} & ELSEWHERE.keys() and "```python" in page.read_text("utf-8")
+]
 
 
 def name_of(page: Path) -> str:

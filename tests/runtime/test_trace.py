@@ -149,6 +149,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "features": (lambda x: torch.cat([x[:, 2:5], x.split([4, 5], 1)[1]], 1), (9,)),
     "pad": (lambda x: F.pad(F.pad(x, (1, 0, 2, 3)), (0, 0, 0, 1, 2, 0)), IMAGE),
     "in place": (lambda x: x.relu().mul_(2).add_(x).clamp_(max=3), IMAGE),
+    "dropout in place": (lambda x: F.dropout(x.relu(), 0.2, training=False, inplace=True), IMAGE),
     "copies": (lambda x: x.contiguous(memory_format=torch.channels_last).clone().float().flatten(1), IMAGE),
     "gate": (lambda x: x * x.mean((2, 3)).sigmoid()[:, :, None, None], IMAGE),
     "two outputs": (lambda x: (x.relu(), x.flatten(1)), IMAGE),

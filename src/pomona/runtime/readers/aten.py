@@ -176,7 +176,7 @@ def _batch_norm(t: AtenBuilder, a: Given) -> int:
 def _dropout(t: AtenBuilder, a: Given) -> int:
     if a["train"]:
         raise t.refuse("dropout in training mode (call model.eval() first)")
-    return t.value(a["input"])
+    return t.value(a["self" if "self" in a else "input"])  # dropout_, of inplace=True, has another name for it
 
 
 def _same(t: AtenBuilder, a: Given) -> int:
