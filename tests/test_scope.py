@@ -595,13 +595,29 @@ class Odd(nn.Linear):
 def test_a_layer_that_convolves_something_else_than_its_weight_is_refused() -> None:
     model = nn.Sequential(Standardised(3, 8, 3), Padded(8, 8, 3), Standardised(8, 8, 3), Scaled(2, 2), Odd(2, 2))
     before, states = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"0\.weight \(by its Standardised, whose forward .*2\.weight") as error:
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight \(by its Standardised, whose forward ") as error:
         Scope().select(model)
     assert "1.weight" not in str(error.value)
     assert inside(model, Scope(exclude_types=[Standardised])) == ["1.weight", "3.weight", "4.weight"]
     assert inside(model, eval(str(error.value).rpartition("dense: ")[2])) == ["1.weight", "3.weight", "4.weight"]
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(p, states[name]) for name, p in model.named_parameters())
+
+
+def test_a_refusal_of_many_is_short_and_its_patterns_fit_no_other() -> None:
+    model = nn.ModuleDict(
+        {
+            "stages": nn.ModuleList(
+                nn.ModuleDict({"conv": Standardised(3, 3, 3), "fc": nn.Linear(2, 2)}) for _ in range(9)
+            ),
+            "heads": nn.ModuleList([Standardised(3, 3, 3), nn.Conv2d(3, 3, 3), Standardised(3, 3, 3)]),
+        }
+    )
+    with pytest.raises(ValueError, match=r"stages\.0\.conv\.weight, .* and 8 more \(by its Standardised") as error:
+        Scope().select(model)
+    suggested = str(error.value).rpartition("dense: ")[2]
+    assert suggested == "Scope(exclude=['stages.*.conv.weight', 'heads.0.weight', 'heads.2.weight'])"
+    assert inside(model, eval(suggested)) == [*(f"stages.{i}.fc.weight" for i in range(9)), "heads.1.weight"]
 
 
 # modules that nobody knows

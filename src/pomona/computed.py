@@ -6,8 +6,10 @@ A zero in such a parameter is a zero of the layer only if the computation maps z
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -184,13 +186,38 @@ def check_lengths(values: Mapping[str, Tensor], directions: Mapping[str, int | N
             )
 
 
-def refusal(names: Iterable[tuple[str, str, str]]) -> str:
-    """One message for all of them: (parameter, how it is computed, the remedy or "")."""
-    listed = list(names)
-    shown = "; ".join(f"{name} ({how})" for name, how, _ in listed)
+def refusal(refused: Iterable[tuple[str, str, str]], others: Iterable[str]) -> str:
+    """One message for all of them.
+
+    Args:
+        refused: (parameter, how the layer computes with it, the remedy or "") each.
+        others: names that a pattern for these must not match.
+    """
+    listed = list(refused)
+    by_how: dict[str, list[str]] = {}
+    for name, how, _ in listed:
+        by_how.setdefault(how, []).append(name)
+    shown = "; ".join(f"{_first(names)} ({how})" for how, names in by_how.items())
     remedies = list(dict.fromkeys(remedy for _, _, remedy in listed if remedy))
     do = f"Make them plain parameters first: {'; '.join(remedies)}. Or leave" if remedies else "Leave"
     return (
         f"zeros in these parameters would not be zeros of their layers, which compute what they multiply with: "
-        f"{shown}. {do} them dense: Scope(exclude={[name for name, _, _ in listed]})"
+        f"{shown}. {do} them dense: Scope(exclude={patterns_of([name for name, _, _ in listed], others)})"
     )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def patterns_of(names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+    """Wildcards that match these names and none of the others: one for names that differ in their numbers alone."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), []).append(name)
+    rest = list(others)
+    patterns: list[str] = []
+    for pattern, some in found.items():
+        is_safe = len(some) > 1 and not any(fnmatchcase(other, pattern) for other in rest)
+        patterns += [pattern] if is_safe else some
+    return patterns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pomona.computed import Computed, find_computed, keeps_zeros, refusal
+from pomona.computed import Computed, find_computed, keeps_zeros, patterns_of, refusal
 from pomona.layout import Layout, Role, role_of
 from pomona.torch_compile import plain_name
 
@@ -132,7 +131,7 @@ class Scope:
             for owner in owners:
                 outside[owner.name] = owner.role.why if reason.startswith(_TIED) and owner.role.is_table else reason
         if refused and refuse:
-            raise ValueError(refusal(refused))
+            raise ValueError(refusal(refused, [*inside, *outside.keys() - {name for name, _, _ in refused}]))
         self._check_include(owned)
         if not inside and (refuse or not refused):
             raise ValueError(
@@ -140,7 +139,7 @@ class Scope:
                 + _why_outside(outside)
             )
         if refuse:
-            _warn_of_unknown(unknown, inside)
+            _warn_of_unknown(unknown, inside, outside)
         directions = {
             owner.name: owner.computed.dim
             for parameter, owners in owned.items()
@@ -320,14 +319,17 @@ def _why_not_prunable(
     return None
 
 
-def _warn_of_unknown(unknown: Mapping[nn.Parameter, Owned], inside: Mapping[str, nn.Parameter]) -> None:
+def _warn_of_unknown(
+    unknown: Mapping[nn.Parameter, Owned], inside: Mapping[str, nn.Parameter], outside: Mapping[str, str]
+) -> None:
     total = sum(parameter.numel() for parameter in unknown)
     if total <= _MATTERS * (total + sum(p.numel() for p in inside.values())):
         return
     owners = [unknown[p] for p in sorted(unknown, key=lambda p: -p.numel())]
     shown = ", ".join(f"{owner.name} of {type(owner.module).__name__}" for owner in owners[:3])
     more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
-    patterns = list(dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", owner.name) for owner in owners))
+    names = [owner.name for owner in owners]
+    patterns = patterns_of(names, [*inside, *outside.keys() - names])
     kinds = ", ".join(dict.fromkeys(type(owner.module).__name__ for owner in owners))
     warnings.warn(
         f"{total:,} weights stay dense, because Pomona does not know the modules that they belong to: {shown}{more}. "
