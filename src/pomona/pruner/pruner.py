@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from pomona.computed import check_lengths
 from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import like, local, refuse_flat, reshard, working_on
-from pomona.method import Method, starved_by
+from pomona.method import Method
 from pomona.ops import count
+from pomona.pruner.cautions import caution_of_frozen, caution_of_unfrozen, cautions_of_cut, some
 from pomona.pruner.chain import chain_of
 from pomona.pruner.hooks import StepHooks
 from pomona.pruner.placement import Placement
 from pomona.pruner.saved import check_method_state, collect, describe, restore
 from pomona.pruner.watch import Watch
-from pomona.pruner.zeros import Frozen, Zeros, largest_among, same_names, zero_copy_
+from pomona.pruner.zeros import Frozen, Zeros, same_names, zero_copy_
 from pomona.reporting import Report, report_layers, with_multiply_adds
-from pomona.schedule import FAR_AWAY, Schedule, check_count
+from pomona.schedule import check_count
 from pomona.scope import FROZEN, Scope, ScopedParameters
 from pomona.selection.groups import violations
 from pomona.weight import Weights
@@ -136,7 +137,7 @@ class Pruner:
         inside = {name: p for name, p in selected.inside.items() if name not in resting}
         if not inside:
             raise ValueError(
-                f"nothing to hold: all weights in scope are frozen ({_some(resting)}), and the optimizer holds none of "
+                f"nothing to hold: all weights in scope are frozen ({some(resting)}), and the optimizer holds none of "
                 f"them, so nothing moves their zeros. If they train later, give them to the optimizer"
             )
         directions = {name: dim for name, dim in selected.directions.items() if name in inside}
@@ -309,13 +310,15 @@ class Pruner:
             masks, frozen = self._masks(weights)
             if self._directions:
                 check_lengths(dict(zip(self._placement.names, masks, strict=True)), self._directions)
-            self._warn_of_haste(weights)
-            self._warn_of_loss(weights, masks)
-            self._warn_of_unfrozen()
-            self._warn_of_starved(weights, masks)
+            for caution in cautions_of_cut(self.method, weights, masks, self.num_steps, self._placement):
+                warnings.warn(caution, stacklevel=2)
+            if names := self._unfrozen():
+                warnings.warn(caution_of_unfrozen(names), stacklevel=2)
             before = float(evaluate()) if evaluate else None
             self._zeros = Zeros.cut_(self._weights() if evaluate else weights, masks, frozen)
-            self._warn_of_frozen(weights)
+            if left := {name: one.surplus for name, one in self._zeros.frozen.items() if one.surplus > 0}:
+                num_kept = sum(self._zeros.num_kept(self._placement).values())
+                warnings.warn(caution_of_frozen(left, 1 - num_kept / weights.numel), stacklevel=2)
             self._accuracy = (before, float(evaluate()) if evaluate else None)
             self._hardened_at = self.num_steps
         self._forget(self._weights())
@@ -380,68 +383,11 @@ class Pruner:
         surplus = {w.name: b - a for w, a, b in zip(weights, kept, left, strict=True)}
         return masks, {name: Frozen(step, surplus[name]) for name, step in since.items()}
 
-    def _warn_of_haste(self, weights: Weights) -> None:
-        """Warn if the method or one of its schedules has not finished: the result is not what the user configured."""
-        with working_on(self._placement.shards):
-            why = self.method.unfinished(weights, self.num_steps)
-        if why:
-            warnings.warn(f"harden() at step {self.num_steps:,} comes early: {why}", stacklevel=3)
-        hyper_parameters: Any = self.method
-        if not dataclasses.is_dataclass(hyper_parameters):
-            return
-        for name in [field.name for field in dataclasses.fields(hyper_parameters)]:
-            value = getattr(self.method, name)
-            if isinstance(value, Schedule) and value(self.num_steps) != value(FAR_AWAY):
-                warnings.warn(
-                    f"harden() in the middle of a schedule: {name} is {value(self.num_steps):g} at step "
-                    f"{self.num_steps:,} and goes to {value(FAR_AWAY):g} with {value}",
-                    stacklevel=3,
-                )
-
-    def _warn_of_frozen(self, weights: Weights) -> None:
-        left = {name: one.surplus for name, one in self._zeros.frozen.items() if one.surplus > 0}
-        if not left:
-            return
-        num_kept = sum(self._zeros.num_kept(self._placement).values())
-        total = weights.numel
-        warnings.warn(
-            f"harden() leaves {_some(left)} as before, because frozen weights keep their values: "
-            f"{sum(left.values()):,} weights stay that the budget would have cut, and the sparsity is "
-            f"{1 - num_kept / total:.4g}. To cut them too, unfreeze them before harden(): requires_grad_(True)",
-            stacklevel=3,
-        )
-
-    def _warn_of_unfrozen(self) -> None:
-        if names := self._unfrozen():
-            warnings.warn(
-                f"{_some(names)} {'were' if len(names) > 1 else 'was'} frozen when the Pruner was made and "
-                f"{'train' if len(names) > 1 else 'trains'} now: not pruned, not counted; make a new Pruner to prune "
-                f"them (detach() this one first), after requires_grad_(True)",
-                stacklevel=3,
-            )
-
     def _unfrozen(self) -> list[str]:
         """What is outside because it was frozen when the Pruner was made, and is not frozen any more."""
         frozen = [name for name, reason in self._outside.items() if reason == FROZEN]
         now = dict(self.model.named_parameters(remove_duplicate=False)) if frozen else {}
         return [name for name in frozen if name in now and now[name].requires_grad]
-
-    def _warn_of_loss(self, weights: Weights, masks: list[Tensor]) -> None:
-        if not isinstance(self.method, Diagnosed):
-            return
-        with working_on(self._placement.shards):
-            diagnosis = self.method.diagnose(weights, self.num_steps)
-        if diagnosis.is_enough:
-            return
-        cut = zip(weights, masks, strict=True)
-        if self._placement.on_any_rank(any(largest_among(w.value, ~mask) != 0.0 for w, mask in cut)):
-            warnings.warn(f"harden() cuts weights that have not decayed: {diagnosis}", stacklevel=3)
-
-    def _warn_of_starved(self, weights: Weights, masks: list[Tensor]) -> None:
-        with working_on(self._placement.shards):
-            why = starved_by(self.method, weights, masks)
-        if why:
-            warnings.warn(f"harden() starves layers: {why}", stacklevel=3)
 
     def verify(self, *copies: nn.Module) -> Report:
         """Prove the contract after ``harden()``: every zero is zero, and no more weights are left than the budget.
@@ -614,8 +560,3 @@ class Pruner:
         self.mark()
         if was_attached:
             self._hooks.attach()
-
-
-def _some(names: Collection[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(list(names)[:3])}{more}"
