@@ -207,8 +207,9 @@ class Role:
 def role_of(module: nn.Module, leaf: str, parameter: Tensor) -> Role:
     """What ``module`` does with its parameter, whose own name is ``leaf``."""
     kind = type(module).__name__
+    plain = ROWS if parameter.ndim < 2 else None
     if isinstance(module, _NORMS):
-        return Role(False, why=f"of a norm, {kind}")
+        return Role(False, plain, why=f"of a norm, {kind}")
     patterns = _patterns_of(type(module))
     for pattern, found in (patterns or {}).items():
         if fnmatchcase(leaf, pattern):
@@ -222,7 +223,7 @@ def role_of(module: nn.Module, leaf: str, parameter: Tensor) -> Role:
     if declared is not None:
         return declared
     if parameter.ndim < 2 or _num_long(parameter.shape) < 2:
-        return Role(False, ROWS if parameter.ndim < 2 else None, why="a vector")
+        return Role(False, plain, why="a vector")
     if patterns is not None:
         return Role(False, why=f"not what {kind} multiplies with")
     return Role(False, why=f"of {kind}, which is no layer that Pomona knows", is_known=False)

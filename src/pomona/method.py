@@ -40,8 +40,8 @@ _BUDGET = ("sparsity", "allocation", "min_density", "granularity", "score")  # f
 
 
 @lru_cache(maxsize=64)
-def _budget_of(options: tuple[tuple[str, Any, type], ...]) -> Budget:
-    """Reports ask every layer for it; the types are there because True equals 1.0."""
+def _budget_of(options: tuple[tuple[str, Any, str], ...]) -> Budget:
+    """Reports ask every layer for it; how a value is written is there because True equals 1.0."""
     return Budget(**{name: value for name, value, _ in options})
 
 
@@ -81,7 +81,7 @@ class Method(ABC):
     @property
     def budget(self) -> Budget:
         """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
-        options = tuple((name, value, type(value)) for name in self._options() for value in [getattr(self, name)])
+        options = tuple((name, value, repr(value)) for name in self._options() for value in [getattr(self, name)])
         try:
             return _budget_of(options)
         except TypeError:  # a value that cannot be hashed, or that the budget refuses

@@ -78,6 +78,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
 
 def ignore_what_torch_warns_of() -> None:
     """Warnings of torch.distributed about its own ways, which no user of it can avoid."""
+    warnings.filterwarnings("ignore", ".* starves layers")  # of networks this small
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # a layer's output; harmless
     warnings.filterwarnings("ignore", "torch.distributed is disabled, .* single process")  # as no_dist=True asks for
     warnings.filterwarnings("ignore", "DTensor random operators may not have complete support")  # of torch 2.6 on CPUs
