@@ -40,9 +40,14 @@ _BUDGET = ("sparsity", "allocation", "min_density", "granularity", "score")  # f
 
 
 @lru_cache(maxsize=64)
-def _budget_of(options: tuple[tuple[str, Any, type], ...]) -> Budget:
+def _budget_of(options: tuple[tuple[str, Any, object], ...]) -> Budget:
     """Reports ask every layer for it; the types are there because True equals 1.0."""
     return Budget(**{name: value for name, value, _ in options})
+
+
+def _types(value: object) -> object:
+    """What tells (True, 4) from (1, 4)."""
+    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 
 class Method(ABC):
@@ -81,7 +86,7 @@ class Method(ABC):
     @property
     def budget(self) -> Budget:
         """How many weights may survive ``harden()`` at most, and where; all of them if the method has no sparsity."""
-        options = tuple((name, value, type(value)) for name in self._options() for value in [getattr(self, name)])
+        options = tuple((name, value, _types(value)) for name in self._options() for value in [getattr(self, name)])
         try:
             return _budget_of(options)
         except TypeError:  # a value that cannot be hashed, or that the budget refuses
