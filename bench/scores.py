@@ -23,12 +23,18 @@ import pomona
 from pomona.zoo.data import DATA
 from pomona.zoo.models import build_model
 
+
+def normalized(w: pomona.Weight) -> Tensor:
+    """A score of the user's own: |w| over the root mean square of its layer."""
+    return w.value.abs() / w.value.square().mean().sqrt()
+
+
 WAYS: list[dict[str, Any]] = [
     {},
     {"allocation": "uniform"},
     {"allocation": "erk"},
     {"score": "lamp"},
-    {"score": "normalized"},
+    {"score": normalized},
 ]
 NUM_WORDS = 500
 SPARSITIES = {"embedding": (0.9, 0.97), "lenet-300-100": (0.98, 0.99, 0.995), "lenet-5": (0.99, 0.995)}
@@ -122,7 +128,10 @@ def main() -> None:
             for how in WAYS:
                 found = list(runs(net, sparsity, how, options.data_dir))
                 reached = [value for value, _ in found]
-                said = ", ".join(f"{key}={value!r}" for key, value in how.items()) or "default"
+                said = (
+                    ", ".join(f"{key}={getattr(value, '__name__', repr(value))}" for key, value in how.items())
+                    or "default"
+                )
                 spread = f"{statistics.mean(reached):.1f} +- {statistics.stdev(reached):.1f}"
                 print(f"| {net} | {sparsity:.1%} | {said} | {spread} | {found[0][1]} |", flush=True)
 

@@ -595,7 +595,7 @@ def test_a_budget_follows_its_schedule() -> None:
         ({"sparsity": 0.9, "allocation": "ERK"}, "allocation must be one of global, uniform, erk, got 'ERK'"),
         ({"sparsity": 0.9, "min_density": 2.0}, r"min_density must be in \[0, 1\], got 2"),
         ({"sparsity": 0.9, "granularity": "2:4"}, "so that sparsity must be 0.5, got 0.9"),
-        ({"sparsity": 0.9, "score": "LAMP"}, "score must be one of 'magnitude', 'lamp', 'normalized', or a function"),
+        ({"sparsity": 0.9, "score": "LAMP"}, "score must be one of 'magnitude', 'lamp', or a function"),
         (
             {"sparsity": 0.9, "score": "lamp", "allocation": "erk"},
             "score='lamp' .* allocation='erk' gives each its share",
@@ -621,21 +621,17 @@ def weights_of(layers: Sequence[Any]) -> list[pomona.Weight]:
     return [pomona.Weight(f"w{i}", value, value, {}, {}) for i, value in enumerate(values)]
 
 
-@pytest.mark.parametrize("name", ["lamp", "normalized"])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("min_density", [0.0, 0.1])
-def test_one_ranking_by_a_fair_score_keeps_what_the_oracle_does(
-    name: Literal["lamp", "normalized"], seed: int, min_density: float
-) -> None:
+def test_one_ranking_by_a_fair_score_keeps_what_the_oracle_does(seed: int, min_density: float) -> None:
     layers = drawn(seed)
-    masks = Budget(0.75, score=name, min_density=min_density).survivors(weights_of(layers), 1).masks()
-    scores = [getattr(fair, name)(layer) for layer in layers]
+    masks = Budget(0.75, score="lamp", min_density=min_density).survivors(weights_of(layers), 1).masks()
+    scores = [fair.lamp(layer) for layer in layers]
     agree(masks, oracles.top_k_mask_with_floor(scores, 32, min_density))
 
 
-@pytest.mark.parametrize("name", ["lamp", "normalized"])
-def test_the_scale_of_a_layer_decides_nothing_with_a_fair_score(name: Literal["lamp", "normalized"]) -> None:
-    budget = Budget(0.75, score=name)
+def test_the_scale_of_a_layer_decides_nothing_with_a_fair_score() -> None:
+    budget = Budget(0.75, score="lamp")
     plain, scaled = drawn(scales=(1.0, 1.0, 1.0)), drawn(scales=(1.0, 2.0**-9, 2.0**5))
     kept = [budget.survivors(weights_of(layers), 1) for layers in (plain, scaled)]
     assert lists(kept[0].masks()) == lists(kept[1].masks())
@@ -648,22 +644,18 @@ def test_by_lamp_no_layer_is_emptied_even_of_equal_weights() -> None:
     assert list(Budget(1 - 3 / 105, score="lamp").survivors(weights, 1).counts) == [1, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["lamp", "normalized"])
-def test_blocks_are_ranked_by_how_their_scores_relate(name: Literal["lamp", "normalized"]) -> None:
+def test_blocks_are_ranked_by_how_their_scores_relate() -> None:
     layers = drawn()
-    masks = Budget(0.75, score=name, granularity="2x4").survivors(weights_of(layers), 1).masks()
-    scores = [getattr(fair, name)(fair.block_norms(layer, 2, 4)) for layer in layers]
+    masks = Budget(0.75, score="lamp", granularity="2x4").survivors(weights_of(layers), 1).masks()
+    scores = [fair.lamp(fair.block_norms(layer, 2, 4)) for layer in layers]
     chosen = oracles.top_k_mask(scores, 4)
     agree(masks, [np.kron(mask, np.ones((2, 4))).astype(bool) for mask in chosen])
 
 
-@pytest.mark.parametrize("name", ["lamp", "normalized"])
 @pytest.mark.parametrize("granularity", ["channel", "input channel"])
-def test_channels_are_ranked_by_how_their_scores_relate(
-    name: Literal["lamp", "normalized"], granularity: Granularity
-) -> None:
+def test_channels_are_ranked_by_how_their_scores_relate(granularity: Granularity) -> None:
     plain, scaled = drawn(scales=(1.0, 1.0, 1.0)), drawn(scales=(1.0, 2.0**-9, 2.0**5))
-    budget = Budget(0.5, score=name, granularity=granularity)
+    budget = Budget(0.5, score="lamp", granularity=granularity)
     masks = [budget.survivors(weights_of(layers), 1).masks() for layers in (plain, scaled)]
     assert lists(masks[0]) == lists(masks[1])
     dim = 1 if granularity == "channel" else 0
@@ -682,14 +674,13 @@ def test_on_the_way_to_2_of_4_what_is_left_is_ranked_by_a_fair_score() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_fair_scores_of_other_precisions_are_exact_in_number(dtype: torch.dtype) -> None:
     weights = weights_of([torch.tensor(layer).to(dtype) for layer in drawn()])
-    for name in ("lamp", "normalized"):
-        assert sum(Budget(0.75, score=name).survivors(weights, 1).counts) == 32
+    assert sum(Budget(0.75, score="lamp").survivors(weights, 1).counts) == 32
 
 
 def test_inside_masks_a_zero_may_stay_and_what_is_outside_never() -> None:
     weights = weights_of([torch.tensor([[0.0, 3.0, 0.0]]), torch.tensor([[0.0, 0.5]])])
     inside = [torch.tensor([[False, True, True]]), torch.tensor([[True, True]])]
-    for score in ("magnitude", "lamp", "normalized", by_position):
+    for score in ("magnitude", "lamp", by_position):
         masks = Budget(0.2, score=score).survivors(weights, 1, inside=inside).masks()  # type: ignore[arg-type]
         assert lists(masks) == [[[False, True, True]], [[True, True]]]
 
@@ -744,7 +735,7 @@ def starved(budget: Budget, kept: Sequence[int], options: Sequence[str] = EVERY)
 def test_layers_at_a_floor_far_below_the_networks_share_are_told_with_the_ways_out() -> None:
     assert starved(Budget(0.9, min_density=1e-4), [637, 1, 2]) == (
         "1 of 3 layers keeps no more than the floor min_density=0.0001 of its weights: w1 1 of 2,048; one ranking on "
-        "magnitudes is unfair to layers of small weights; take score='lamp', allocation='uniform', a higher "
+        "magnitudes is unfair to layers of small weights; take score='lamp', allocation='erk', a higher "
         "min_density, a lower sparsity, or leave it dense: Scope(exclude=['w1'])"
     )
     assert starved(Budget(0.9, min_density=1e-4), [638, 1, 1]).startswith(
@@ -802,11 +793,10 @@ def stacked(layers: Sequence[Any]) -> pomona.Weight:
     return pomona.Weight("in_proj", value, value, {}, {}, layout=pomona.layout.Layout(matrices=len(layers)))
 
 
-@pytest.mark.parametrize("name", ["lamp", "normalized"])
 @pytest.mark.parametrize("granularity", ["weight", "2x4", "channel"])
-def test_each_matrix_of_a_tensor_is_ranked_as_if_alone(name: Literal["lamp", "normalized"], granularity: str) -> None:
+def test_each_matrix_of_a_tensor_is_ranked_as_if_alone(granularity: str) -> None:
     layers = [layer.reshape(6, 8) for layer in (drawn()[0], drawn(1)[0] * 0.01, drawn(2)[0] * 30)]
-    budget = Budget(0.75, score=name, granularity=granularity)
+    budget = Budget(0.75, score="lamp", granularity=granularity)
     (together,) = budget.survivors([stacked(layers)], 1).masks()
     alone = budget.survivors(weights_of(layers), 1).masks()
     assert torch.equal(together, torch.cat(alone)) and all(bool(mask.any()) for mask in alone)

@@ -82,7 +82,7 @@ METHODS = [
     Case("magnitude, erk", pomona.Magnitude(sparsity=0.75, allocation="erk"), ("momentum",)),
     Case("magnitude, lamp", pomona.Magnitude(pomona.Cubic(0.0, 0.75, steps=12), every=3, score="lamp"), ("momentum",)),
     Case("magnitude, its own score", pomona.Magnitude(0.75, begin=9, score=by_size), ("momentum",)),
-    Case("gsm, normalized", pomona.GSM(sparsity=0.75, score="normalized"), ("momentum",)),
+    Case("gsm, lamp", pomona.GSM(sparsity=0.75, score="lamp"), ("momentum",)),
     Case("admm, lamp by blocks", pomona.ADMM(0.75, rho=0.1, every=6, score="lamp", granularity=(1, 2)), ("momentum",)),
     Case("feather, lamp", pomona.Feather(pomona.Cubic(0.0, 0.75, steps=12), score="lamp"), ("momentum",)),
     Case("feather", pomona.Feather(pomona.Cubic(0.0, 0.75, steps=12)), ALL),

@@ -38,12 +38,11 @@ class Budget:
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]: of a layer of n weights
             (or groups) at least ``ceil(min_density n)``.
         granularity: what goes together, see :mod:`pomona.granularity`; stored in its canonical spelling.
-        score: what the weights are ranked by. ``"magnitude"``: by :math:`|w|`. ``"lamp"`` and ``"normalized"``, with
-            ``"global"`` only: by :math:`|w|` in relation to the rest of its layer, :func:`pomona.score.lamp` and
-            :func:`pomona.score.normalized`; of blocks and channels by the score of each in relation to the others.
-            Or a function that is called with each :class:`pomona.Weight` and returns scores >= 0 of the shape of its
-            ``value``; what it reads besides ``value`` is its own affair (``grad`` is empty at ``harden()``). A saved
-            state knows such a function by its qualified name.
+        score: what the weights are ranked by. ``"magnitude"``: by :math:`|w|`. ``"lamp"``, with ``"global"`` only: by
+            :math:`|w|` in relation to the rest of its layer, :func:`pomona.score.lamp`; blocks and channels by the
+            score of each in relation to the others. Or a function that is called with each :class:`pomona.Weight` and
+            returns scores >= 0 of the shape of its ``value`` (over ranks: of this rank's block). What else it reads is
+            its own affair; ``grad`` is empty at ``harden()``. A saved state knows it by its qualified name.
 
     Example:
         >>> budget = Budget(0.9, min_density=0.01)
@@ -145,9 +144,9 @@ class Budget:
     def survivors(self, weights: Sequence[Weight], step: int, *, inside: Sequence[Tensor] | None = None) -> Selection:
         """Keep the weights that ``score`` ranks highest: exactly ``num_kept``, fewer where scores are zero.
 
-        Ties are broken by position. Where the budget is all weights, all stay. ``"lamp"`` and ``"normalized"`` take a
-        float32 copy of ``|w|``, and for one layer at a time what :mod:`pomona.score` says. All ranks must call it where
-        weights are sharded.
+        Ties are broken by position. Where the budget is all weights, all stay. ``"lamp"`` takes a float32 copy of
+        ``|w|``, and for one layer at a time a sort and 40 bytes per weight. All ranks must call it where weights are
+        sharded.
 
         Args:
             weights: to be ranked, and all that the budget is of.
@@ -246,13 +245,14 @@ class Budget:
     def _is_starved(self, w: Weight, kept: int, share: float) -> bool:
         if len(w.shape) < 2 or w.numel == 0:
             return False  # a bias without a weight cuts no network in two
-        return kept == 0 or (kept <= self.floor(w) and kept / w.numel < share / 10)
+        return kept == 0 or (kept / w.numel < share / 10 and kept <= self.floor(w))
 
     def _ways_out(self, names: Sequence[str], options: Collection[str]) -> str:
+        is_n_of_m = isinstance(parse(self.granularity), NOfM)  # whose shares are equal
         is_fair = self.allocation != "global" or self.score != "magnitude"
         ways = {
             "score": "" if is_fair else "score='lamp'",
-            "allocation": "" if is_fair else "allocation='uniform'",
+            "allocation": "" if is_fair else "allocation='uniform'" if is_n_of_m else "allocation='erk'",
             "min_density": "a higher min_density" if self.allocation == "global" else "",
             "sparsity": "a lower sparsity" if self.sparsity is not None else "",
         }

@@ -6,7 +6,7 @@ the weight stops mattering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias, get_args
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-_NAMES = Literal["magnitude", "lamp", "normalized"]
+_NAMES = Literal["magnitude", "lamp"]
 Scoring: TypeAlias = _NAMES | Callable[[Any], Tensor]  # by name, or from a Weight to its scores
 Within: TypeAlias = Callable[[Tensor], Tensor]  # from the scores of a layer to scores that compare between layers
 
@@ -142,33 +142,9 @@ def lamp(scores: Tensor) -> Tensor:
     return _settled(torch.empty_like(shares).scatter_(0, places, shares).view(scores.shape), scores)
 
 
-def normalized(scores: Tensor) -> Tensor:
-    """Each score of a layer over the root of the mean of the squares of all.
-
-    Ours. Cheaper than ``lamp``, and a layer may be emptied by it. The mean counts weights that are zero too, so a layer
-    that has lost most of them is spared. Summed as in ``lamp``; takes some 20 bytes per score.
-
-    Args:
-        scores: float32, >= 0, of any shape: all scores of one layer.
-
-    Returns:
-        New scores, of the same shape and type; those that are not finite stay as they are.
-
-    Example:
-        >>> normalized(torch.tensor([0.5, 2.0, 1.5, 0.0]))
-        tensor([0.3922, 1.5689, 1.1767, 0.0000])
-    """
-    squares, scale = _squares(scores)
-    norm = squares.sum().double().clamp_(min=1.0).div_(max(1, scores.numel())).sqrt_()
-    return _settled(scores.double().mul_(scale).div_(norm).float(), scores)
-
-
-WITHIN: Mapping[str, Within] = {"lamp": lamp, "normalized": normalized}
-
-
 def rule_of(score: Scoring) -> Within | None:
     """What makes the scores of different layers comparable; None if this score leaves them as they are."""
-    return WITHIN.get(score) if isinstance(score, str) else None
+    return lamp if score == "lamp" else None
 
 
 def check_scoring(score: object) -> None:

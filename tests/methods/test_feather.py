@@ -87,7 +87,9 @@ def test_where_a_schedule_ends_decides_on_the_gradients_of_zeros(sparsity: Sched
 
 
 def test_a_score_of_ones_own_has_no_threshold() -> None:
-    with pytest.raises(ValueError, match=r"Feather's threshold is one on \|v\|, .* take score='magnitude', 'lamp' or"):
+    with pytest.raises(
+        ValueError, match=r"Feather's threshold is one on \|v\|, .* take score='magnitude' or 'lamp', or"
+    ):
         pomona.Feather(0.5, score=lambda w: w.value.abs())
 
 

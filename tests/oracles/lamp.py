@@ -16,11 +16,6 @@ def lamp(layer: Array) -> Array:
     return scores.reshape(np.shape(layer))
 
 
-def normalized(layer: Array) -> Array:
-    w = np.asarray(layer, dtype=np.float64)
-    return np.abs(w) / (np.sqrt(np.square(w).mean()) or 1.0)
-
-
 def block_norms(layer: Array, rows: int, columns: int) -> Array:
     """Root mean squares of the blocks of a matrix."""
     down, across = layer.shape[0] // rows, layer.shape[1] // columns

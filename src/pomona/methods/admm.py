@@ -72,10 +72,9 @@ class ADMM(Method):
         granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
             ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
             :mod:`pomona.granularity`. Paper: single weights.
-        score: what :math:`\Pi` ranks the weights by: ``"magnitude"``, with which it is the projection; ``"lamp"`` or
-            ``"normalized"``, with which it is the projection onto the counts per layer that these find (``"global"``
-            only); or a function of a Weight, whose ``value`` is what is projected. See :class:`pomona.Budget`. Paper:
-            magnitude.
+        score: what :math:`\Pi` ranks the weights by: ``"magnitude"``, with which it is the projection; ``"lamp"``,
+            with which it is the projection onto the counts per layer that this finds (``"global"`` only); or a function
+            of a Weight, whose ``value`` is what is projected. See :class:`pomona.Budget`. Paper: magnitude.
 
     Example:
         >>> model = nn.Linear(100, 10)

@@ -58,8 +58,9 @@ class Feather(Method):
             ends above 0.95, else 1. Paper: that.
         allocation: ``"global"``, ``"uniform"`` or ``"erk"``, see :class:`pomona.Budget`. Paper: ``"global"``.
         min_density: with ``"global"``, the least share that stays of each layer, in [0, 1]. Paper: none.
-        score: ``"magnitude"``, ``"lamp"`` or ``"normalized"``, see :class:`pomona.Budget`. With the last two each layer
-            has a :math:`T` of its own, and each step takes what these take (a sort, for ``"lamp"``). Paper: magnitude.
+        score: ``"magnitude"``, or ``"lamp"``, with which one ranking is fair to layers of small weights; see
+            :class:`pomona.Budget`. Each layer then has a :math:`T` of its own, and each step sorts each layer. Paper:
+            magnitude.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -85,7 +86,7 @@ class Feather(Method):
         if not isinstance(self.score, str):
             raise ValueError(
                 f"Feather's threshold is one on |v|, which a score of your own ({self.score!r}) has not; take "
-                f"score='magnitude', 'lamp' or 'normalized', or Magnitude(score=...)"
+                f"score='magnitude' or 'lamp', or Magnitude(score=...)"
             )
         for name in ("power", "gradient_scale"):
             number = getattr(self, name)

@@ -74,9 +74,9 @@ class GSM(Method):
             must then end at ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input
             channel"``; see :mod:`pomona.granularity`. All but the first take masks of one byte per weight at each step,
             for which a GPU's host waits. Paper: single weights.
-        score: what the final cut ranks the weights by: ``"magnitude"``, ``"lamp"``, ``"normalized"``, or a function of
-            a Weight; see :class:`pomona.Budget`. It does not change :math:`T`, which is fair by itself: in a layer of
-            larger weights gradients are smaller. Paper: magnitude.
+        score: what the final cut ranks the weights by: ``"magnitude"``, ``"lamp"``, or a function of a Weight; see
+            :class:`pomona.Budget`. It does not change :math:`T`, which is fair by itself: in a layer of larger weights
+            gradients are smaller. Paper: magnitude.
         zeros: ``"learn"``: tensors that are zero throughout before the first step learn, as above; ``"paper"``: they
             stay zero, of which a warning at construction tells the names.
 

@@ -55,9 +55,8 @@ class Magnitude(Method):
         granularity: what goes together: ``"weight"``, ``"n:m"`` such as ``"2:4"`` (``sparsity`` must then end at
             ``1 - n/m``), a block such as ``"1x4"`` or ``(1, 4)``, ``"channel"`` or ``"input channel"``; see
             :mod:`pomona.granularity`. Paper: single weights.
-        score: what the weights are ranked by: ``"magnitude"``; ``"lamp"`` or ``"normalized"``, with which one ranking
-            is fair to layers of small weights (``"global"`` only); or a function of a Weight. See
-            :class:`pomona.Budget`. Paper: magnitude.
+        score: what the weights are ranked by: ``"magnitude"``; ``"lamp"``, with which one ranking is fair to layers of
+            small weights (``"global"`` only); or a function of a Weight. See :class:`pomona.Budget`. Paper: magnitude.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
