@@ -37,7 +37,7 @@ build/foreign/.installed: tests/foreign/requirements.txt | $(VENV)/.test
 	$(INSTALL) --no-deps --target $(@D) -r $<
 	@touch $@
 
-tried: $(VENV)/.test build/foreign/.installed  ## ten minutes: docs/tried.md anew, the page of what came out
+tried: $(VENV)/.test build/foreign/.installed  ## three minutes: docs/tried.md anew, the page of what came out
 	$(RUN) tests.foreign.page
 
 # What tests need and pip does not install: a browser, and a compiler for WebAssembly. CMake and a C++ compiler stand in

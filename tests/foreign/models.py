@@ -31,7 +31,8 @@ class Tried:
         example: its input: a tensor, a tuple of arguments, or keyword arguments.
         tensors: how many the default scope selects (or ``scope``).
         runtime: "" if the whole network runs in ``pomona.runtime``; otherwise what its error names as missing.
-        refused: what the Pruner's error says with the default scope, as a regular expression; ``scope`` is its way out.
+        refused: what the Pruner's error says with the default scope, as a regular expression; the scope that it advises
+            is taken then.
         warned: what it warns of with the default scope, if it does.
         scope: instead of the default one; None: there is no way out.
         copies: whether torch can copy it (``copy.deepcopy``).
@@ -386,7 +387,7 @@ MODELS: Mapping[str, Tried] = {
         runtime="aten.conv_transpose2d",
     ),
     "torch/complex": Tried(
-        refused=r"0\.weight.*torch\.complex64; only real",
+        refused=r"0\.weight, 2\.weight, 4\.weight \(it is torch\.complex64; only real",
         scope=None,
         make=lambda: mlp(dtype=torch.complex64),
         example=rows(4, 8).cfloat(),
@@ -407,7 +408,6 @@ MODELS: Mapping[str, Tried] = {
     ),
     "torch/weight standardisation": Tried(
         refused=r"2\.weight \(by its Standardised",
-        scope=pomona.Scope(exclude=["2.weight"]),
         make=layers(lambda: nn.Conv2d(3, 8, 3), nn.ReLU, lambda: Standardised(8, 8, 3), nn.Flatten),
         example=image(8),
         tensors=1,
@@ -416,14 +416,12 @@ MODELS: Mapping[str, Tried] = {
     "torch/weight_norm, the old one": Tried(copies=False, make=in_place(weight_norm), example=rows(4, 8), tensors=3),
     "torch/spectral_norm": Tried(
         refused=r"2\.parametrizations\.weight\.original \(by SpectralNorm\).*remove_parametrizations",
-        scope=pomona.Scope(exclude=["2.*"]),
         make=in_place(parametrizations.spectral_norm),
         example=rows(4, 8),
         tensors=2,
     ),
     "torch/spectral_norm, the old one": Tried(
         refused=r"2\.weight_orig \(by SpectralNorm\).*remove_spectral_norm",
-        scope=pomona.Scope(exclude=["2.*"]),
         copies=False,
         make=in_place(spectral_norm),
         example=rows(4, 8),
@@ -431,14 +429,12 @@ MODELS: Mapping[str, Tried] = {
     ),
     "torch/orthogonal": Tried(
         refused=r"2\.parametrizations\.weight\.original \(by Orthogonal\)",
-        scope=pomona.Scope(exclude=["2.*"]),
         make=in_place(parametrizations.orthogonal),
         example=rows(4, 8),
         tensors=2,
     ),
     "torch/torch.nn.utils.prune": Tried(
         refused=r"2\.weight_orig \(by a mask of torch\.nn\.utils\.prune\).*from_torch_prune",
-        scope=pomona.Scope(exclude=["2.*"]),
         copies=False,
         make=in_place(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
         example=rows(4, 8),
@@ -606,8 +602,7 @@ MODELS: Mapping[str, Tried] = {
         make=timm("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)), example=image(), tensors=21
     ),
     "timm/nfnet_f0": Tried(
-        refused=r"stem\.conv1\.weight \(by its ScaledStdConv2d",
-        scope=pomona.Scope(exclude=["*conv*.weight"]),
+        refused=r"stem\.conv1\.weight,.* and 22 more \(by its ScaledStdConv2d",
         make=timm(
             "nfnet_f0", depths=(1, 1, 1, 1), channels=(32, 32, 64, 64), group_size=16, stem_chs=16, num_features=64
         ),

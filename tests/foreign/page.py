@@ -69,24 +69,17 @@ def row(name: str, tried: Tried, found: Found) -> str:
 
 def said(name: str, found: Found) -> str:
     """What the Pruner says of the default scope."""
-    return f"{name.partition('/')[2]}:\n\n```text\n{textwrap.fill(found.said, 118, break_long_words=False)}\n```\n"
+    text = textwrap.fill(found.said, 118, break_long_words=False, break_on_hyphens=False)
+    return f"{name.partition('/')[2]}:\n\n```text\n{text}\n```\n"
 
 
 def _note(tried: Tried) -> str:
-    what = "refused" if tried.refused else "left dense with a warning" if tried.warned else ""
-    if not what:
+    if tried.refused:
+        return "refused" if tried.scope is None else "refused, and pruned with the scope that the error advises"
+    if not tried.warned:
         return ""
-    return f"{what}; here with `{_shown(tried)}`" if tried.scope and tried.scope != _DEFAULT else what
-
-
-_DEFAULT = Tried.__dataclass_fields__["scope"].default_factory()  # type: ignore[misc]
-
-
-def _shown(tried: Tried) -> str:
-    """A scope as one writes it: what is not the default."""
-    fields = (f for f in ("types", "include", "exclude", "also", "exclude_types"))
-    given = {f: value for f in fields if (value := getattr(tried.scope, f, ()))}
-    return f"Scope({', '.join(f'{f}={list(value)}' for f, value in given.items())})"
+    also = getattr(tried.scope, "also", ())
+    return "left dense with a warning" + (f", and pruned with `Scope(also={list(also)})`" if also else "")
 
 
 def page(found: Mapping[str, Found]) -> str:

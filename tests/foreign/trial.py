@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def attempt(tried: Tried, folder: Path) -> Found:
     said = check_default(tried)
     if tried.scope is None:
         return Found(0, 0, _count(_made(tried)), (), "-", "-", said)
+    if tried.refused:
+        tried = replace(tried, scope=advised(said))
     check_scope(tried)
     for way in tried.ways:
         model = live(tried, WAYS[way])
@@ -155,6 +158,13 @@ def check_default(tried: Tried) -> str:
     (message,) = messages
     assert re.search(tried.warned, message), message
     return message
+
+
+def advised(message: str) -> pomona.Scope:
+    """The scope that an error advises, as one would copy it."""
+    advice = re.search(r"Scope\(exclude=(\[.*?\])\)", message)
+    assert advice, message
+    return pomona.Scope(exclude=ast.literal_eval(advice[1]))
 
 
 # What training does
