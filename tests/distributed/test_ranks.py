@@ -171,7 +171,7 @@ def test_what_would_prune_wrongly_is_refused_on_all_ranks(world: World) -> None:
         "scattered": "0.weight is placed as (_StridedShard(dim=0, sf=2),), so that a rank does not hold one contiguous",
         "two meshes": "2.weight is on DeviceMesh((dp=3)",
         "gradient": "the gradient of 0.weight is placed as (Partial(sum),) and the weight as (Shard(dim=0),)",
-        "methods": "this one has GSM(sparsity=0.5, min_density=0.0001, granularity='weight') for 2 tensors",
+        "methods": "granularity='weight', score='magnitude', zeros='learn') for 2 tensors",
         "fsdp1": "use its successor, torch.distributed.fsdp.fully_shard",
         "deepspeed": "DeepSpeedEngine belongs to DeepSpeed, which flattens the weights",
     }
