@@ -269,7 +269,8 @@ class Pruner:
                 "were removed); make a new Pruner and load this one's state_dict() into it"
             )
         self._placement.check_in_place()
-        self._watch.warn_if_changed(self.num_steps, stacklevel=3)
+        if not self._placement.swaps:  # else eval() and train() of the optimizer change the weights, as they should
+            self._watch.warn_if_changed(self.num_steps, stacklevel=3)
 
     # Zeros
 
