@@ -6,6 +6,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -437,7 +438,7 @@ def test_a_missing_or_broken_library_is_told(afresh: pytest.MonkeyPatch, tmp_pat
 def test_env_names_versions_and_the_path_of_selection(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    rows = {line[:14].strip(): line[14:] for line in out.splitlines()}
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines())
     assert rows["torch"] == torch.__version__ and rows["threads"] == "1"
     assert rows["selection"].startswith("compiled core" if core.is_available() else "numpy; no compiled core: ")
 
