@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 
 # `make check` draws three times as many examples as `make test`. A test that asks for fewer has costly ones.
 settings.register_profile("test", deadline=None, max_examples=50)
-settings.register_profile("check", deadline=None, max_examples=300)
+settings.register_profile("check", deadline=None, max_examples=150)
 settings.load_profile("test")
 
 # Importing Lightning, Transformers, Accelerate, PEFT and the models of others takes ten seconds in each worker: files
