@@ -24,7 +24,7 @@ test: $(VENV)/.test  ## two or three minutes, for every change: ruff, mypy, the 
 	$(RUN) pytest -n 2 --dist worksteal
 
 # With CI set, a test that is skipped fails, unless MAY_SKIP in conftest.py has its reason.
-check: tools $(VENV)/.test build/foreign/.installed  ## a quarter of an hour, before a merge: all tests, with coverage and more examples; sanitizers
+check: tools $(VENV)/.test build/foreign/.installed  ## some twenty minutes, before a merge: all tests, with coverage and more examples; sanitizers
 	$(MAKE) sanitize
 	$(RUN) coverage erase
 	$(RUN) coverage run -m pytest -n 2 --dist worksteal -m 'not slow' --hypothesis-profile check $(if $(CI),--no-skips)
