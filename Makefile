@@ -28,6 +28,7 @@ check: tools $(VENV)/.test build/foreign/.installed  ## some twenty minutes, bef
 	$(MAKE) sanitize
 	$(RUN) coverage erase
 	$(RUN) coverage run -m pytest -n 2 --dist worksteal -m 'not slow' --hypothesis-profile check $(if $(CI),--no-skips)
+	$(RUN) coverage run -m pytest -n 2 --dist worksteal -m 'not slow' $(if $(CI),--no-skips) tests/foreign
 	$(RUN) coverage combine --quiet
 	$(RUN) coverage report
 

@@ -24,7 +24,9 @@ settings.load_profile("test")
 
 # Importing Lightning, Transformers, Accelerate, PEFT and the models of others takes ten seconds in each worker: files
 # that do it at their head are for `make check`, and are not even collected without it.
-_FRAMEWORKS = (ROOT / "src/pomona/integrations", ROOT / "tests/integrations", ROOT / "tests/foreign")
+# The models of others bring a torchvision that other libraries would find: they run in a process of their own, by name.
+_FOREIGN = ROOT / "tests/foreign"
+_FRAMEWORKS = (ROOT / "src/pomona/integrations", ROOT / "tests/integrations", _FOREIGN)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,8 @@ def pytest_configure() -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """True for the framework files in a run that would deselect their tests."""
+    if collection_path == _FOREIGN and not any("foreign" in given for given in config.args):
+        return True
     return True if collection_path in _FRAMEWORKS and "not check" in config.option.markexpr else None
 
 
