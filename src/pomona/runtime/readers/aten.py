@@ -6,7 +6,6 @@ yields, or a :class:`Value` (a tuple of them) where torch sees that value in ano
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pomona.runtime.node import Pair, Shape
-from pomona.runtime.readers.builder import GraphBuilder
-
-BATCH = 13
-"""The size of the batch when a model is traced, which hardly occurs elsewhere."""
+from pomona.runtime.readers.builder import BATCH, GraphBuilder
 
 WAY_OUT = "pomona.compile(model, example) takes any model, and replaces only the layers that gain"
 """What to do about a model that the runtime cannot run."""
@@ -156,21 +152,18 @@ def _turned(t: AtenBuilder, matrix: Any) -> str:
     return t.vector(f"{t.weight(matrix).rpartition('.')[2]}.T", t.tensors[t.weight(matrix)].T)
 
 
+_STATISTICS = ("running_mean", "running_var", "weight", "bias")
+
+
 def _batch_norm(t: AtenBuilder, a: Given) -> int:
     number = t.value(a["input"])
     if a["training"] or a["running_mean"] is None:
         raise t.refuse("batch norm by the statistics of the batch itself (is the model in eval mode? model.eval())")
     if len(a["input"].shape) == 3:
         raise t.refuse("batch norm over positions")
-    mean, var = (a[name].tensor.double() for name in ("running_mean", "running_var"))
-    scale = (var + a["eps"]).rsqrt()
-    if a["weight"] is not None:
-        scale = scale * a["weight"].tensor.double()
-    shift = -mean * scale
-    if a["bias"] is not None:
-        shift = shift + a["bias"].tensor.double()
-    weight, bias = t.vector("scale", _numpy(scale)), t.vector("shift", _numpy(shift))
-    return t.emit("scale", number, weight=weight, bias=bias)
+    given = (a[name] and a[name].tensor.detach().cpu().double().numpy() for name in _STATISTICS)
+    mean, var, factor, shift = given
+    return t.normalized(number, mean, var, a["eps"], factor, shift)
 
 
 def _dropout(t: AtenBuilder, a: Given) -> int:
@@ -191,12 +184,9 @@ def _reshape(t: AtenBuilder, a: Given) -> int | Value:
     old, new = t.shapes[number], t.out
     if len(old) == 1 and new == (BATCH, *old, 1):
         return Value(number, new, is_loose=True)
-    if new == (BATCH, *old) or (len(old) == 2 and new == (BATCH * old[0], old[1])):
-        return number
-    if new == (BATCH, math.prod(old)):
-        return t.emit("flatten", number)
-    if len(old) == 1 and new == (BATCH, *old, 1, 1):
-        return t.unflattened(number)
+    found = t.reshaped(number, new)
+    if found is not None:
+        return found
     raise t.refuse(f"{t.operation} from {x.shape} to {new}")
 
 
@@ -279,13 +269,7 @@ def _plain(x: Any) -> NDArray[np.float64]:
 
 def _scaled(t: AtenBuilder, x: Value, factor: Any, shift: Any) -> int:
     """factor x + shift, where these are numbers, or one per channel or feature."""
-    number = t.value(x)
-    along = 1 if len(t.shapes[number]) == 3 else len(x.shape) - 1
-    for array in map(np.asarray, (factor, shift)):
-        aligned = (1,) * (len(x.shape) - array.ndim) + array.shape
-        if len(aligned) != len(x.shape) or any(n != 1 for i, n in enumerate(aligned) if i != along):
-            raise t.refuse(f"{t.operation} with a parameter of shape {array.shape}, neither a number nor by channel,")
-    return t.scaled(number, np.asarray(factor), np.asarray(shift))
+    return t.scaled_along(t.value(x), x.shape, factor, shift)
 
 
 def _max_pool(t: AtenBuilder, a: Given) -> int:
@@ -362,24 +346,13 @@ def _pad(t: AtenBuilder, a: Given) -> int:
     number = t.value(a["self"])
     if len(t.shapes[number]) != 3:
         raise t.refuse(f"{t.operation} of {a['self'].shape}")
-    if front or back:
-        channels = (*[-1] * front, *range(t.shapes[number][0]), *[-1] * back)
-        number = t.picked(number, channels, (1, 1))
-    return t.padded(number, left, right, top, bottom) if any(amounts[:4]) else number
+    return t.surrounded(number, (front, back), (top, bottom), (left, right))
 
 
 def _slice(t: AtenBuilder, a: Given) -> int:
     x = a["self"]
     number, dim = t.value(x), a["dim"] % len(x.shape)
-    size = x.shape[dim]
-    picked = range(size)[a["start"] : a["end"] : a["step"]]
-    if picked == range(size):
-        return number
-    if dim == 1 and len(x.shape) in (2, 4) and x.shape[0] == BATCH:
-        return t.picked(number, tuple(picked), (1, 1))
-    if dim < 2 or len(x.shape) != 4:
-        raise t.refuse(f"{t.operation} along dimension {dim} of {x.shape}")
-    return t.every(number, dim - 2, picked)
+    return t.sliced(number, x.shape, dim, range(x.shape[dim])[a["start"] : a["end"] : a["step"]])
 
 
 def _split(t: AtenBuilder, a: Given) -> tuple[Value, ...]:

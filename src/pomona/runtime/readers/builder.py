@@ -7,6 +7,7 @@ those that are (a slice of channels by a sparse convolution, say).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,9 @@ from pomona.runtime.graph import Graph
 from pomona.runtime.node import Node, Pair, Shape
 from pomona.runtime.operations import ELEMENTWISE, DType, check, shape_after
 from pomona.runtime.rules import num_channels
+
+BATCH = 13
+"""The size of a free batch while a model is read, which hardly occurs elsewhere."""
 
 
 class UnsupportedError(ValueError):
@@ -46,6 +50,7 @@ class GraphBuilder:
         path: the part of the model that it is in, for messages and for the names of tensors made for it.
         source: the line of the model's code, for messages; may be empty.
         way_out: what a user can do about a model that is refused.
+        batch: its size while the model is read.
     """
 
     def __init__(self, *, way_out: str) -> None:
@@ -56,6 +61,7 @@ class GraphBuilder:
         self.tensors: dict[str, NDArray[np.float32]] = {}
         self.operation = self.path = self.source = ""
         self.way_out = way_out
+        self.batch = BATCH
         self._picks: dict[int, _Pick] = {}
 
     def input(self, shape: Shape, dtype: DType = "float32") -> int:
@@ -112,6 +118,56 @@ class GraphBuilder:
         factors, shifts = (np.broadcast_to(array.reshape(-1), (size,)) for array in (factor, shift))
         weight = self.vector("factor", factors)
         return self.emit("scale", number, weight=weight, bias=self.vector("shift", shifts) if shifts.any() else None)
+
+    def scaled_along(self, number: int, shape: Shape, factor: Any, shift: Any) -> int:
+        """factor x + shift of a value that the model sees in this shape, where both broadcast by channel or feature."""
+        along = 1 if len(self.shapes[number]) == 3 else len(shape) - 1
+        for array in map(np.asarray, (factor, shift)):
+            aligned = (1,) * (len(shape) - array.ndim) + array.shape
+            if len(aligned) != len(shape) or any(n != 1 for i, n in enumerate(aligned) if i != along):
+                raise self.refuse(
+                    f"{self.operation} with a parameter of shape {array.shape}, neither a number nor by channel,"
+                )
+        return self.scaled(number, np.asarray(factor), np.asarray(shift))
+
+    def normalized(
+        self, number: int, mean: NDArray[Any], var: NDArray[Any], eps: float, factor: Any = None, shift: Any = None
+    ) -> int:
+        """A batch norm by statistics that are known: float64 until it is one factor and one shift."""
+        scale = 1 / np.sqrt(var.astype(np.float64) + eps)
+        if factor is not None:
+            scale = scale * np.asarray(factor, np.float64)
+        moved = -mean.astype(np.float64) * scale
+        if shift is not None:
+            moved = moved + np.asarray(shift, np.float64)
+        weight, bias = self.vector("scale", scale), self.vector("shift", moved)
+        return self.emit("scale", number, weight=weight, bias=bias)
+
+    def reshaped(self, number: int, new: Shape) -> int | None:
+        """The value that a model sees in this shape, with the batch; None if it is not a mere flattening."""
+        old = self.shapes[number]
+        if new == (self.batch, *old) or (len(old) == 2 and new == (self.batch * old[0], old[1])):
+            return number
+        if new == (self.batch, math.prod(old)) and len(old) != 2:
+            return self.emit("flatten", number)
+        return self.unflattened(number) if len(old) == 1 and new == (self.batch, *old, 1, 1) else None
+
+    def sliced(self, number: int, shape: Shape, dim: int, picked: range) -> int:
+        """Some channels, rows or columns of a value that the model sees in this shape, with the batch."""
+        if picked == range(shape[dim]):
+            return number
+        if dim == 1 and len(shape) in (2, 4) and shape[0] == self.batch and picked:
+            return self.picked(number, tuple(picked), (1, 1))
+        if dim < 2 or len(shape) != 4 or not picked or picked.step < 1:
+            raise self.refuse(f"{self.operation} along dimension {dim} of {shape}")
+        return self.every(number, dim - 2, picked)
+
+    def surrounded(self, number: int, channels: Pair, rows: Pair, columns: Pair) -> int:
+        """An image with so many zeros before and after, along each dimension."""
+        if any(channels):
+            places = (*[-1] * channels[0], *range(self.shapes[number][0]), *[-1] * channels[1])
+            number = self.picked(number, places, (1, 1))
+        return self.padded(number, *columns, *rows) if any((*rows, *columns)) else number
 
     def padded(self, number: int, left: int, right: int, top: int, bottom: int) -> int:
         """An image with so many zeros on each side."""

@@ -25,8 +25,8 @@ from pomona.example import Example, returning_tensors
 from pomona.runtime.fold import fold
 from pomona.runtime.graph import Graph
 from pomona.runtime.operations import MAX_DIMENSIONS, DType
-from pomona.runtime.readers.aten import BATCH, HANDLERS, NOT_VALUES, VIEWS, WAY_OUT, AtenBuilder, Constant, Value
-from pomona.runtime.readers.builder import UnsupportedError
+from pomona.runtime.readers.aten import HANDLERS, NOT_VALUES, VIEWS, WAY_OUT, AtenBuilder, Constant, Value
+from pomona.runtime.readers.builder import BATCH, UnsupportedError
 from pomona.torch_compile import unwrapped
 
 __all__ = ["UnsupportedError", "trace"]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from pomona.runtime.graph import Graph
 from pomona.runtime.operations import DType
-from pomona.runtime.readers.builder import UnsupportedError
-from pomona.runtime.readers.onnx.builder import BATCH, Constant, Found, Given, OnnxBuilder, Value, array_of, dense_of
+from pomona.runtime.readers.builder import BATCH, UnsupportedError
+from pomona.runtime.readers.onnx.builder import Constant, Found, Given, OnnxBuilder, Value, array_of, dense_of
 from pomona.runtime.readers.onnx.folds import FOLDS
 from pomona.runtime.readers.onnx.operators import HANDLERS
 

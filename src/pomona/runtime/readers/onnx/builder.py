@@ -15,9 +15,6 @@ from pomona.runtime.readers.builder import GraphBuilder, UnsupportedError
 
 Array: TypeAlias = NDArray[Any]
 
-BATCH = 13
-"""The size of a free batch while a model is read, which hardly occurs elsewhere."""
-
 WAY_OUT = "ONNX Runtime runs the file as it is"
 """What to do about a file that the runtime cannot run."""
 
@@ -54,7 +51,6 @@ class OnnxBuilder(GraphBuilder):
     """A graph that grows as the nodes of an ONNX model are read.
 
     Attributes:
-        batch: its size while the model is read.
         opset: of the model's operators.
         num_outputs: of the node that is being read, those that are used.
     """
@@ -62,7 +58,6 @@ class OnnxBuilder(GraphBuilder):
     def __init__(self, opset: int, limit: int) -> None:
         super().__init__(way_out=WAY_OUT)
         self.opset = opset
-        self.batch = BATCH
         self.num_outputs = 1
         self._left = limit
         self._as_they_are: dict[str, str] = {}  # constants that are tensors, and under which names
@@ -110,17 +105,12 @@ class OnnxBuilder(GraphBuilder):
         """A value as it lies in the graph."""
         return Value(number, (self.batch, *self.shapes[number]))
 
-    def reshaped(self, x: Value, new: Shape) -> Value:
-        old = self.shapes[x.number]
-        if new == (self.batch, *old):
-            return Value(x.number, new)
-        if len(old) == 2 and new == (self.batch * old[0], old[1]):  # positions one after the other
-            return Value(x.number, new)
-        if new == (self.batch, math.prod(old)) and len(old) != 2:
-            return Value(self.emit("flatten", x.number), new)
-        if len(old) == 1 and new == (self.batch, *old, 1, 1):
-            return Value(self.unflattened(x.number), new)
-        raise self.refuse(f"{self.operation} from {x.shape} to {new}")
+    def seen_as(self, x: Value, new: Shape) -> Value:
+        """The value in another shape."""
+        number = self.reshaped(x.number, new)
+        if number is None:
+            raise self.refuse(f"{self.operation} from {x.shape} to {new}")
+        return Value(number, new)
 
 
 @dataclass(frozen=True, slots=True)

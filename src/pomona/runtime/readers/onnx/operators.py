@@ -104,7 +104,7 @@ def _reduce_mean(a: Given) -> Value:
     if len(x.shape) != 4 or axes is None or sorted(axes) != [2, 3]:
         raise a.refuse(f"over dimensions {axes} of {x.shape}")
     mean = a.t.now(a.t.emit("mean", x.number))
-    return mean if a.attributes.get("keepdims", 1) else a.t.reshaped(mean, mean.shape[:2])
+    return mean if a.attributes.get("keepdims", 1) else a.t.seen_as(mean, mean.shape[:2])
 
 
 def _batch_norm(a: Given) -> int:
@@ -113,10 +113,8 @@ def _batch_norm(a: Given) -> int:
         raise a.refuse("by the statistics of the batch itself")
     if len(x.shape) == 3:
         raise a.refuse("over positions")
-    factor, shift, mean, var = (a.array(i).astype(np.float64) for i in range(1, 5))
-    factor = factor / np.sqrt(var + a.attributes.get("epsilon", 1e-5))
-    weight, bias = a.t.vector("scale", factor), a.t.vector("shift", shift - mean * factor)
-    return a.t.emit("scale", x.number, weight=weight, bias=bias)
+    factor, shift, mean, var = (a.array(i) for i in range(1, 5))
+    return a.t.normalized(x.number, mean, var, a.attributes.get("epsilon", 1e-5), factor, shift)
 
 
 def _gemm(a: Given) -> int:
@@ -156,15 +154,7 @@ def _scaled(a: Given, x: Value, factor: Any, shift: Any) -> Value:
     t = a.t
     if np.ndim(factor) == 0 and float(factor) == 0.5 and not np.any(shift) and x.number in t._doubled:
         return Value(t._doubled[x.number], x.shape)
-    along = 1 if len(t.shapes[x.number]) == 3 else len(x.shape) - 1
-    for array in map(np.asarray, (factor, shift)):
-        aligned = (1,) * (len(x.shape) - array.ndim) + array.shape
-        if len(aligned) != len(x.shape) or any(n != 1 for i, n in enumerate(aligned) if i != along):
-            raise a.refuse(f"with a constant of shape {array.shape}, neither a number nor by channel")
-    factor, shift = (
-        array.reshape(-1) if array.size > 1 else array.reshape(()) for array in map(np.asarray, (factor, shift))
-    )
-    return Value(t.scaled(x.number, factor, shift), x.shape)
+    return Value(t.scaled_along(x.number, x.shape, factor, shift), x.shape)
 
 
 def _number(x: Constant) -> Array:
@@ -293,25 +283,25 @@ def _reshape(a: Given) -> Value:
         wanted = [math.prod(x.shape) // rest if n == -1 else n for n in wanted] if rest > 0 else wanted
     if math.prod(wanted) != math.prod(x.shape) or min(wanted, default=0) < 1:
         raise ValueError(f"{x.shape} has no shape {wanted}")
-    return a.t.reshaped(x, tuple(wanted))
+    return a.t.seen_as(x, tuple(wanted))
 
 
 def _flatten(a: Given) -> Value:
     x, axis = a.value(), a.attributes.get("axis", 1) % (len(a.value().shape) + 1)
-    return a.t.reshaped(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
+    return a.t.seen_as(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
 
 
 def _squeeze(a: Given) -> Value:
     x = a.value()
     axes = axes_of(a, 1, len(x.shape))
     axes = tuple(i for i, n in enumerate(x.shape) if n == 1) if axes is None else axes
-    return a.t.reshaped(x, tuple(n for i, n in enumerate(x.shape) if i not in axes))
+    return a.t.seen_as(x, tuple(n for i, n in enumerate(x.shape) if i not in axes))
 
 
 def _unsqueeze(a: Given) -> Value:
     x = a.value()
     axes = [int(axis) for axis in np.atleast_1d(a.setting("axes", 1))]
-    return a.t.reshaped(
+    return a.t.seen_as(
         x, np.expand_dims(np.empty((0, *x.shape)), tuple(i % (len(x.shape) + len(axes)) + 1 for i in axes)).shape[1:]
     )
 
@@ -336,18 +326,8 @@ def _slice(a: Given) -> int:
     x = a.value()
     number = x.number
     for dim, each in enumerate(slices_of(a, x.shape)):
-        number = _picked(a, x, number, dim, range(x.shape[dim])[each])
+        number = a.t.sliced(number, x.shape, dim, range(x.shape[dim])[each])
     return number
-
-
-def _picked(a: Given, x: Value, number: int, dim: int, picked: range) -> int:
-    if picked == range(x.shape[dim]):
-        return number
-    if dim == 1 and len(x.shape) in (2, 4) and len(picked):
-        return a.t.picked(number, tuple(picked), (1, 1))
-    if dim < 2 or len(x.shape) != 4 or not len(picked) or picked.step < 1:
-        raise a.refuse(f"along dimension {dim} of {x.shape}")
-    return a.t.every(number, dim - 2, picked)
 
 
 def _split(a: Given) -> list[int]:
@@ -359,7 +339,7 @@ def _split(a: Given) -> list[int]:
         each = math.ceil(x.shape[dim] / num)
         sizes = [min(each, x.shape[dim] - i * each) for i in range(num)]
     starts = np.cumsum([0, *sizes]).tolist()
-    return [_picked(a, x, x.number, dim, range(s, s + n)) for s, n in zip(starts, sizes, strict=False)]
+    return [a.t.sliced(x.number, x.shape, dim, range(s, s + n)) for s, n in zip(starts, sizes, strict=False)]
 
 
 def _pad(a: Given) -> int:
@@ -374,12 +354,8 @@ def _pad(a: Given) -> int:
     both = {axis % 4: (pads[i], pads[i + len(axes)]) for i, axis in enumerate(axes)}
     if any(both.get(0, (0, 0))):
         raise a.refuse("of the batch")
-    front, back = both.get(1, (0, 0))
-    number = x.number
-    if front or back:
-        number = a.t.picked(number, (*[-1] * front, *range(x.shape[1]), *[-1] * back), (1, 1))
-    (top, bottom), (left, right) = both.get(2, (0, 0)), both.get(3, (0, 0))
-    return a.t.padded(number, left, right, top, bottom) if top or bottom or left or right else number
+    channels, rows, columns = (both.get(axis, (0, 0)) for axis in (1, 2, 3))
+    return a.t.surrounded(x.number, channels, rows, columns)
 
 
 # How ONNX may round places between pixels, with the least factor from which that is not the nearest pixel.
