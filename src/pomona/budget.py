@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pomona.granularity import Channel, Granularity, Kind, NOfM, canonical, check_granularity, parse
+from pomona.pages.text import few
 from pomona.schedule import Value, check_value, highest, value_at
 from pomona.score import Score, Scoring, Within, check_scoring, rule_of
 from pomona.selection import Everything, MaskSelection, Selection, StackedSelection
@@ -235,12 +236,11 @@ class Budget:
             return ""
         are_empty = all(num == 0 for _, num in found)
         how = "none" if are_empty else f"no more than the floor min_density={self.min_density:g}"
-        shown = ", ".join(f"{w.name} {num:,} of {w.numel:,}" for w, num in found[:_SHOWN])
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        shown = few([f"{w.name} {num:,} of {w.numel:,}" for w, num in found], _SHOWN)
         keep, their = ("keeps", "its") if len(found) == 1 else ("keep", "their")
         names = list(dict.fromkeys(w.name.partition("[")[0] for w, _ in found))  # of tensors
         ways = self._ways_out(names, options)
-        return f"{len(found)} of {len(weights)} layers {keep} {how} of {their} weights: {shown}{more}; {ways}"
+        return f"{len(found)} of {len(weights)} layers {keep} {how} of {their} weights: {shown}; {ways}"
 
     def _is_starved(self, w: Weight, kept: int, share: float) -> bool:
         if len(w.shape) < 2 or w.numel == 0:

@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from pomona.distributed import is_sharded
+from pomona.pages.text import few
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +198,13 @@ def refusal(refused: Iterable[tuple[str, str, str]], others: Iterable[str]) -> s
     by_how: dict[str, list[str]] = {}
     for name, how, _ in listed:
         by_how.setdefault(how, []).append(name)
-    shown = "; ".join(f"{_first(names)} ({how})" for how, names in by_how.items())
+    shown = "; ".join(f"{few(names)} ({how})" for how, names in by_how.items())
     remedies = list(dict.fromkeys(remedy for _, _, remedy in listed if remedy))
     do = f"Make them plain parameters first: {'; '.join(remedies)}. Or leave" if remedies else "Leave"
     return (
         f"zeros in these parameters would not be zeros of their layers, which compute what they multiply with: "
         f"{shown}. {do} them dense: Scope(exclude={patterns_of([name for name, _, _ in listed], others)})"
     )
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def patterns_of(names: Iterable[str], others: Iterable[str] = ()) -> list[str]:

@@ -37,6 +37,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from pomona.pages.text import few
 from pomona.schedule import FAR_AWAY, Value, highest, value_at
 
 Granularity: TypeAlias = str | tuple[int, int]
@@ -200,11 +201,10 @@ def check_shapes(kind: Kind, shapes: Mapping[str, Sequence[int]]) -> None:
         Block: f"a number of outputs divisible by {steps[0]} and a number of inputs divisible by {steps[1]}",
         Channel: "outputs and inputs" if isinstance(kind, Channel) and kind.dim == 2 else "a dimension",
     }[type(kind)]
-    shown = ", ".join(f"{name} {_sizes(shape)}" for name, shape in list(unfit.items())[:3])
-    more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
+    shown = few([f"{name} {_sizes(shape)}" for name, shape in unfit.items()])
     does, it = ("do", "them") if len(unfit) > 1 else ("does", "it")
     raise ValueError(
-        f"granularity='{kind}' needs {wanted}, which {shown}{more} {does} not have; leave {it} dense: "
+        f"granularity='{kind}' needs {wanted}, which {shown} {does} not have; leave {it} dense: "
         f"Scope(exclude={list(unfit)})"
     )
 

@@ -32,8 +32,7 @@ from torch.optim import Optimizer
 
 from pomona.budget import Budget
 from pomona.granularity import Granularity
-from pomona.ops import count
-from pomona.selection.kinds import split_rows
+from pomona.ops import count, split_matrices
 from pomona.weight import Weight, Weights
 
 _BUDGET = ("sparsity", "allocation", "min_density", "granularity", "score")  # fields of Budget
@@ -150,9 +149,7 @@ class Method(ABC):
 
 def starved_by(method: Method, weights: Weights, kept: Sequence[Tensor]) -> str:
     """What the method says of the layers that these masks (True = kept) leave next to nothing of."""
-    split = [(w.matrices(), mask) for w, mask in zip(weights, kept, strict=True)]
-    layers = [layer for some, _ in split for layer in some]
-    masks = [one for some, mask in split for one in split_rows(mask, [layer.num_rows for layer in some])]
+    layers, masks = split_matrices(weights, kept)
     return method.starved(layers, count(masks, of=layers))
 
 

@@ -13,6 +13,7 @@ from pomona.distributed import sum_counts, sum_vectors
 from pomona.native import core
 from pomona.score import rank_inside_
 from pomona.selection import NonFiniteError, Selection
+from pomona.selection.kinds import split_rows
 from pomona.weight import Weight
 
 PIECE = 1 << 20
@@ -72,6 +73,17 @@ def drop_buffers_(weights: Sequence[Weight], masks: Sequence[Tensor]) -> None:
     for w, mask in zip(weights, masks, strict=True):
         for buffer in w.buffers:
             buffer.masked_fill_(~mask, 0.0)
+
+
+def split_matrices(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> tuple[list[Weight], list[Tensor]]:
+    """All matrices that lie in the weights, each a layer, and the parts that they have of one tensor per weight."""
+    layers: list[Weight] = []
+    parts: list[Tensor] = []
+    for w, tensor in zip(weights, tensors, strict=True):
+        matrices = w.matrices()
+        layers += matrices
+        parts += split_rows(tensor, [one.num_rows for one in matrices])
+    return layers, parts
 
 
 def masks_of(weights: Sequence[Weight]) -> list[Tensor]:

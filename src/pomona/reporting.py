@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from pomona.layout import ROWS, Layout
 from pomona.multiply_adds import count_multiply_adds
 from pomona.native import core
 from pomona.ops import PIECE
-from pomona.pages.text import table
+from pomona.pages.text import few, table
 from pomona.scope import Scope
 
 _MOST_REASONS = 8  # for leaving parameters out, in the text of a report
@@ -226,14 +226,9 @@ def _grouped(outside: Mapping[str, str]) -> str:
     for name, reason in outside.items():
         by_reason.setdefault(reason, []).append(name)
     most = sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    shown = [f"{_first(names, 3)} ({reason})" for reason, names in most[:_MOST_REASONS]]
+    shown = [f"{few(names)} ({reason})" for reason, names in most[:_MOST_REASONS]]
     num_left = sum(len(names) for _, names in most[_MOST_REASONS:])
     return "; ".join([*shown, *([f"and {num_left} for other reasons"] if num_left else [])])
-
-
-def _first(names: Sequence[str], num: int) -> str:
-    more = f" and {len(names) - num} more" if len(names) > num else ""
-    return ", ".join(names[:num]) + more
 
 
 def _or_dash(count: int | None) -> str:
@@ -296,22 +291,28 @@ def report_layers(
 def _count(value: Tensor, shard: Shard | None, layout: Layout | None) -> tuple[Tensor, float]:
     """This rank's counts of non-zeros, in total and per output of the whole tensor; and their smallest magnitude."""
     layout = layout or ROWS
-    whole: Sequence[int] = value.shape if shard is None else shard.shape
-    start = (0,) * value.ndim if shard is None else shard.start
-    if shard is None and layout.outputs == 0 and value.ndim and value.numel():  # the usual case
-        here, smallest = core.survey(value) if core.is_available() and core.has_rows(value) else _survey(value)
-        return torch.cat([here.sum().view(1), here]), smallest
-    channels = torch.zeros(layout.view_shape(whole)[:2] if whole else (0, 0), dtype=torch.int64)
     if not value.numel():
-        return torch.cat([torch.zeros(1, dtype=torch.int64), channels.view(-1)]), math.inf
+        return torch.zeros(1 + _num_channels(value, shard, layout), dtype=torch.int64), math.inf
     # One row per output; the usual layout has them already.
     rows = value if layout.outputs == 0 or value.ndim < 2 else layout.view(value).flatten(2).flatten(0, 1)
     here, smallest = core.survey(rows) if core.is_available() and core.has_rows(rows) else _survey(rows)
-    if value.ndim:
+    total = here.sum().view(1)
+    if not value.ndim:
+        return total, smallest
+    if shard is not None:
+        grid = layout.view_shape(shard.shape)[:2]
+        first, second = layout.view_start(shard.start)[:2]
         batch, outputs = layout.view_shape(value.shape)[:2]
-        first, second = layout.view_start(start)[:2]
-        channels[first : first + batch, second : second + outputs] = here.view(batch, outputs)
-    return torch.cat([here.sum().view(1), channels.view(-1)]), smallest
+        whole = torch.zeros(grid, dtype=torch.int64)
+        whole[first : first + batch, second : second + outputs] = here.view(batch, outputs)
+        here = whole.view(-1)
+    return torch.cat([total, here]), smallest
+
+
+def _num_channels(value: Tensor, shard: Shard | None, layout: Layout) -> int:
+    """Number of outputs of the whole tensor, of all its matrices; 0 for a scalar."""
+    shape = value.shape if shard is None else shard.shape
+    return math.prod(layout.view_shape(shape)[:2]) if shape else 0
 
 
 def _survey(value: Tensor) -> tuple[Tensor, float]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from pomona.computed import Computed, find_computed, keeps_zeros, patterns_of, refusal
 from pomona.layout import Layout, Role, role_of
+from pomona.pages.text import few
 from pomona.torch_compile import plain_name
 
 FROZEN = "frozen (requires_grad is False)"
@@ -326,13 +327,12 @@ def _warn_of_unknown(
     if total <= _MATTERS * (total + sum(p.numel() for p in inside.values())):
         return
     owners = [unknown[p] for p in sorted(unknown, key=lambda p: -p.numel())]
-    shown = ", ".join(f"{owner.name} of {type(owner.module).__name__}" for owner in owners[:3])
-    more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    shown = few([f"{owner.name} of {type(owner.module).__name__}" for owner in owners])
     names = [owner.name for owner in owners]
     patterns = patterns_of(names, [*inside, *outside.keys() - names])
     kinds = ", ".join(dict.fromkeys(type(owner.module).__name__ for owner in owners))
     warnings.warn(
-        f"{total:,} weights stay dense, because Pomona does not know the modules that they belong to: {shown}{more}. "
+        f"{total:,} weights stay dense, because Pomona does not know the modules that they belong to: {shown}. "
         f"To prune them, pass Scope(also={patterns}) or register the layer with pomona.layout.register; to leave them "
         f"dense knowingly, pass Scope(exclude_types=[{kinds}])",
         stacklevel=4,

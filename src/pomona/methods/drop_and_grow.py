@@ -22,11 +22,11 @@ from pomona.ops import (
     masks_of,
     random_scores,
     sparsity_of,
+    split_matrices,
 )
 from pomona.schedule import Every, Schedule, check_count, check_value
 from pomona.score import magnitude
 from pomona.selection.groups import check_fits, group_size, grow_n_of_m
-from pomona.selection.kinds import split_rows
 from pomona.selection.top_k import top_k
 from pomona.weight import Weight, Weights
 
@@ -128,8 +128,7 @@ class DropAndGrow(Method):
 
 
 def _update_(w: Weight, fraction: float, growth: Tensor, granularity: Granularity) -> None:
-    layers = w.matrices()
-    for layer, scores in zip(layers, split_rows(growth, [one.num_rows for one in layers]), strict=True):
+    for layer, scores in zip(*split_matrices([w], [growth]), strict=True):
         drop_and_grow_(layer, fraction, scores, granularity)
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from pomona.method import Method, warn_of_starved
-from pomona.ops import PIECE, count, sparsity_of
+from pomona.ops import PIECE, count, sparsity_of, split_matrices
 from pomona.schedule import FAR_AWAY, Value, value_at
 from pomona.score import Scoring, magnitude, rule_of
 from pomona.selection import kth_largest
 from pomona.selection.allocation import Allocation
-from pomona.selection.kinds import split_rows
 from pomona.weight import Weight, Weights
 
 
@@ -123,15 +122,13 @@ class Feather(Method):
         support = self.support(weights, step)
         if self._ends_at(step):
             warn_of_starved(self, weights, support)
-        split = [(w.matrices(), mask) for w, mask in zip(weights, support, strict=True)]
-        layers = [layer for some, _ in split for layer in some]
-        masks = [one for some, mask in split for one in split_rows(mask, [w.num_rows for w in some])]
+        layers, masks = split_matrices(weights, support)
         thresholds = self._thresholds(layers, masks)
         for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
             _threshold_(layer.value, mask, threshold, self.power)
         each = iter(thresholds)
-        for w, (some, _) in zip(weights, split, strict=True):
-            w.state["threshold"].fill_(max(islice(each, len(some))))
+        for w in weights:
+            w.state["threshold"].fill_(max(islice(each, w.num_matrices)))
 
     def _ends_at(self, step: int) -> bool:
         """Whether the way to the final sparsity ends at this step: what is starved then will hardly return."""

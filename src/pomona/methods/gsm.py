@@ -15,6 +15,7 @@ from pomona.diagnosis import Diagnosis, decay_per_step, diagnose_decay
 from pomona.granularity import Granularity
 from pomona.method import Method
 from pomona.ops import check_finite, count, drop_gradients_, sum_of
+from pomona.pages.text import few
 from pomona.schedule import Value
 from pomona.score import Score, Scoring, saliency
 from pomona.weight import Weight, Weights
@@ -210,10 +211,10 @@ def _decay(weights: Weights) -> Tensor:
 def _warn_of_zeros(weights: Weights) -> None:
     names = [w.name for w, is_zero in zip(weights.by_name, _are_zero(weights).tolist(), strict=True) if is_zero]
     if names:
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        is_zero, their, them = ("is", "its", "it") if len(names) == 1 else ("are", "their", "them")
         warnings.warn(
-            f"{shown} {'is' if len(names) == 1 else 'are'} zero throughout, and with zeros='paper' will stay so, for "
-            f"all its scores |w g| are zero; take zeros='learn', or leave it out: Scope(exclude=[{names[0]!r}])",
+            f"{few(names, 5)} {is_zero} zero throughout, and with zeros='paper' will stay so, for all {their} scores "
+            f"|w g| are zero; take zeros='learn', or leave {them} out: Scope(exclude={names})",
             stacklevel=5,
         )
 

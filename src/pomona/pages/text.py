@@ -1,8 +1,19 @@
-"""Tables of plain text."""
+"""Plain text: tables, and lists that stay short."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+
+
+def few(names: Collection[str], num: int = 3) -> str:
+    """The first ``num`` names, and how many more there are.
+
+    Example:
+        >>> few(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - num} more" if len(names) > num else ""
+    return ", ".join(list(names)[:num]) + more
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pomona.diagnosis import Diagnosed
 from pomona.distributed import working_on
 from pomona.method import Method, starved_by
+from pomona.pages.text import few
 from pomona.pruner.placement import Placement
 from pomona.pruner.zeros import largest_among
 from pomona.schedule import FAR_AWAY, Schedule
@@ -54,7 +55,7 @@ def _of_schedules(method: Method, step: int) -> Iterator[str]:
 def caution_of_unfrozen(names: Sequence[str]) -> str:
     """What was frozen when the Pruner was made, and trains now."""
     return (
-        f"{some(names)} {'were' if len(names) > 1 else 'was'} frozen when the Pruner was made and "
+        f"{few(names)} {'were' if len(names) > 1 else 'was'} frozen when the Pruner was made and "
         f"{'train' if len(names) > 1 else 'trains'} now: not pruned, not counted; make a new Pruner to prune "
         f"them (detach() this one first), after requires_grad_(True)"
     )
@@ -63,13 +64,7 @@ def caution_of_unfrozen(names: Sequence[str]) -> str:
 def caution_of_frozen(left: Mapping[str, int], sparsity: float) -> str:
     """What is frozen at the cut: name -> how many weights stay that the budget would have cut."""
     return (
-        f"harden() leaves {some(left)} as before, because frozen weights keep their values: "
+        f"harden() leaves {few(left)} as before, because frozen weights keep their values: "
         f"{sum(left.values()):,} weights stay that the budget would have cut, and the sparsity is "
         f"{sparsity:.4g}. To cut them too, unfreeze them before harden(): requires_grad_(True)"
     )
-
-
-def some(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(list(names)[:3])}{more}"

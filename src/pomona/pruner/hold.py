@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from pomona.distributed import local
 from pomona.method import Method
+from pomona.pages.text import few
 from pomona.pruner.pruner import Pruner
 from pomona.reporting import Report
 from pomona.scope import Scope
@@ -98,9 +99,9 @@ def _warn_of_sparse_outside(model: nn.Module, report: Report) -> None:
             if 0.0 < density < 1.0 - _SPARSE:
                 sparse.append(name)
     if sparse:
-        more = f" and {len(sparse) - 3} more" if len(sparse) > 3 else ""
+        have, them = ("has", "it") if len(sparse) == 1 else ("have", "them")
         warnings.warn(
-            f"{', '.join(sparse[:3])}{more} has zeros that hold() does not keep, because no layer multiplies with it. "
-            f"To hold them too, pass scope=Scope(also={sparse})",
+            f"{few(sparse)} {have} zeros that hold() does not keep, because no layer multiplies with {them}. "
+            f"To hold {them} too, pass scope=Scope(also={sparse})",
             stacklevel=3,
         )

@@ -20,6 +20,7 @@ from pomona.distributed import (
     sum_counts,
 )
 from pomona.layout import Layout
+from pomona.pages.text import few
 from pomona.weight import Weight, Weights
 
 
@@ -333,9 +334,8 @@ def _find_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     missing = [name for name, p in parameters.items() if id(p) not in group_of]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"the optimizer does not hold {', '.join(missing[:3])}{more}, which the scope wants pruned. Give "
+            f"the optimizer does not hold {few(missing)}, which the scope wants pruned. Give "
             f"these parameters to {type(optimizer).__name__}, or leave them out: "
             f"Scope(exclude=[{missing[0]!r}]). (If the model was moved or wrapped after the optimizer was made, "
             f"make the optimizer afterwards.)"

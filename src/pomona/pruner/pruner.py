@@ -19,7 +19,8 @@ from pomona.diagnosis import Diagnosed, Diagnosis, rehearse
 from pomona.distributed import like, local, refuse_flat, reshard, working_on
 from pomona.method import Method
 from pomona.ops import count
-from pomona.pruner.cautions import caution_of_frozen, caution_of_unfrozen, cautions_of_cut, some
+from pomona.pages.text import few
+from pomona.pruner.cautions import caution_of_frozen, caution_of_unfrozen, cautions_of_cut
 from pomona.pruner.chain import chain_of
 from pomona.pruner.hooks import StepHooks
 from pomona.pruner.placement import Placement
@@ -137,7 +138,7 @@ class Pruner:
         inside = {name: p for name, p in selected.inside.items() if name not in resting}
         if not inside:
             raise ValueError(
-                f"nothing to hold: all weights in scope are frozen ({some(resting)}), and the optimizer holds none of "
+                f"nothing to hold: all weights in scope are frozen ({few(resting)}), and the optimizer holds none of "
                 f"them, so nothing moves their zeros. If they train later, give them to the optimizer"
             )
         directions = {name: dim for name, dim in selected.directions.items() if name in inside}

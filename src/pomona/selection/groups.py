@@ -14,6 +14,7 @@ from torch import Tensor
 from pomona.distributed import Shard, max_over, sum_counts, sum_vectors
 from pomona.granularity import Block, Channel, Granularity, Kind, NOfM, Single, check_shapes, group_steps, parse
 from pomona.layout import ROWS, Layout
+from pomona.pages.text import few
 from pomona.score import Score, Within
 from pomona.selection.keys import NAN, NonFiniteError
 
@@ -34,10 +35,9 @@ def check_fits(weights: Sequence[Weight], granularity: Granularity) -> None:
         return
     unknown = [w.name for w in weights if w.layout is None]
     if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
             f"granularity={granularity!r} asks which dimension is outputs and which inputs, and nobody has said so for "
-            f"{', '.join(unknown[:3])}{more}; say it: pomona.layout.register(TheModule, name=Layout(outputs=0, "
+            f"{few(unknown)}; say it: pomona.layout.register(TheModule, name=Layout(outputs=0, "
             f"inputs=1)), or leave it dense: Scope(exclude={unknown})"
         )
     check_shapes(kind, {w.name: w.matrix_shape for w in weights})
