@@ -1,10 +1,24 @@
-"""Small networks in the manner of well-known ones, for the tests of the runtime."""
+"""Small networks in the manner of well-known ones, for the tests of the runtime and of shrinking."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Lambda(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
 
 
 def randomised(model: nn.Module, *, seed: int = 0) -> nn.Module:

@@ -8,19 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.networks import Lambda
+
 Draw = Callable[[int], int]
 """A number below the given one."""
-
-
-class Lambda(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class Residual(nn.Module):

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import pomona
 from pomona.exporters import channels
-from tests.exporters.drawn import Lambda, network
+from tests.exporters.drawn import network
+from tests.networks import Lambda
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pomona.runtime.node import ATTRIBUTES, Node
 from pomona.runtime.operations import DTYPES, OPERATIONS
 from pomona.runtime.readers.trace import trace
+from tests.networks import Lambda
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,17 +101,6 @@ MADE_FROM: dict[str, tuple[Any, tuple[int, ...]]] = {
     "concat": (lambda x: torch.cat([x, x], 1), IMAGE),
     "upsample": (lambda x: F.interpolate(x, scale_factor=2), IMAGE),
 }
-
-
-class Lambda(nn.Module):
-    """Any function of the input."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(x)
 
 
 def test_every_operation_of_torch_is_made_by_its_reader() -> None:

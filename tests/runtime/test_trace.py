@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from pomona.runtime import Network, reference
 from pomona.runtime.readers.trace import UnsupportedError, trace
 from pomona.zoo.models import build_model
-from tests.networks import NETWORKS, conv_norm, randomised, sparsified
+from tests.networks import NETWORKS, Lambda, conv_norm, randomised, sparsified
 
 
 def check(model: nn.Module, shape: tuple[int, ...], *, folded: bool = True) -> Counter[str]:
@@ -37,17 +37,6 @@ def check(model: nn.Module, shape: tuple[int, ...], *, folded: bool = True) -> C
         # Folding rounds weights to float32, nothing else is rounded.
         assert np.abs(y - z.numpy()).max() <= 1e-6 * np.abs(z.numpy()).max()
     return Counter(node.op for node in graph.nodes)
-
-
-class Lambda(nn.Module):
-    """Any function of the input."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
